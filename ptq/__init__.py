@@ -1,0 +1,1 @@
+"""W4A4 post-training quantization for Wan 2.2."""

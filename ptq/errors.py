@@ -1,0 +1,22 @@
+"""The exceptions whose text is written for the user.
+
+Everything a user can cause (a missing file, a wrong option, a damaged checkpoint) raises one of these. The command line
+prints the text as one paragraph and exits with `exit_code`; a traceback appears only with `--debug`. Programming errors
+keep their own types and their tracebacks.
+"""
+
+
+class PtqError(Exception):
+    """What was found, what was expected, and what to do, in one paragraph. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(PtqError):
+    """The request itself is wrong (bad option, contradictory settings). Exit code 2."""
+
+    exit_code = 2
+
+
+class DamagedFileError(PtqError):
+    """A file is truncated, edited or inconsistent; the text names the file and, where known, the tensor or line."""

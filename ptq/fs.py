@@ -1,0 +1,150 @@
+"""Files that are either whole or absent: atomic writes, digests, append-only JSON lines.
+
+Not a storage layer: plain functions on paths. Every artifact of the package is written through `atomic_path` (temporary
+name in the same folder, flush, fsync, rename), so that a killed process leaves no half-written file under a final name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ptq.errors import DamagedFileError, PtqError
+
+PARTIAL_SUFFIX = ".part"
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it, on any error remove it.
+
+    Raises:
+        PtqError: the disk is full or not writable (names the target and the free space).
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Process id in the name: two processes that write the same target never share a temporary file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise PtqError(
+            f"Could not write {path}: {error.strerror or error}. {describe_free_space(path.parent)}"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Flush a directory entry, so that a rename survives a power loss."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe_free_space(directory: Path) -> str:
+    """One sentence with the free space of the disk that holds `directory`."""
+    try:
+        stats = os.statvfs(directory)
+    except OSError:
+        return "Choose another --out."
+    free = stats.f_bavail * stats.f_frsize
+    return (
+        f"{free / 1e9:.2f} GB are free there; free some space or choose another --out, then run the same command again."
+    )
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON with a final newline, atomically. NaN and infinities are refused (ValueError)."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        PtqError: the file does not exist.
+        DamagedFileError: it is not JSON; the text has line and column.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PtqError(f"{path} does not exist.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamagedFileError(f"{path} is not valid JSON ({error}).") from error
+
+
+def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
+    """Append one record as one line and flush it to disk. A torn last line left by a killed writer is closed first."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    with open(path, "ab+") as handle:
+        if handle.tell() > 0:
+            handle.seek(-1, os.SEEK_END)
+            if handle.read(1) != b"\n":
+                line = b"\n" + line
+        handle.write(line)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def read_jsonl(path: str | Path, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
+    """Read JSON lines; blank lines are ignored, and so is a torn last line (a writer was killed).
+
+    Args:
+        skip_damaged: also ignore damaged lines elsewhere instead of refusing the file.
+
+    Raises:
+        DamagedFileError: a line in the middle is not a JSON object; the text names file and line.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            torn_last_line = number == len(lines)
+            if torn_last_line or skip_damaged:
+                continue
+            raise DamagedFileError(f"{path}, line {number} is not a JSON object ({error}).") from error
+        records.append(record)
+    return records
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Hex SHA-256 of a JSON-like value, independent of key order."""
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    ).hexdigest()

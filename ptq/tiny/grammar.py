@@ -1,0 +1,164 @@
+"""Prompts of the tiny world: a grammar with synonyms, its inverse, and the fixed prompt sets.
+
+Every prompt names all five attributes of a scene, in several word orders. ``parse_prompt`` inverts
+every sentence the grammar can make and refuses words it does not know. No text encoder here.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from ptq.tiny.world import Scene, held_out_scenes, train_scenes
+
+SHAPE_WORDS = {
+    "circle": ("circle", "disc", "disk"),
+    "square": ("square", "box"),
+    "triangle": ("triangle", "pyramid"),
+    "cross": ("cross", "plus"),
+    "ring": ("ring", "hoop", "donut"),
+}
+COLOUR_WORDS = {
+    "red": ("red", "crimson", "scarlet"),
+    "orange": ("orange", "tangerine"),
+    "yellow": ("yellow", "lemon"),
+    "green": ("green", "emerald"),
+    "cyan": ("cyan", "turquoise"),
+    "blue": ("blue", "cobalt"),
+    "purple": ("purple", "violet"),
+    "pink": ("pink", "magenta"),
+}
+SIZE_WORDS = {"small": ("small", "tiny", "little"), "large": ("large", "big", "huge")}
+BACKGROUND_WORDS = {
+    "black": ("black", "dark"),
+    "grey": ("grey", "gray"),
+    "white": ("white", "bright"),
+    "striped": ("striped", "stripy"),
+}
+_SIDE_WORDS = {
+    "left": ("left", "leftward"),
+    "right": ("right", "rightward"),
+    "up": ("up", "upward", "upper", "top"),
+    "down": ("down", "downward", "lower", "bottom"),
+}
+_STRAIGHT = {
+    "left": ("left", "to the left", "leftward"),
+    "right": ("right", "to the right", "rightward"),
+    "up": ("up", "to the top", "upward"),
+    "down": ("down", "to the bottom", "downward"),
+}
+_VERBS = (("moves", "moving"), ("slides", "sliding"), ("drifts", "drifting"), ("glides", "gliding"))
+_PLACES = ("background", "backdrop")
+_PREPOSITIONS = ("on", "over")
+_FILLERS = frozenset(["a", "an", "the", "to", "and", "of", "video", "clip", "diagonally", "toward"])
+
+_LOOKUP: dict[str, dict[str, str]] = {
+    kind: {word: name for name, words in table.items() for word in words}
+    for kind, table in {
+        "shape": SHAPE_WORDS,
+        "colour": COLOUR_WORDS,
+        "size": SIZE_WORDS,
+        "background": BACKGROUND_WORDS,
+        "side": _SIDE_WORDS,
+    }.items()
+}
+_NEUTRAL = _FILLERS | {w for pair in _VERBS for w in pair} | set(_PLACES) | set(_PREPOSITIONS)
+
+
+def vocabulary() -> list[str]:
+    """Every word the grammar knows, sorted (the tokenizer is made for these)."""
+    return sorted(_NEUTRAL | {w for table in _LOOKUP.values() for w in table})
+
+
+def _direction_phrases(direction: str) -> tuple[str, ...]:
+    if "-" not in direction:
+        return _STRAIGHT[direction]
+    vertical, side = direction.split("-")
+    edge = {"up": ("upper", "top"), "down": ("lower", "bottom")}[vertical]
+    return (
+        f"{vertical} and to the {side}",
+        f"diagonally {vertical} and {side}",
+        f"to the {edge[0]} {side}",
+        f"toward the {edge[1]} {side}",
+    )
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def prompt_for(scene: Scene, rng: np.random.Generator | int) -> str:
+    """A sentence for ``scene``; ``rng`` (seed or Generator) picks the word order and the synonyms."""
+    gen = np.random.default_rng(rng)
+
+    def pick(options: tuple) -> object:
+        return options[int(gen.integers(len(options)))]
+
+    size, colour = pick(SIZE_WORDS[scene.size]), pick(COLOUR_WORDS[scene.colour])
+    thing = f"{size} {colour} {pick(SHAPE_WORDS[scene.shape])}"
+    verb, verbing = pick(_VERBS)  # type: ignore[misc]
+    where = pick(_direction_phrases(scene.direction))
+    place = f"{pick(_PREPOSITIONS)} a {pick(BACKGROUND_WORDS[scene.background])} {pick(_PLACES)}"
+    a = _article(str(size))
+    return str(
+        pick(
+            (
+                f"{a} {thing} {verb} {where} {place}",
+                f"{a} {thing} {verbing} {where} {place}",
+                f"{place}, {a} {thing} {verb} {where}",
+                f"a video of {a} {thing} {verbing} {where} {place}",
+            )
+        )
+    )
+
+
+def parse_prompt(prompt: str) -> Scene:
+    """The scene a prompt asks for; the inverse of :func:`prompt_for`.
+
+    Raises ValueError naming the word that is unknown, or the attribute that is missing or named twice.
+    """
+    found: dict[str, set[str]] = {kind: set() for kind in _LOOKUP}
+    for word in re.findall(r"[^\W_]+", prompt.lower()):
+        kinds = [kind for kind, table in _LOOKUP.items() if word in table]
+        if not kinds and word not in _NEUTRAL:
+            raise ValueError(f"prompt {prompt!r}: the tiny world does not know the word {word!r}")
+        for kind in kinds:
+            found[kind].add(_LOOKUP[kind][word])
+    values: dict[str, str] = {}
+    for kind in ("shape", "colour", "size", "background"):
+        if len(found[kind]) != 1:
+            state = "names no" if not found[kind] else "names more than one"
+            raise ValueError(f"prompt {prompt!r} {state} {kind}; choose one of {', '.join(sorted(_LOOKUP[kind]))}")
+        values[kind] = found[kind].pop()
+    vertical, side = found["side"] & {"up", "down"}, found["side"] & {"left", "right"}
+    if len(vertical) > 1 or len(side) > 1 or not (vertical or side):
+        raise ValueError(f"prompt {prompt!r} names no direction or opposite ones (left, right, up, down or a diagonal)")
+    return Scene(direction="-".join([*vertical, *side]), **values)
+
+
+def _prompts(pool: tuple[Scene, ...], n: int, seed: int) -> list[str]:
+    if n < 0:
+        raise ValueError(f"n must not be negative, got {n}")
+    gen = np.random.default_rng(seed)
+    prompts: list[str] = []
+    seen: set[str] = set()
+    while len(prompts) < n:
+        for i in gen.permutation(len(pool)):
+            prompt = prompt_for(pool[int(i)], gen)
+            if prompt not in seen:
+                seen.add(prompt)
+                prompts.append(prompt)
+            if len(prompts) == n:
+                break
+    return prompts
+
+
+def held_out_prompts(n: int, seed: int = 7) -> list[str]:
+    """``n`` distinct evaluation prompts over held-out scenes; the first k of a longer list are the shorter list."""
+    return _prompts(held_out_scenes(), n, seed)
+
+
+def calibration_prompts(n: int, seed: int = 11) -> list[str]:
+    """``n`` distinct calibration prompts over training scenes: no scene of the held-out prompts is among them."""
+    return _prompts(train_scenes(), n, seed)

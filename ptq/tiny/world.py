@@ -1,0 +1,163 @@
+"""The tiny world: scenes and a renderer of short clips, deterministic from integer seeds.
+
+One flat shape of one colour crosses a plain or striped background in one of eight directions.
+This file holds the attribute tables, the :class:`Scene`, the split into training and held-out
+scenes and the renderer. Prompts are in ``grammar.py``, measuring in ``detect.py``; no model here.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from ptq.tiny import shapes
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 30, 30),
+    "orange": (240, 130, 20),
+    "yellow": (235, 215, 30),
+    "green": (30, 170, 50),
+    "cyan": (30, 200, 205),
+    "blue": (35, 70, 225),
+    "purple": (130, 45, 200),
+    "pink": (240, 60, 160),
+}
+SHAPES: tuple[str, ...] = shapes.SHAPES
+_D = 2.0**-0.5
+#: Unit vectors (dx, dy) in image coordinates: y grows downwards.
+DIRECTIONS: dict[str, tuple[float, float]] = {
+    "right": (1.0, 0.0),
+    "down-right": (_D, _D),
+    "down": (0.0, 1.0),
+    "down-left": (-_D, _D),
+    "left": (-1.0, 0.0),
+    "up-left": (-_D, -_D),
+    "up": (0.0, -1.0),
+    "up-right": (_D, -_D),
+}
+BACKGROUNDS: tuple[str, ...] = ("black", "grey", "white", "striped")
+SIZES: dict[str, float] = {"small": 8.0, "large": 12.5}
+#: Grey level of each plain background; the striped one alternates between two.
+_LEVELS = {"black": 20.0, "grey": 115.0, "white": 228.0}
+_STRIPES = (75.0, 160.0)
+_STRIPE_PERIOD = 16.0
+#: Path length in pixels at 64x64, whatever the number of frames.
+_TRAVEL = (18.0, 24.0)
+_SPLIT_SEED = 20260
+_HELD_OUT_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a prompt asks for. Every field is one of this file's attribute names."""
+
+    shape: str
+    colour: str
+    direction: str
+    background: str
+    size: str
+
+    def __post_init__(self) -> None:
+        tables = {
+            "shape": SHAPES,
+            "colour": tuple(COLOURS),
+            "direction": tuple(DIRECTIONS),
+            "background": BACKGROUNDS,
+            "size": tuple(SIZES),
+        }
+        for name, allowed in tables.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} {value!r} is not in the tiny world; choose from {', '.join(allowed)}")
+
+
+@functools.lru_cache(maxsize=1)
+def _split() -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:
+    scenes = [Scene(*c) for c in itertools.product(SHAPES, COLOURS, DIRECTIONS, BACKGROUNDS, SIZES)]
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(scenes))
+    held = round(len(scenes) * _HELD_OUT_SHARE)
+    return tuple(scenes[i] for i in order[held:]), tuple(scenes[i] for i in order[:held])
+
+
+def train_scenes() -> tuple[Scene, ...]:
+    """The scenes (attribute combinations) that training and calibration may use, in a fixed order."""
+    return _split()[0]
+
+
+def held_out_scenes() -> tuple[Scene, ...]:
+    """The scenes kept for evaluation: never trained on, never calibrated on. Fixed order."""
+    return _split()[1]
+
+
+def all_scenes() -> tuple[Scene, ...]:
+    """Every scene of the world (training ones first)."""
+    return train_scenes() + held_out_scenes()
+
+
+def sample_scene(rng: np.random.Generator | int, split: str = "all") -> Scene:
+    """Draw a scene uniformly. ``split``: ``"all"``, ``"train"`` or ``"held_out"``."""
+    pools = {"all": all_scenes, "train": train_scenes, "held_out": held_out_scenes}
+    if split not in pools:
+        raise ValueError(f"split {split!r} is unknown; choose from {', '.join(pools)}")
+    pool = pools[split]()
+    return pool[int(np.random.default_rng(rng).integers(len(pool)))]
+
+
+def _background(name: str, phase: float, height: int, width: int) -> np.ndarray:
+    scale = min(height, width) / 64.0
+    if name in _LEVELS:
+        return np.full((height, width), _LEVELS[name])
+    x = (np.arange(width) + 0.5) / scale + phase
+    # A clipped triangle wave: stripes with one-pixel soft edges.
+    wave = np.abs((x / _STRIPE_PERIOD) % 1.0 - 0.5) * 2.0 - 0.5
+    mix = np.clip(0.5 + wave * _STRIPE_PERIOD / 2.0, 0.0, 1.0)
+    row = _STRIPES[0] + (_STRIPES[1] - _STRIPES[0]) * mix
+    return np.broadcast_to(row, (height, width)).copy()
+
+
+def render(
+    scene: Scene,
+    rng: np.random.Generator | int,
+    num_frames: int = 9,
+    height: int = 64,
+    width: int = 64,
+) -> np.ndarray:
+    """Draw ``scene`` as uint8 ``[T, H, W, 3]`` RGB.
+
+    ``rng`` (an integer seed or a Generator) decides only what prompts do not name: where the path
+    lies, how long it is (18 to 24 pixels at 64x64) and the phase of the stripes. The shape stays
+    inside the frame.
+    """
+    gen = np.random.default_rng(rng)
+    scale = min(height, width) / 64.0
+    radius = SIZES[scene.size] * scale
+    extent = shapes.extent(scene.shape) * radius + 0.5
+    unit = np.array(DIRECTIONS[scene.direction])
+    length = gen.uniform(*_TRAVEL) * scale
+    phase = gen.uniform(0.0, _STRIPE_PERIOD)
+    half = np.abs(unit) * length / 2.0
+    lo = half + extent
+    hi = np.array([width, height]) - half - extent
+    slack = gen.uniform(0.0, 1.0, size=2)
+    mid = np.where(hi > lo, lo + (hi - lo) * slack, np.array([width, height]) / 2.0)
+    back = _background(scene.background, phase, height, width)[..., None]
+    colour = np.array(COLOURS[scene.colour], dtype=np.float64)
+    frames = np.empty((num_frames, height, width, 3), dtype=np.uint8)
+    for t in range(num_frames):
+        along = (t / (num_frames - 1) - 0.5) if num_frames > 1 else 0.0
+        cx, cy = mid + unit * length * along
+        alpha = shapes.coverage(scene.shape, cx, cy, radius, height, width)[..., None]
+        frames[t] = np.round(back * (1.0 - alpha) + colour * alpha).astype(np.uint8)
+    return frames
+
+
+def __getattr__(name: str) -> object:
+    """The prompt functions are reachable from here too; they live in ``grammar.py``, which imports this file."""
+    if name in {"prompt_for", "parse_prompt", "held_out_prompts", "calibration_prompts"}:
+        from ptq.tiny import grammar
+
+        return getattr(grammar, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

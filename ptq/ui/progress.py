@@ -1,0 +1,67 @@
+"""A progress bar with the time left; plain lines when stderr is not a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from ptq.ui.console import emit, info, stderr
+
+PLAIN_INTERVAL_S = 10.0
+
+
+class Progress:
+    """Handle of one running task: call `advance` after each finished item."""
+
+    def __init__(self, description: str, total: int, bar: RichProgress | None) -> None:
+        self.description, self.total, self.done = description, total, 0
+        self._bar = bar
+        self._task = bar.add_task(description, total=total, note="") if bar else None
+        self._start = self._last_line = time.monotonic()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count `count` more items as done; `note` is a short remark shown behind the bar."""
+        self.done += count
+        emit("progress", task=self.description, done=self.done, total=self.total, note=note)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=count, note=note)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= PLAIN_INTERVAL_S or self.done == self.total:
+            self._last_line = now
+            left = (now - self._start) / max(self.done, 1) * (self.total - self.done)
+            info(
+                f"{self.description}: {self.done}/{self.total}, {format_seconds(left)} left{f' ({note})' if note else ''}"
+            )
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int) -> Iterator[Progress]:
+    """Show progress for `total` items while the block runs."""
+    if not stderr.is_terminal:
+        yield Progress(description, total, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+    )
+    with RichProgress(*columns, console=stderr) as bar:
+        yield Progress(description, total, bar)
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as 42s, 3m 05s or 2h 10m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
