@@ -1,0 +1,185 @@
+"""What every 4-bit block format offers: the `Format` interface, its `Codes`, nibble packing.
+
+A format cuts the last dimension K into groups, gives each group a scale and each element a nibble. Two views of the
+same codes exist: (elements, scales) for arithmetic, and (weight_packed, weight_scale) as stored in a checkpoint.
+Rounding solvers use the third view, `steps` and `encode`: once scales are fixed, every element has its own step and the
+format is a plain nearest-level quantizer on `x / step`.
+
+Deliberately no nn.Module, no state, no device logic: functions of tensors on whatever device they are.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ptq.errors import PtqError
+
+INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class FormatError(PtqError, ValueError):
+    """A tensor that a format cannot take: wrong dtype, K not a multiple of the group, scales of another shape."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Unpacked codes of one tensor.
+
+    Attributes:
+        elements: uint8 [..., K], one nibble a byte: sign << 3 | magnitude.
+        scales: [..., K / group_size] in the format's `scale_dtype`, as stored in `weight_scale`.
+    """
+
+    elements: Tensor
+    scales: Tensor
+
+
+class Format(ABC):
+    """A 4-bit block format along the last dimension. Stateless; get one with `ptq.formats.get(name)`."""
+
+    name: ClassVar[str]
+    group_size: ClassVar[int]
+    bits_per_value: ClassVar[float]
+    scale_dtype: ClassVar[torch.dtype]
+    scale_layout: ClassVar[str]
+    scale_rules: ClassVar[tuple[str, ...]]
+    """Names accepted by `scale_rule`; the first one is the default."""
+    ties_options: ClassVar[tuple[str, ...]]
+    """Names accepted by `ties`; the first one is the default."""
+
+    # Public, shape-checked entry points.
+
+    def quantize(self, x: Tensor, *, scale_rule: str | None = None, ties: str | None = None) -> Codes:
+        """Quantize along the last dimension.
+
+        Args:
+            x: float32, bfloat16 or float16 [..., K], K a multiple of `group_size`. Arithmetic is float32.
+            scale_rule: one of `scale_rules` (default: the first).
+            ties: one of `ties_options` (default: the first).
+
+        Returns:
+            Codes. A group that holds a NaN or an infinity becomes a NaN group (scale byte 0xFF, elements 0).
+
+        Raises:
+            FormatError: dtype, K, scale rule or ties not accepted.
+        """
+        self._check_input(x)
+        rule, ties = self._options(scale_rule, ties)
+        elements, scales = self._quantize(x.float(), rule, ties)
+        return Codes(elements, scales)
+
+    def dequantize(self, codes: Codes) -> Tensor:
+        """Exact values of the codes as float32 [..., K]; NaN groups decode to NaN."""
+        self._check_codes(codes)
+        return self.decode(codes.elements, self.steps(codes.scales))
+
+    def fake_quantize(self, x: Tensor, *, scale_rule: str | None = None, ties: str | None = None) -> Tensor:
+        """`dequantize(quantize(x))` without building codes, in the dtype of `x` (exact in float32 and bfloat16).
+
+        Same arguments and errors as `quantize`. NaN groups come back as NaN.
+        """
+        self._check_input(x)
+        rule, ties = self._options(scale_rule, ties)
+        return self._fake_quantize(x.float(), rule, ties).to(x.dtype)
+
+    def pack(self, codes: Codes) -> tuple[Tensor, Tensor]:
+        """Codes -> (weight_packed uint8 [..., K/2] even k in the low nibble, weight_scale [..., K/group_size])."""
+        self._check_codes(codes)
+        return pack_nibbles(codes.elements), codes.scales
+
+    def unpack(self, weight_packed: Tensor, weight_scale: Tensor) -> Codes:
+        """Inverse of `pack`.
+
+        Raises:
+            FormatError: dtypes or shapes that do not belong together.
+        """
+        if weight_packed.dtype != torch.uint8:
+            raise FormatError(f"{self.name}: weight_packed must be uint8, found {weight_packed.dtype}.")
+        codes = Codes(unpack_nibbles(weight_packed), weight_scale)
+        self._check_codes(codes)
+        return codes
+
+    # The format itself, on float32 tensors of checked shape.
+
+    @abstractmethod
+    def steps(self, scales: Tensor) -> Tensor:
+        """Scales [..., K/g] -> the factor of each element as float32 [..., K]; NaN for NaN groups."""
+
+    @abstractmethod
+    def levels(self, elements: Tensor) -> Tensor:
+        """Elements uint8 -> signed level as float32, such that value = level * step."""
+
+    @abstractmethod
+    def encode(self, x: Tensor, steps: Tensor) -> Tensor:
+        """Nearest element for given steps: float32 x and steps (broadcastable) -> uint8 elements, never -0."""
+
+    def decode(self, elements: Tensor, steps: Tensor) -> Tensor:
+        """Elements and steps -> float32 values."""
+        return self.levels(elements) * steps
+
+    @abstractmethod
+    def _quantize(self, x: Tensor, rule: str, ties: str) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def _fake_quantize(self, x: Tensor, rule: str, ties: str) -> Tensor: ...
+
+    # Checks.
+
+    def _options(self, scale_rule: str | None, ties: str | None) -> tuple[str, str]:
+        rule = scale_rule or self.scale_rules[0]
+        ties = ties or self.ties_options[0]
+        if rule not in self.scale_rules:
+            raise FormatError(f"{self.name} has no scale rule {rule!r}; choose one of {', '.join(self.scale_rules)}.")
+        if ties not in self.ties_options:
+            raise FormatError(f"{self.name} has no ties option {ties!r}; choose one of {', '.join(self.ties_options)}.")
+        return rule, ties
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dtype not in INPUT_DTYPES:
+            raise FormatError(f"{self.name} takes float32, bfloat16 or float16, found {x.dtype}.")
+        if x.dim() == 0 or x.shape[-1] == 0 or x.shape[-1] % self.group_size:
+            raise FormatError(
+                f"{self.name} quantizes groups of {self.group_size} along the last dimension, found shape "
+                f"{list(x.shape)}. Leave this layer out of the targets, or pad K to a multiple of {self.group_size}."
+            )
+
+    def _check_codes(self, codes: Codes) -> None:
+        elements, scales = codes.elements, codes.scales
+        expected = (*elements.shape[:-1], elements.shape[-1] // self.group_size)
+        if (
+            elements.dtype != torch.uint8
+            or scales.dtype != self.scale_dtype
+            or elements.shape[-1] % self.group_size
+            or tuple(scales.shape) != expected
+        ):
+            raise FormatError(
+                f"{self.name}: elements {list(elements.shape)} {elements.dtype} need scales {list(expected)} "
+                f"{self.scale_dtype}, found {list(scales.shape)} {scales.dtype}."
+            )
+
+
+def grouped(x: Tensor, size: int) -> Tensor:
+    """[..., K] -> [..., K/size, size] (a view where `x` is contiguous)."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+
+
+def with_sign(magnitude: Tensor, x: Tensor) -> Tensor:
+    """uint8 magnitude index 0..7 and the signed source -> nibble; a zero magnitude never carries a sign."""
+    negative = (x < 0) & (magnitude > 0)
+    return magnitude | (negative.to(torch.uint8) << 3)
+
+
+def pack_nibbles(elements: Tensor) -> Tensor:
+    """uint8 [..., K] nibbles -> uint8 [..., K/2], even k in the low nibble."""
+    pairs = grouped(elements, 2)
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """uint8 [..., K/2] -> uint8 [..., K] nibbles, inverse of `pack_nibbles`."""
+    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)

@@ -1,0 +1,66 @@
+"""Block Hadamard rotation along the last dimension (Sylvester recurrence, no stored tables).
+
+With B the orthonormal block-diagonal Hadamard matrix, (x B)(w B)^T = x w^T: rotating input and weight leaves the layer's
+output unchanged and spreads an outlier over its block. B = H / sqrt(n) is symmetric. For n = 32 and 128 sqrt(n) is not a
+power of two, so the factor is split: the input uses H / 2^floor(log2(n)/2), the weight H / 2^ceil(log2(n)/2). The product
+is still H H / n = 1, every factor is exact in floating point, and a kernel that adds and subtracts in the same order
+reproduces the bits. Block formats have power-of-two scales at heart, so the common factor sqrt(2) costs nothing.
+
+Global rotations are deliberately absent: they hurt MXFP4 (specs: recovery 79.7 % global against 89.3 % block rotation).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK_SIZES = (16, 32, 64, 128)
+
+
+def hadamard_matrix(size: int) -> Tensor:
+    """The orthonormal Sylvester Hadamard matrix, float32 [size, size], symmetric and its own inverse.
+
+    Raises:
+        ValueError: `size` is not one of BLOCK_SIZES.
+    """
+    return signs(size) / size**0.5
+
+
+def signs(size: int) -> Tensor:
+    """The +-1 Sylvester matrix, float32 [size, size]."""
+    if size not in BLOCK_SIZES:
+        raise ValueError(f"Hadamard block size {size} is not supported; choose one of {BLOCK_SIZES}.")
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
+    return matrix
+
+
+def rotation_scales(size: int) -> tuple[float, float]:
+    """(input factor, weight factor): powers of two whose product is 1 / size."""
+    exponent = size.bit_length() - 1
+    return 2.0 ** -(exponent // 2), 2.0 ** -((exponent + 1) // 2)
+
+
+def rotate_input(x: Tensor, size: int) -> Tensor:
+    """Rotate activations [..., K] in blocks of `size` (0: unchanged). float32 result for float32 input."""
+    return x if size == 0 else _rotate(x, size, rotation_scales(size)[0])
+
+
+def rotate_weight(w_nk: Tensor, size: int) -> Tensor:
+    """Rotate a weight [N, K] so that rotate_weight(W) @ rotate_input(x) = W @ x (0: unchanged)."""
+    return w_nk if size == 0 else _rotate(w_nk, size, rotation_scales(size)[1])
+
+
+def rotate_hessian(h_kk: Tensor, size: int) -> Tensor:
+    """Hessian [K, K] = sum x x^T of raw inputs -> the Hessian of rotated inputs (0: unchanged)."""
+    if size == 0:
+        return h_kk
+    return rotate_input(rotate_input(h_kk, size).T, size).T
+
+
+def _rotate(x: Tensor, size: int, factor: float) -> Tensor:
+    if x.shape[-1] % size:
+        raise ValueError(f"Rotation blocks of {size} do not divide the last dimension of {list(x.shape)}.")
+    matrix = (signs(size) * factor).to(device=x.device, dtype=x.dtype)
+    return (x.reshape(*x.shape[:-1], -1, size) @ matrix).reshape(x.shape)
