@@ -1,4 +1,4 @@
-"""Function-preserving changes of basis, applied to weight, input and Hessian. Online order: smooth, rotate, quantize."""
+"""Function-preserving changes of basis on weight, input and Hessian. Online order: smooth, rotate, quantize."""
 
 from ptq.transforms.hadamard import (
     BLOCK_SIZES,

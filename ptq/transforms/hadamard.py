@@ -1,10 +1,10 @@
 """Block Hadamard rotation along the last dimension (Sylvester recurrence, no stored tables).
 
-With B the orthonormal block-diagonal Hadamard matrix, (x B)(w B)^T = x w^T: rotating input and weight leaves the layer's
-output unchanged and spreads an outlier over its block. B = H / sqrt(n) is symmetric. For n = 32 and 128 sqrt(n) is not a
-power of two, so the factor is split: the input uses H / 2^floor(log2(n)/2), the weight H / 2^ceil(log2(n)/2). The product
-is still H H / n = 1, every factor is exact in floating point, and a kernel that adds and subtracts in the same order
-reproduces the bits. Block formats have power-of-two scales at heart, so the common factor sqrt(2) costs nothing.
+With B the orthonormal block-diagonal Hadamard matrix, (x B)(w B)^T = x w^T: rotating input and weight leaves the
+layer's output unchanged and spreads an outlier over its block. B = H / sqrt(n) is symmetric. For n = 32 and 128 sqrt(n)
+is not a power of two, so the factor is split: the input uses H / 2^floor(log2(n)/2), the weight H / 2^ceil(log2(n)/2).
+The product is still H H / n = 1, every factor is exact in floating point, and a kernel that adds and subtracts in the
+same order reproduces the bits. Block formats have power-of-two scales at heart, so the factor sqrt(2) costs nothing.
 
 Global rotations are deliberately absent: they hurt MXFP4 (specs: recovery 79.7 % global against 89.3 % block rotation).
 """

@@ -1,4 +1,4 @@
-"""Per-channel smoothing: x * s online, W / s offline (SmoothQuant, arXiv 2211.10438, with the factor on the input side).
+"""Per-channel smoothing: x * s online, W / s offline (SmoothQuant, arXiv 2211.10438, factor on the input side).
 
 `smooth` is the checkpoint's vector: bfloat16 [K], multiplied into the input. Only the application lives here; choosing
 the factors is a search and lives with the solvers.

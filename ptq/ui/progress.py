@@ -34,9 +34,8 @@ class Progress:
         if now - self._last_line >= PLAIN_INTERVAL_S or self.done == self.total:
             self._last_line = now
             left = (now - self._start) / max(self.done, 1) * (self.total - self.done)
-            info(
-                f"{self.description}: {self.done}/{self.total}, {format_seconds(left)} left{f' ({note})' if note else ''}"
-            )
+            remark = f" ({note})" if note else ""
+            info(f"{self.description}: {self.done}/{self.total}, {format_seconds(left)} left{remark}")
 
 
 @contextlib.contextmanager

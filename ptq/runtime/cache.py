@@ -1,0 +1,55 @@
+"""Decoded weights kept in memory up to a limit, so that small models do not decode the same codes at every call.
+
+The limit is in bytes over all layers of the process (environment variable PTQ_DECODED_CACHE_MB, default 1024). Least
+recently used weights leave first. A weight larger than the whole limit is never cached: the layer then decodes it tile
+by tile. Codes are identified by tensor identity and version counter, so loading other codes into a layer invalidates
+them.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+
+from torch import Tensor
+
+DEFAULT_LIMIT_MB = 1024
+
+
+class DecodedCache:
+    """LRU map from packed codes to decoded float32 weights, bounded in bytes."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.used_bytes = 0
+        self._entries: OrderedDict[int, tuple[int, Tensor]] = OrderedDict()
+
+    def get(self, key: Tensor, nbytes: int, decode: Callable[[], Tensor]) -> Tensor | None:
+        """The decoded weight of the codes `key`, decoding it when absent; None when `nbytes` exceeds the limit."""
+        if nbytes > self.limit_bytes:
+            return None
+        identity, version = id(key), 0 if key.is_inference() else key._version
+        entry = self._entries.get(identity)
+        if entry is not None and entry[0] == version:
+            self._entries.move_to_end(identity)
+            return entry[1]
+        self._drop(identity)
+        while self.used_bytes + nbytes > self.limit_bytes:
+            self._drop(next(iter(self._entries)))
+        weight = decode()
+        self._entries[identity] = (version, weight)
+        self.used_bytes += nbytes
+        weakref.finalize(key, self._drop, identity)
+        return weight
+
+    def _drop(self, identity: int) -> None:
+        entry = self._entries.pop(identity, None)
+        if entry is not None:
+            self.used_bytes -= entry[1].nbytes
+
+
+def from_environment() -> DecodedCache:
+    """A cache with the limit that PTQ_DECODED_CACHE_MB asks for."""
+    return DecodedCache(int(os.environ.get("PTQ_DECODED_CACHE_MB", DEFAULT_LIMIT_MB)) * 2**20)

@@ -1,0 +1,117 @@
+"""`QuantLinear`: a Linear whose weight is stored in packed 4-bit codes and whose input is quantized at every call.
+
+The CPU path computes in float32: decode the weight (cached up to a limit, otherwise in tiles of output rows), quantize
+the input to the grid, F.linear. It equals the fake-quant reference (dequantized weight, fake-quantized input) up to the
+accumulation order of the matrix product.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ptq import formats
+from ptq.formats import Codes
+from ptq.runtime.cache import from_environment
+from ptq.runtime.spec import QuantSpec
+from ptq.transforms import rotate_weight, rotation_scales
+
+TILE_BYTES = 64 * 2**20
+"""Decoded float32 bytes of one tile of output rows where the whole weight is not cached."""
+
+decoded_cache = from_environment()
+
+
+class QuantLinear(nn.Module):
+    """W4A4 replacement of nn.Linear.
+
+    State: `weight_packed` uint8 [N, K/2], `weight_scale` [N, K/group] (dtype of the format), `bias` float [N] or
+    absent, `smooth` bfloat16 [K] where `spec.smooth`. All are parameters without gradient, so that device maps,
+    offloading hooks and state dicts treat them like any weight.
+
+    Args:
+        in_features, out_features: K and N; K must be a multiple of the group and of the rotation block.
+        bias: whether the layer has a bias.
+        spec: the numerics.
+        device, dtype: where and in which float dtype to create bias (packed dtypes are fixed).
+
+    Raises:
+        FormatError: K does not fit the format.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        spec: QuantSpec,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        fmt = formats.get(spec.format)
+        if in_features % max(fmt.group_size, spec.rotation):
+            raise formats.FormatError(
+                f"A layer with K = {in_features} cannot be {spec.format} with rotation {spec.rotation}: K must be a "
+                f"multiple of {max(fmt.group_size, spec.rotation)}."
+            )
+        self.weight_packed = _frozen(torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device))
+        scale_shape = (out_features, in_features // fmt.group_size)
+        self.weight_scale = _frozen(torch.empty(scale_shape, dtype=fmt.scale_dtype, device=device))
+        self.bias = _frozen(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.smooth = _frozen(torch.empty(in_features, dtype=torch.bfloat16, device=device)) if spec.smooth else None
+
+    @classmethod
+    def from_codes(cls, codes: Codes, spec: QuantSpec, bias: Tensor | None, smooth: Tensor | None) -> QuantLinear:
+        """A layer holding given codes (weight already in the transformed basis), bias [N] and smooth [K]."""
+        packed, scale = formats.get(spec.format).pack(codes)
+        n, k = codes.elements.shape
+        layer = cls(k, n, bias is not None, spec, device="meta")
+        layer.weight_packed, layer.weight_scale = _frozen(packed), _frozen(scale)
+        layer.bias = None if bias is None else _frozen(bias)
+        layer.smooth = None if smooth is None else _frozen(smooth)
+        return layer
+
+    def codes(self) -> Codes:
+        """The unpacked codes."""
+        return formats.get(self.spec.format).unpack(self.weight_packed, self.weight_scale)
+
+    def dequantize(self) -> Tensor:
+        """The weight in the original basis as float32 [N, K]: what plain `x @ W.T` would need (rotation and smoothing
+        undone; input quantization is not part of it)."""
+        weight = self._decode(0, self.out_features)
+        if self.spec.rotation:
+            input_factor, weight_factor = rotation_scales(self.spec.rotation)
+            weight = rotate_weight(weight, self.spec.rotation) * (input_factor / weight_factor)
+        return weight if self.smooth is None else weight * self.smooth.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] of any float dtype -> [..., N] in the same dtype."""
+        quantized = self.spec.quantize_input(x, self.smooth)
+        bias = None if self.bias is None else self.bias.float()
+        nbytes = 4 * self.in_features * self.out_features
+        weight = decoded_cache.get(self.weight_packed, nbytes, lambda: self._decode(0, self.out_features))
+        if weight is not None:
+            return F.linear(quantized, weight, bias).to(x.dtype)
+        output = quantized.new_empty(*x.shape[:-1], self.out_features)
+        rows = max(1, TILE_BYTES // (4 * self.in_features))
+        for start in range(0, self.out_features, rows):
+            stop = min(start + rows, self.out_features)
+            tile_bias = None if bias is None else bias[start:stop]
+            output[..., start:stop] = F.linear(quantized, self._decode(start, stop), tile_bias)
+        return output.to(x.dtype)
+
+    def _decode(self, start: int, stop: int) -> Tensor:
+        """Rows start:stop of the weight in the transformed basis, float32."""
+        fmt = formats.get(self.spec.format)
+        return fmt.dequantize(fmt.unpack(self.weight_packed[start:stop], self.weight_scale[start:stop]))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec}"
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
