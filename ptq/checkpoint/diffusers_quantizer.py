@@ -1,0 +1,139 @@
+"""How diffusers loads and saves a packed component: the quantizer behind `quant_method: "ptq"`.
+
+diffusers has no registration call; its two mappings are plain dictionaries (see register.py). Before any tensor is read
+the whole component is checked against its configuration: every file complete, every tensor present, of the right shape
+and dtype, none unexpected. While tensors are loaded their checksums are compared with the index. Afterwards nothing may
+be left on the meta device. diffusers itself would only warn about most of these.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from ptq.checkpoint.quantization_config import QUANT_METHOD, PackedConfig
+from ptq.checkpoint.safetensors_file import TensorEntry, read_header, tensor_crc32
+from ptq.checkpoint.shards import CHECKSUMS_KEY, INDEX_NAME
+from ptq.errors import DamagedFileError
+from ptq.fs import read_json
+from ptq.runtime import QuantLinear
+
+
+class PtqMethod(StrEnum):
+    """A string with a `.value`, which diffusers calls; a plain string does not do."""
+
+    PTQ = QUANT_METHOD
+
+
+class PtqConfig(QuantizationConfigMixin):
+    """The quantization configuration as diffusers carries it around; the content is a `PackedConfig`."""
+
+    def __init__(self, **fields: Any) -> None:
+        fields.pop("quant_method", None)
+        self.quant_method = PtqMethod.PTQ
+        self.packed = PackedConfig.parse({"quant_method": QUANT_METHOD, **fields})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary, as found in config.json."""
+        return self.packed.model_dump(mode="json")
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Called when diffusers prints or saves the configuration; there are no defaults worth hiding."""
+        return self.to_dict()
+
+
+class PtqQuantizer(DiffusersQuantizer):
+    """Replaces the target Linears by `QuantLinear` and lets diffusers fill in the packed tensors."""
+
+    use_keep_in_fp32_modules = True  # without it Wan's time embedder, norms and scale_shift_table load in bf16
+    requires_calibration = False
+
+    def __init__(self, quantization_config: PtqConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.packed = quantization_config.packed
+        self._entries: dict[str, TensorEntry] = {}
+        self._checksums: dict[str, int] = {}
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Called with the file names before tensors are read: validate every header, find the checksums."""
+        for file in checkpoint_files:
+            self._entries.update(read_header(file))
+        index = Path(checkpoint_files[0]).parent / INDEX_NAME
+        if index.exists():
+            self._checksums = read_json(index).get("metadata", {}).get(CHECKSUMS_KEY, {})
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        modules = dict(model.named_modules())
+        for name in self.packed.layer_names(modules):
+            linear = modules[name]
+            if isinstance(linear, nn.Linear):
+                bias = linear.bias is not None
+                layer = QuantLinear(linear.in_features, linear.out_features, bias, self.packed.spec, device="meta")
+                model.set_submodule(name, layer)
+        self._check_headers(model)
+
+    def _check_headers(self, model: nn.Module) -> None:
+        expected = model.state_dict()
+        where = next(iter(self._entries.values())).file.parent if self._entries else "the checkpoint"
+        for name, tensor in expected.items():
+            entry = self._entries.get(name)
+            if entry is None:
+                raise DamagedFileError(f"{where} lacks tensor {name}, which its config.json requires.")
+            packed_dtype = not tensor.is_floating_point()
+            if entry.shape != tuple(tensor.shape) or (packed_dtype and entry.torch_dtype != tensor.dtype):
+                raise DamagedFileError(
+                    f"{entry.file}: tensor {name} is {entry.dtype} {list(entry.shape)}, but config.json asks for "
+                    f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}."
+                )
+        unexpected = [name for name in self._entries if name not in expected]
+        if unexpected:
+            raise DamagedFileError(
+                f"{self._entries[unexpected[0]].file} holds tensor {unexpected[0]}, which its config.json does not know"
+                f" ({len(unexpected)} such tensors). The configuration and the weights are not of one checkpoint."
+            )
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Called for each shard: compare the bytes with the checksums of the index."""
+        for name, tensor in state_dict.items():
+            expected = self._checksums.get(name)
+            if expected is not None and tensor.device.type == "cpu" and tensor_crc32(tensor) != expected:
+                raise DamagedFileError(
+                    f"{self._entries[name].file}: the bytes of tensor {name} differ from the checksum in {INDEX_NAME}. "
+                    "The file was edited or damaged; copy it again."
+                )
+        return state_dict
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for name, tensor in model.state_dict().items():
+            if tensor.is_meta and not kwargs.get("device_map"):
+                raise DamagedFileError(f"Tensor {name} was not loaded; the checkpoint is incomplete.")
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Called by save_pretrained: every tensor gets the dtype it had on disk, so saving again changes nothing."""
+        on_disk = {name: entry.torch_dtype for name, entry in self._entries.items()}
+        return {name: tensor.to(on_disk.get(name, tensor.dtype)) for name, tensor in state_dict.items()}, {}
+
+    def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
+        """Device maps are sized with this dtype; packed weights take about half a byte a value."""
+        return torch.int8
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def supports_safetensors_serialization(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False

@@ -1,0 +1,124 @@
+"""The `quantization_config` object of a component's config.json: a strict model of what specs/checkpoint fixes.
+
+Explicit targets times explicit protected blocks; nothing is inferred from tensor names. Rotation is a rule, not stored
+matrices. An unknown key, format or version is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ptq import formats
+from ptq.errors import PtqError
+from ptq.runtime.spec import QuantSpec
+
+QUANT_METHOD = "ptq"
+FORMAT_VERSION = 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WeightsConfig(_Strict):
+    """Layout of weight_packed and weight_scale."""
+
+    group_size: int
+    nibble_order: Literal["low_first"] = "low_first"
+    scale_layout: str
+
+
+class ActivationsConfig(_Strict):
+    """Dynamic quantization of the inputs."""
+
+    format: str
+    dynamic: Literal[True] = True
+    scale_rule: str
+    ties: str
+
+
+class TransformConfig(_Strict):
+    """The change of basis of every target: smooth, then block Hadamard."""
+
+    type: Literal["hadamard", "none"]
+    block_size: Literal[0, 16, 32, 64, 128]
+    smooth: bool
+
+
+class PackedConfig(_Strict):
+    """What config.json says about a packed transformer."""
+
+    quant_method: Literal["ptq"] = QUANT_METHOD
+    format_version: Literal[1] = FORMAT_VERSION
+    format: Literal["mxfp4", "hif4"]
+    weights: WeightsConfig
+    input_activations: ActivationsConfig
+    targets: tuple[str, ...]
+    high_precision_blocks: tuple[int, ...] = ()
+    transform: TransformConfig
+
+    @classmethod
+    def build(cls, spec: QuantSpec, targets: Iterable[str], high_precision_blocks: Iterable[int] = ()) -> PackedConfig:
+        """The configuration of a component whose `targets` all have the numerics of `spec`."""
+        fmt = formats.get(spec.format)
+        return cls(
+            format=spec.format,
+            weights=WeightsConfig(group_size=fmt.group_size, scale_layout=fmt.scale_layout),
+            input_activations=ActivationsConfig(
+                format=spec.format,
+                scale_rule=spec.scale_rule or fmt.scale_rules[0],
+                ties=spec.ties or fmt.ties_options[0],
+            ),
+            targets=tuple(targets),
+            high_precision_blocks=tuple(sorted(high_precision_blocks)),
+            transform=TransformConfig(
+                type="hadamard" if spec.rotation else "none", block_size=spec.rotation, smooth=spec.smooth
+            ),
+        )
+
+    @classmethod
+    def parse(cls, value: dict[str, Any], where: str = "config.json") -> PackedConfig:
+        """Validate a dictionary read from disk.
+
+        Raises:
+            PtqError: another format version, unknown keys or values; the text names them.
+        """
+        version = value.get("format_version")
+        if version != FORMAT_VERSION:
+            raise PtqError(
+                f"{where} has quantization format_version {version!r}; this version of wan-ptq reads {FORMAT_VERSION}. "
+                "Upgrade wan-ptq, or quantize the model again."
+            )
+        try:
+            config = cls.model_validate(value)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise PtqError(f"{where} has a quantization_config that this version cannot read: {problems}.") from error
+        fmt = formats.get(config.format)
+        if (config.weights.group_size, config.weights.scale_layout) != (fmt.group_size, fmt.scale_layout):
+            raise PtqError(
+                f"{where} declares {config.format} weights with group size {config.weights.group_size} and layout "
+                f"{config.weights.scale_layout}; {config.format} has {fmt.group_size} and {fmt.scale_layout}."
+            )
+        return config
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The numerics of every target layer."""
+        return QuantSpec(
+            format=self.format,
+            rotation=self.transform.block_size,
+            smooth=self.transform.smooth,
+            scale_rule=self.input_activations.scale_rule,
+            ties=self.input_activations.ties,
+        )
+
+    def layer_names(self, module_names: Iterable[str]) -> list[str]:
+        """Names among `module_names` that are quantized: "<list>.<block>.<target>" outside the protected blocks."""
+        pattern = re.compile(r"(?:.+\.)?(\d+)\.(" + "|".join(map(re.escape, self.targets)) + ")")
+        matches = ((name, pattern.fullmatch(name)) for name in module_names)
+        return [name for name, match in matches if match and int(match[1]) not in self.high_precision_blocks]

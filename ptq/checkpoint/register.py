@@ -1,0 +1,61 @@
+"""Makes diffusers know the "ptq" quantizer, without importing diffusers before the user does.
+
+diffusers takes seconds to import and `ptq --help` must not. So `import ptq` registers at once when
+`diffusers.quantizers.auto` is already loaded, and otherwise right after it has been executed, through an import hook.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+TARGET = "diffusers.quantizers.auto"
+
+
+def register_with_diffusers() -> None:
+    """Register now or when diffusers is imported. Calling it again changes nothing."""
+    module = sys.modules.get(TARGET)
+    if module is not None and hasattr(module, "AUTO_QUANTIZATION_CONFIG_MAPPING"):
+        _register(module)
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _register(module: ModuleType) -> None:
+    from ptq.checkpoint.diffusers_quantizer import PtqConfig, PtqMethod, PtqQuantizer
+
+    module.AUTO_QUANTIZER_MAPPING[PtqMethod.PTQ.value] = PtqQuantizer  # type: ignore[attr-defined]
+    module.AUTO_QUANTIZATION_CONFIG_MAPPING[PtqMethod.PTQ.value] = PtqConfig  # type: ignore[attr-defined]
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds TARGET with the finders behind this one and wraps its loader."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != TARGET:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _RegisteringLoader(spec.loader)
+        return spec
+
+
+class _RegisteringLoader(importlib.abc.Loader):
+    """Runs the real loader, then registers."""
+
+    def __init__(self, inner: importlib.abc.Loader) -> None:
+        self._inner = inner
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._inner.exec_module(module)
+        _register(module)

@@ -1,0 +1,102 @@
+"""One component directory (transformer/): reading tensors from any sharding, writing the final shards and index.
+
+Tensors are located from validated headers and read one at a time, so a model larger than memory is never loaded whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from huggingface_hub.serialization._base import split_state_dict_into_shards_factory
+from safetensors import safe_open
+from torch import Tensor
+
+from ptq.checkpoint.safetensors_file import TensorEntry, read_header, write_from_entries
+from ptq.errors import DamagedFileError, PtqError
+from ptq.fs import read_json, write_json
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
+SHARD_NAME = "diffusion_pytorch_model-{index:05d}-of-{count:05d}.safetensors"
+MAX_SHARD_BYTES = 5_000_000_000
+CHECKSUMS_KEY = "ptq_crc32"
+
+
+class ShardSet:
+    """The tensors of one component, across its shards.
+
+    Args:
+        directory: a diffusers component directory with an index and shards, or a single safetensors file.
+
+    Raises:
+        PtqError: no safetensors weights, or a shard named by the index is missing.
+        DamagedFileError: a shard is damaged, or the index and the shards disagree.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.entries: dict[str, TensorEntry] = {}
+        index_path = self.directory / INDEX_NAME
+        if index_path.exists():
+            weight_map = read_json(index_path).get("weight_map", {})
+            for file in sorted(set(weight_map.values())):
+                self.entries.update(read_header(self.directory / file))
+            for name, file in weight_map.items():
+                if name not in self.entries or self.entries[name].file.name != file:
+                    raise DamagedFileError(f"{index_path} places tensor {name} in {file}, which does not hold it.")
+        elif (self.directory / WEIGHTS_NAME).exists():
+            self.entries = read_header(self.directory / WEIGHTS_NAME)
+        else:
+            raise PtqError(
+                f"{self.directory} has neither {INDEX_NAME} nor {WEIGHTS_NAME}. A diffusers component with safetensors "
+                "weights is expected; convert other checkpoints with diffusers first."
+            )
+        self.files = sorted({entry.file for entry in self.entries.values()})
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in its stored dtype, on the CPU.
+
+        Raises:
+            PtqError: the checkpoint has no such tensor.
+        """
+        entry = self.entries.get(name)
+        if entry is None:
+            raise PtqError(f"{self.directory} has no tensor {name}; the checkpoint is incomplete or of another model.")
+        with safe_open(entry.file, framework="pt") as handle:
+            return handle.get_tensor(name)
+
+    def read_prefix(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors whose names start with `prefix`, with the prefix removed."""
+        names = [name for name in self.entries if name.startswith(prefix)]
+        return {name.removeprefix(prefix): self.read(name) for name in names}
+
+
+def write_component(directory: str | Path, ordered: Sequence[TensorEntry], max_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write shards and index from tensors in other files, in the order in which diffusers would split them.
+
+    Args:
+        ordered: every tensor of the component in state-dict order, with its final name.
+        max_bytes: upper limit of one shard.
+
+    The index is written even for a single shard (so that a loader sees file names before it opens them) and carries a
+    CRC-32 of every tensor under `metadata.ptq_crc32`.
+    """
+    directory = Path(directory)
+    split = split_state_dict_into_shards_factory(
+        {entry.name: entry for entry in ordered},
+        get_storage_size=lambda entry: entry.nbytes,
+        filename_pattern="{suffix}",
+        max_shard_size=max_bytes,
+    )
+    by_name = {entry.name: entry for entry in ordered}
+    weight_map: dict[str, str] = {}
+    checksums: dict[str, int] = {}
+    groups: Iterable[list[str]] = split.filename_to_tensors.values()
+    for index, names in enumerate(groups, 1):
+        file = SHARD_NAME.format(index=index, count=len(split.filename_to_tensors))
+        checksums.update(write_from_entries(directory / file, (by_name[name] for name in names)))
+        weight_map.update(dict.fromkeys(names, file))
+    total = sum(entry.nbytes for entry in ordered)
+    metadata = {"total_size": total, CHECKSUMS_KEY: dict(sorted(checksums.items()))}
+    write_json(directory / INDEX_NAME, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
