@@ -1,0 +1,96 @@
+"""Capturing what the denoiser is called with while the real pipeline runs.
+
+Hooks on the experts see every call. Within a step the first call is the conditional branch and the second, at the same
+timestep, the unconditional one. The run is interrupted after the last wanted step: nothing later is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptq.calibration.records import Record
+from ptq.calibration.schedule import Step
+
+
+@dataclass
+class Capture:
+    """What one prompt's run yielded: record lines, their tensors, and the text embeddings [L, D]."""
+
+    records: list[Record] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    prompt_embeds: Tensor | None = None
+    negative_embeds: Tensor | None = None
+
+
+@torch.no_grad()
+def record_prompt(
+    pipeline: Any,
+    call_arguments: dict[str, Any],
+    steps: Sequence[Step],
+    *,
+    prompt_index: int,
+    sample_id: str,
+    file: str,
+) -> Capture:
+    """Run the pipeline on one prompt and keep the denoiser calls of the chosen steps.
+
+    Args:
+        pipeline: a Wan pipeline.
+        call_arguments: keyword arguments of the pipeline call (prompt, size, steps, guidance, generator).
+        steps: the steps to record.
+        prompt_index, sample_id, file: identity written into the records.
+    """
+    capture = Capture()
+    wanted = {step.index: step for step in steps}
+    last = max(wanted)
+
+    def stop_after_last(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if index >= last:
+            pipe._interrupt = True
+        return tensors
+
+    def on_call(step_index: int, branch: str, inputs: dict[str, Any]) -> None:
+        embeds = inputs["encoder_hidden_states"][0].detach().cpu()
+        if branch == "cond":
+            capture.prompt_embeds = embeds
+        else:
+            capture.negative_embeds = embeds
+        step = wanted.get(step_index)
+        if step is None:
+            return
+        name = f"{prompt_index:05d}-{step.index:03d}-{branch}"
+        capture.tensors[f"{name}.hidden_states"] = inputs["hidden_states"][0].detach().cpu().clone()
+        capture.tensors[f"{name}.timestep"] = inputs["timestep"].detach().cpu().clone()
+        fields = (step.expert, step.index, step.timestep, step.sigma, step.d_sigma, branch)
+        capture.records.append(Record(name, file, sample_id, *fields))
+
+    with _watch(pipeline, on_call):
+        pipeline(**call_arguments, output_type="latent", callback_on_step_end=stop_after_last)
+    return capture
+
+
+@contextlib.contextmanager
+def _watch(pipeline: Any, on_call: Any) -> Iterator[None]:
+    """Report every expert call as (step index, branch, keyword arguments)."""
+    state = {"step": -1, "timestep": None}
+
+    def hook(_module: torch.nn.Module, _args: Any, inputs: dict[str, Any]) -> None:
+        timestep = float(inputs["timestep"].flatten().max())
+        first_of_step = timestep != state["timestep"]
+        if first_of_step:
+            state.update(step=state["step"] + 1, timestep=timestep)
+        on_call(state["step"], "cond" if first_of_step else "uncond", inputs)
+
+    experts = [m for m in (pipeline.transformer, getattr(pipeline, "transformer_2", None)) if m is not None]
+    handles = [expert.register_forward_pre_hook(hook, with_kwargs=True) for expert in experts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,173 @@
+"""Records on disk: one safetensors file a prompt, written atomically; records.jsonl and calibration.json around them.
+
+A record is what the denoiser was *called with* (latents, timestep, text embedding), about 8 MB at 480p x 81 frames, not
+an activation (335 MB for one block input). Everything a replay needs and nothing that depends on the weights.
+
+A file's header carries the same lines as records.jsonl, so the index can always be rebuilt from the files that exist;
+that is how a killed or sharded run resumes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ptq.errors import DamagedFileError, PtqError
+from ptq.fs import atomic_path, read_json, read_jsonl, write_bytes
+
+SETTINGS_FILE = "calibration.json"
+INDEX_FILE = "records.jsonl"
+NEGATIVE_FILE = "negative.safetensors"
+RECORDS_DIR = "records"
+BRANCHES = ("cond", "uncond")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One denoiser call.
+
+    Attributes:
+        record: name, "<prompt index>-<step>-<branch>".
+        file: safetensors file, relative to the calibration directory.
+        sample_id: the prompt.
+        expert, step, timestep, sigma, d_sigma: see `schedule.Step`.
+        branch: "cond" or "uncond" (negative prompt).
+    """
+
+    record: str
+    file: str
+    sample_id: str
+    expert: str
+    step: int
+    timestep: float
+    sigma: float
+    d_sigma: float
+    branch: str
+
+
+@dataclass(frozen=True)
+class RecordTensors:
+    """Inputs of one call with batch dimension: hidden_states [1, C, T, H, W], timestep [1] or [1, tokens],
+    encoder_hidden_states [1, L, D]."""
+
+    hidden_states: Tensor
+    timestep: Tensor
+    encoder_hidden_states: Tensor
+
+
+def prompt_file(directory: Path, index: int) -> Path:
+    """File of the prompt at position `index`."""
+    return directory / RECORDS_DIR / f"{index:05d}.safetensors"
+
+
+def write_prompt(path: Path, records: Sequence[Record], tensors: dict[str, Tensor], prompt_embeds: Tensor) -> None:
+    """Write all records of one prompt: "<record>.hidden_states", "<record>.timestep" and "prompt_embeds" [L, D]."""
+    metadata = {"records": json.dumps([asdict(record) for record in records])}
+    save_atomic({**tensors, "prompt_embeds": prompt_embeds}, path, metadata)
+
+
+def save_atomic(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """safetensors.torch.save_file under a temporary name, then rename.
+
+    Raises:
+        PtqError: the disk is full or not writable.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(None, str(error)) from error
+
+
+def read_prompt_records(path: Path) -> list[Record] | None:
+    """The records of a finished prompt file, or None when it is absent or damaged (it is then recorded again)."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as handle:
+            lines = json.loads((handle.metadata() or {})["records"])
+            names = set(handle.keys())
+        records = [Record(**line) for line in lines]
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        return None
+    return records if all(f"{record.record}.hidden_states" in names for record in records) else None
+
+
+def write_index(directory: Path, records: Sequence[Record]) -> None:
+    """Write records.jsonl atomically."""
+    lines = [json.dumps(asdict(record), ensure_ascii=False) for record in records]
+    write_bytes(directory / INDEX_FILE, ("\n".join(lines) + "\n").encode())
+
+
+class CalibrationSet:
+    """A finished calibration directory.
+
+    Raises:
+        PtqError: not a calibration directory, or recording has not finished.
+        DamagedFileError: a record file is missing or damaged.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if not (self.directory / SETTINGS_FILE).exists():
+            raise PtqError(
+                f"{self.directory} is not a calibration directory (no {SETTINGS_FILE}). Make one with `ptq calibrate`."
+            )
+        self.settings: dict[str, Any] = read_json(self.directory / SETTINGS_FILE)
+        if not self.settings.get("complete"):
+            raise PtqError(
+                f"Recording into {self.directory} has not finished. Run the same `ptq calibrate` command again; "
+                "it goes on where it stopped."
+            )
+        lines = read_jsonl(self.directory / INDEX_FILE)
+        try:
+            self.records = [Record(**line) for line in lines]
+        except TypeError as error:
+            raise DamagedFileError(
+                f"{self.directory / INDEX_FILE} holds a line that is no record ({error})."
+            ) from error
+
+    @property
+    def digest(self) -> str:
+        """Digest of settings and record bytes; part of the signature of everything made from this set."""
+        return str(self.settings["digest"])
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """Prompts in the set, in order."""
+        return list(dict.fromkeys(record.sample_id for record in self.records))
+
+    def of_expert(self, expert: str) -> list[Record]:
+        """The records of one expert."""
+        return [record for record in self.records if record.expert == expert]
+
+    def load(self, record: Record) -> RecordTensors:
+        """Read one record's tensors (stored dtypes, CPU).
+
+        Raises:
+            DamagedFileError: missing or damaged file; names it and the record.
+        """
+        path = self.directory / record.file
+        embeds_path = path if record.branch == "cond" else self.directory / NEGATIVE_FILE
+        try:
+            with safe_open(path, framework="pt") as handle:
+                hidden = handle.get_tensor(f"{record.record}.hidden_states")
+                timestep = handle.get_tensor(f"{record.record}.timestep")
+            with safe_open(embeds_path, framework="pt") as handle:
+                embeds = handle.get_tensor("prompt_embeds")
+        except (SafetensorError, OSError) as error:
+            raise DamagedFileError(
+                f"Record {record.record} could not be read from {path} ({error}). Delete that file and run "
+                "`ptq calibrate` again to record it anew."
+            ) from error
+        return RecordTensors(hidden.unsqueeze(0), timestep, embeds.unsqueeze(0))
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)

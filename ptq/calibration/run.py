@@ -1,0 +1,190 @@
+"""The calibrate stage: prompts in, a calibration directory out. Resumes per prompt; shards share one directory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptq import ui
+from ptq.calibration.recorder import Capture, record_prompt
+from ptq.calibration.records import (
+    NEGATIVE_FILE,
+    RECORDS_DIR,
+    SETTINGS_FILE,
+    Record,
+    prompt_file,
+    read_prompt_records,
+    save_atomic,
+    write_index,
+    write_prompt,
+)
+from ptq.calibration.schedule import choose_steps, sampling_schedule, schedule_as_json
+from ptq.config import ModelPreset
+from ptq.errors import PtqError, UsageError
+from ptq.fs import digest, read_json, sha256_file, write_json
+from ptq.prompts import RESIZE_POLICY, Sample, caption_digest, fit_image, load_image
+from ptq.prompts.seeds import unit_seed
+from ptq.wan.calling import call_arguments
+from ptq.wan.structure import ModelLayout
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """Everything that decides the records.
+
+    Attributes:
+        layout: the model.
+        preset: sizes, steps and guidance, overrides applied.
+        samples: the prompts, in order.
+        records_per_prompt: denoiser calls kept of each prompt (with guidance two of each chosen step).
+        seed: base seed.
+        prompts_file: name and digest of the prompt file, for the record.
+    """
+
+    layout: ModelLayout
+    preset: ModelPreset
+    samples: Sequence[Sample]
+    records_per_prompt: int
+    seed: int
+    prompts_file: dict[str, str]
+
+    @property
+    def guided(self) -> bool:
+        """Whether the sampler also calls the unconditional branch."""
+        return self.preset.guidance_scale > 1.0
+
+    @property
+    def steps_per_prompt(self) -> int:
+        """Chosen steps of each prompt."""
+        return max(1, self.records_per_prompt // (2 if self.guided else 1))
+
+    def settings(self) -> dict[str, Any]:
+        """The part of calibration.json that must agree before two runs may share a directory."""
+        captions = [
+            {"dataset": s.dataset, "id": s.id, "caption_digest": caption_digest(s.prompt)} for s in self.samples
+        ]
+        return {
+            "variant": self.preset.variant,
+            "experts": {name: digest(config) for name, config in self.layout.experts.items()},
+            "preset": self.preset.model_dump(),
+            "prompts": self.prompts_file,
+            "samples": captions,
+            "records_per_prompt": self.records_per_prompt,
+            "seed": self.seed,
+            "image_policy": RESIZE_POLICY if self.preset.variant == "I2V-A14B" else None,
+        }
+
+
+def calibrate(
+    plan: CalibrationPlan,
+    load: Callable[[], Any],
+    out: Path,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """Record the plan's denoiser calls into `out`.
+
+    Args:
+        plan: what to record.
+        load: loads the pipeline; called only when something is left to record.
+        out: calibration directory; finished prompts in it are kept.
+        shard: (i, N): record only every N-th prompt, starting at i.
+        fresh: delete an earlier run in `out` first.
+
+    Returns:
+        The content of calibration.json; "complete" is true once every prompt of every shard is there.
+
+    Raises:
+        UsageError: `out` holds a run with other settings (names the difference).
+        PtqError: prompts without their image, disk full.
+    """
+    _prepare(out, plan.settings(), fresh)
+    todo = [i for i in range(len(plan.samples)) if i % shard[1] == shard[0]]
+    todo = [i for i in todo if read_prompt_records(prompt_file(out, i)) is None or not (out / NEGATIVE_FILE).exists()]
+    if todo:
+        _require_images(plan)
+        pipeline = load()
+        pipeline.set_progress_bar_config(disable=True)
+        schedule = sampling_schedule(pipeline, plan.preset.steps, list(plan.layout.experts))
+        write_json(out / SETTINGS_FILE, {**plan.settings(), "schedule": schedule_as_json(schedule), "complete": False})
+        with ui.progress("Recording prompts", len(todo)) as bar:
+            for index in todo:
+                capture = _record_one(plan, pipeline, schedule, index, out)
+                if capture.negative_embeds is not None:
+                    save_atomic({"prompt_embeds": capture.negative_embeds}, out / NEGATIVE_FILE)
+                bar.advance(note=f"{len(capture.records)} records")
+    return _finish(plan, out)
+
+
+def _prepare(out: Path, settings: dict[str, Any], fresh: bool) -> None:
+    if fresh and (out / SETTINGS_FILE).exists():
+        shutil.rmtree(out / RECORDS_DIR, ignore_errors=True)
+        (out / SETTINGS_FILE).unlink()
+        (out / NEGATIVE_FILE).unlink(missing_ok=True)
+    if (out / SETTINGS_FILE).exists():
+        found = read_json(out / SETTINGS_FILE)
+        different = [key for key, value in settings.items() if found.get(key) != value]
+        if different:
+            raise UsageError(
+                f"{out} holds records made with other settings; different: {', '.join(different)}. Records of two "
+                "settings are never mixed: choose another --out, or pass --fresh to record again."
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out} is not empty and not a calibration directory; choose another --out.")
+
+
+def _require_images(plan: CalibrationPlan) -> None:
+    if plan.preset.variant != "I2V-A14B":
+        return
+    missing = [s.id for s in plan.samples if s.media is None or s.media.resolved is None]
+    if missing:
+        raise PtqError(
+            f"{len(missing)} of {len(plan.samples)} prompts have no image, which this image-to-video model needs: "
+            f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}. Pass --media-root with the folder that "
+            "holds the clips or images, or --skip-missing."
+        )
+
+
+def _record_one(plan: CalibrationPlan, pipeline: Any, schedule: list, index: int, out: Path) -> Capture:
+    sample = plan.samples[index]
+    image = None
+    if plan.preset.variant == "I2V-A14B" and sample.media is not None:
+        image = fit_image(load_image(sample.media), plan.preset.height, plan.preset.width)
+    path = prompt_file(out, index)
+    arguments = call_arguments(plan.preset, sample.prompt, unit_seed(plan.seed, sample.dataset, sample.id, 0), image)
+    capture = record_prompt(
+        pipeline,
+        arguments,
+        choose_steps(schedule, plan.steps_per_prompt, index),
+        prompt_index=index,
+        sample_id=sample.id,
+        file=str(path.relative_to(out)),
+    )
+    assert capture.prompt_embeds is not None  # the last wanted step was run, so the conditional branch was seen
+    write_prompt(path, capture.records, capture.tensors, capture.prompt_embeds)
+    return capture
+
+
+def _finish(plan: CalibrationPlan, out: Path) -> dict[str, Any]:
+    """Rebuild records.jsonl from the files; mark the set complete when no prompt is missing."""
+    settings = read_json(out / SETTINGS_FILE)
+    records: list[Record] = []
+    hashes: dict[str, str] = {}
+    for index in range(len(plan.samples)):
+        path = prompt_file(out, index)
+        found = read_prompt_records(path)
+        if found is None:
+            settings["complete"] = False
+            return settings
+        records += found
+        hashes[path.name] = sha256_file(path)
+    write_index(out, records)
+    settings["complete"] = True
+    settings["files"] = hashes
+    settings["digest"] = digest({"settings": plan.settings(), "files": hashes})
+    write_json(out / SETTINGS_FILE, settings)
+    return settings

@@ -1,0 +1,78 @@
+"""Which denoising steps are recorded: stratified over each expert's own range, different from prompt to prompt.
+
+Recording the first N calls, as is common, sees only the first steps of the first prompt. Here each expert's steps are
+cut into equal strata, one step is taken from each, and the position inside the strata moves from prompt to prompt by
+the golden ratio, so that any number of prompts covers all steps evenly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ptq.errors import UsageError
+
+GOLDEN = 0.6180339887498949
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step: timestep as the model sees it, noise level sigma, |change of sigma| made by this step."""
+
+    index: int
+    timestep: float
+    sigma: float
+    d_sigma: float
+    expert: str
+
+
+def sampling_schedule(pipeline: Any, steps: int, experts: Sequence[str]) -> list[Step]:
+    """The sampler's steps and the expert that serves each of them.
+
+    Args:
+        pipeline: a diffusers Wan pipeline; its scheduler is set to `steps`.
+        experts: names of the experts it has, high noise first.
+    """
+    scheduler = pipeline.scheduler
+    scheduler.set_timesteps(steps)
+    sigmas = [float(sigma) for sigma in scheduler.sigmas]
+    boundary = pipeline.config.boundary_ratio
+    limit = None if boundary is None else boundary * scheduler.config.num_train_timesteps
+    schedule = []
+    for index, timestep in enumerate(float(t) for t in scheduler.timesteps):
+        high_noise = limit is None or timestep >= limit
+        expert = experts[0] if high_noise else experts[-1]
+        schedule.append(Step(index, timestep, sigmas[index], abs(sigmas[index] - sigmas[index + 1]), expert))
+    return schedule
+
+
+def choose_steps(schedule: Sequence[Step], count: int, prompt_index: int) -> list[Step]:
+    """The steps recorded for one prompt.
+
+    Args:
+        schedule: all steps.
+        count: how many steps to choose; they are shared evenly between the experts, the odd one alternating.
+        prompt_index: position of the prompt in the calibration set.
+
+    Raises:
+        UsageError: an expert has fewer steps than asked for.
+    """
+    experts = list(dict.fromkeys(step.expert for step in schedule))
+    chosen: list[Step] = []
+    for position, expert in enumerate(experts):
+        own = [step for step in schedule if step.expert == expert]
+        share = count // len(experts) + ((prompt_index + position) % len(experts) < count % len(experts))
+        if share > len(own):
+            raise UsageError(
+                f"{share} steps of {expert} should be recorded for each prompt, but it serves only {len(own)} of "
+                f"{len(schedule)} sampling steps. Lower --records-per-prompt or raise --steps."
+            )
+        phase = ((prompt_index + 1) * GOLDEN + position * 0.5) % 1.0
+        chosen += [own[int((stratum + phase) * len(own) / share)] for stratum in range(share)]
+    return chosen
+
+
+def schedule_as_json(schedule: Sequence[Step]) -> list[dict[str, Any]]:
+    """The schedule for calibration.json."""
+    return [asdict(step) for step in schedule]
