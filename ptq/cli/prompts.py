@@ -1,0 +1,96 @@
+"""`ptq prompts FILE`: what a prompt file was recognised as, what it holds, which pictures are missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ptq.prompts import Survey
+
+PROMPT_CHARS = 70
+ID_CHARS = 40
+
+
+def prompts(
+    file: Annotated[Path, typer.Argument(help="Prompt file: .json, .jsonl or .txt.", show_default=False)],
+    media_root: Annotated[
+        list[Path] | None,
+        typer.Option("--media-root", help="Folder below which pictures and clips are; may be given several times."),
+    ] = None,
+    prompt_format: Annotated[
+        str | None, typer.Option("--prompt-format", help="Format of the file, instead of detecting it.")
+    ] = None,
+    exclude: Annotated[
+        Path | None, typer.Option("--exclude", help="Leave out prompts that this file has too, by id or caption.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Read the first N prompts only.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Show what a prompt file holds: format, counts, caption lengths, missing pictures, a preview.
+
+    Example: ptq prompts OpenS2V-5M_to_mm.json --media-root /data/OpenS2V-5M
+    """
+    from ptq import ui
+    from ptq.prompts import PromptScan, survey
+
+    scan = PromptScan(file, prompt_format=prompt_format, limit=limit, exclude=exclude, media_root=media_root or ())
+    result = survey(scan)
+    if as_json:
+        ui.console.out(json.dumps(result.as_json(), indent=2, ensure_ascii=False), highlight=False)
+        return
+    ui.table(f"{file}", ("", "value"), _facts(result))
+    _show_preview(result)
+    if result.missing:
+        first = ", ".join(f"{one['id']} ({one['path']})" for one in result.missing_first)
+        ui.warn(
+            f"{result.missing} of {result.samples} samples have no picture or clip here. First: {first}. Name the "
+            f"folder that holds them with --media-root; image-to-video runs need them."
+        )
+
+
+def _facts(result: Survey) -> list[tuple[str, object]]:
+    facts: list[tuple[str, object]] = [
+        ("format", result.format),
+        ("dataset (first part of every unit)", result.dataset),
+        ("records in the file", result.records),
+        ("prompts", result.samples),
+        ("left out by --exclude", result.excluded),
+    ]
+    if result.caption_chars is not None:
+        spread = result.caption_chars
+        facts.append(
+            ("caption length, characters", f"{spread['min']} min, {spread['median']:g} median, {spread['max']} max")
+        )
+    kinds = {kind: count for kind, count in result.media.items() if kind != "none"}
+    if kinds:
+        facts += [(f"start from {_KINDS[kind]}", count) for kind, count in kinds.items()]
+        facts += [("found here", sum(kinds.values()) - result.missing), ("missing", result.missing)]
+        facts.append(("resize policy", result.resize_policy))
+    return [*facts, ("sha256, first 16 digits", result.sha256[:16])]
+
+
+_KINDS = {"image": "a picture", "video": "a frame of a clip", "crop": "a crop of a frame of a clip"}
+
+
+def _show_preview(result: Survey) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ptq import ui
+
+    preview = Table(title=f"First {len(result.preview)} prompts", title_justify="left")
+    for column in ("id", "picture", "prompt"):
+        preview.add_column(column)
+    for one in result.preview:
+        picture = "-" if one["media"] is None else "missing" if one["resolved"] is None else "found"
+        preview.add_row(escape(_cut(one["id"], ID_CHARS)), picture, escape(_cut(one["prompt"], PROMPT_CHARS)))
+    ui.console.print(preview)
+
+
+def _cut(text: str, limit: int) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[: limit - 3] + "..."

@@ -1,0 +1,151 @@
+"""Reading a prompt file: one pass that detects the format, checks every record and yields samples.
+
+`read_prompts` keeps the samples, so its memory grows with the text of the prompts (not with the file: a native
+OpenS2V-5M record is 99 % annotation). `PromptScan` is the same pass without keeping anything, for looking at a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ptq.errors import DamagedFileError, PtqError, UsageError
+from ptq.prompts.disjoint import Known
+from ptq.prompts.fields import Record
+from ptq.prompts.formats import detect_format, find_format, merge_dimensions, refuse_pairs
+from ptq.prompts.locate import check_roots, locate
+from ptq.prompts.records import DigestingFile, iter_records, open_digesting, sniff_container
+from ptq.prompts.sample import PromptSet, Sample
+
+
+class PromptScan:
+    """A prompt file whose format is known; iterate once for the samples.
+
+    Attributes:
+        path, format, dataset: as in `PromptSet`; known from the start.
+        records, excluded, sha256: complete when the iteration has ended.
+
+    Raises:
+        PtqError: no such file, empty, of no known format, or an OpenS2V cluster / cross-pair file.
+        UsageError: unknown `prompt_format`, one that does not fit the file, `limit` below 1, a media root that is no
+            directory.
+        DamagedFileError: (while iterating) broken JSON, a record without what its format promises, an id used twice.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        prompt_format: str | None = None,
+        limit: int | None = None,
+        exclude: str | Path | None = None,
+        media_root: Sequence[Path] = (),
+    ) -> None:
+        if limit is not None and limit < 1:
+            raise UsageError(f"At least one prompt must be read, but the limit is {limit}.")
+        self.path = Path(path)
+        self.dataset = self.path.stem
+        self._limit, self._roots = limit, check_roots(media_root)
+        self._container = sniff_container(self.path, plain=prompt_format == "txt")
+        name, value = self._first_record()
+        if prompt_format is None:
+            self._format = detect_format(self.path, self._container, name, value)
+        else:
+            refuse_pairs(self.path, self._container, name, value)
+            self._format = find_format(self.path, self._container, prompt_format)
+        self.format = self._format.name
+        self._known = Known(PromptScan(exclude)) if exclude is not None else None
+        self.records, self.excluded, self.sha256 = 0, 0, ""
+
+    def __iter__(self) -> Iterator[Sample]:
+        self.records = self.excluded = 0
+        with open_digesting(self.path) as source:
+            samples = self._samples(source)
+            if self.format.startswith("vbench"):
+                samples = merge_dimensions(self.path, samples)
+            else:
+                samples = self._unique(samples)
+            yield from islice(self._finish(samples), self._limit)
+            self.sha256 = source.finish()
+
+    def _first_record(self) -> tuple[str, Any]:
+        with DigestingFile(self.path) as source:
+            first = next(iter_records(self.path, self._container, source), None)
+        if first is None:
+            raise PtqError(f"The prompt file {self.path} holds no records: expected at least one prompt.")
+        return first
+
+    def _samples(self, source: DigestingFile) -> Iterator[Sample]:
+        for name, value in iter_records(self.path, self._container, source):
+            self.records += 1
+            record = Record(self.path, name, value)
+            if self._container != "text" and not isinstance(value, dict):
+                raise DamagedFileError(
+                    f"{self.path}, record {name}: expected an object, found {type(value).__name__}. Correct or "
+                    f"remove it."
+                )
+            yield self._format.parse(record, self.dataset)
+
+    def _unique(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        # Hashes, not the ids: a scan of millions of records stays small. A hit is confirmed by a second look.
+        seen: set[int] = set()
+        for sample in samples:
+            fingerprint = hash(sample.id)
+            if fingerprint in seen:
+                self._refuse_repeated(sample.id, self.records)
+            seen.add(fingerprint)
+            yield sample
+
+    def _refuse_repeated(self, identity: str, number: int) -> None:
+        """Raise for an id that record `number` (from 1) repeats; return where only the hashes were equal."""
+        names = []
+        with DigestingFile(self.path) as source:
+            for name, value in islice(iter_records(self.path, self._container, source), number):
+                if self._format.parse(Record(self.path, name, value), self.dataset).id == identity:
+                    names.append(name)
+        if len(names) < 2:
+            return
+        what = f"the same prompt (id {identity})" if self.format == "txt" else f"the same id {identity!r}"
+        raise DamagedFileError(
+            f"{self.path}: records {names[0]} and {names[1]} have {what}. Ids name the videos and decide the seeds, so "
+            f"each must be unique: remove one record or give it another id."
+        )
+
+    def _finish(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            if self._known is not None and self._known.match(sample) is not None:
+                self.excluded += 1
+                continue
+            if sample.media is not None:
+                found = locate(sample.media, self.path, self.format, self._roots)
+                sample = replace(sample, media=replace(sample.media, resolved=found))
+            yield sample
+
+
+def read_prompts(
+    path: str | Path,
+    *,
+    prompt_format: str | None = None,
+    limit: int | None = None,
+    exclude: str | Path | None = None,
+    media_root: Sequence[Path] = (),
+) -> PromptSet:
+    """Read a prompt file.
+
+    Args:
+        prompt_format: one of `FORMAT_NAMES`; None detects it.
+        limit: keep the first `limit` samples (counted after `exclude`); the records behind them are not checked.
+        exclude: another prompt file, of any format; samples it has too, by id or by caption, are left out.
+        media_root: folders below which pictures and clips are looked for, in order.
+
+    Raises:
+        PtqError, UsageError, DamagedFileError: as `PromptScan`; also when `exclude` leaves nothing.
+    """
+    scan = PromptScan(path, prompt_format=prompt_format, limit=limit, exclude=exclude, media_root=media_root)
+    samples = list(scan)
+    if not samples:
+        raise PtqError(f"All {scan.records} prompts of {scan.path} are also in {exclude}: nothing is left to run.")
+    return PromptSet(scan.path, scan.format, scan.sha256, scan.dataset, samples, scan.records, scan.excluded)
