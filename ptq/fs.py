@@ -38,7 +38,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         sync_directory(path.parent)
     except OSError as error:
         raise PtqError(
-            f"Could not write {path}: {error.strerror or error}. {describe_free_space(path.parent)}"
+            f"Could not write {path}: {error.strerror or error}. {free_space_hint(path.parent)}"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -53,7 +53,7 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def describe_free_space(directory: Path) -> str:
+def free_space_hint(directory: Path) -> str:
     """One sentence with the free space of the disk that holds `directory`."""
     try:
         stats = os.statvfs(directory)

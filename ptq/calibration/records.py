@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ptq.checkpoint.safetensors_file import read_header
 from ptq.errors import DamagedFileError, PtqError
 from ptq.fs import atomic_path, read_json, read_jsonl, write_bytes
 
@@ -147,6 +148,14 @@ class CalibrationSet:
     def of_expert(self, expert: str) -> list[Record]:
         """The records of one expert."""
         return [record for record in self.records if record.expert == expert]
+
+    def shape(self, record: Record) -> tuple[int, ...]:
+        """Latent shape [C, T, H, W] of a record, without reading it."""
+        return read_header(self.directory / record.file)[f"{record.record}.hidden_states"].shape
+
+    def text_tokens(self, record: Record) -> int:
+        """Number of text tokens the denoiser reads in this record."""
+        return read_header(self.directory / record.file)["prompt_embeds"].shape[0]
 
     def load(self, record: Record) -> RecordTensors:
         """Read one record's tensors (stored dtypes, CPU).

@@ -11,6 +11,7 @@ from typing import Any
 from ptq import ui
 from ptq.calibration.recorder import Capture, record_prompt
 from ptq.calibration.records import (
+    BRANCHES,
     NEGATIVE_FILE,
     RECORDS_DIR,
     SETTINGS_FILE,
@@ -52,14 +53,30 @@ class CalibrationPlan:
     prompts_file: dict[str, str]
 
     @property
-    def guided(self) -> bool:
-        """Whether the sampler also calls the unconditional branch."""
-        return self.preset.guidance_scale > 1.0
+    def branches(self) -> tuple[str, ...]:
+        """Branches the sampler calls at each step: with guidance also the unconditional one."""
+        return BRANCHES if self.preset.guidance_scale > 1.0 else BRANCHES[:1]
 
     @property
     def steps_per_prompt(self) -> int:
         """Chosen steps of each prompt."""
-        return max(1, self.records_per_prompt // (2 if self.guided else 1))
+        return max(1, self.records_per_prompt // len(self.branches))
+
+    def describe(self) -> dict[str, str]:
+        """The plan for --dry-run."""
+        preset = self.preset
+        records = len(self.samples) * self.steps_per_prompt * len(self.branches)
+        channels = next(iter(self.layout.experts.values()))["in_channels"]
+        # Latent bytes in float32 with the VAE strides of the A14B models, an upper limit for TI2V-5B.
+        latent = 4 * channels * ((preset.num_frames - 1) // 4 + 1) * (preset.height // 8) * (preset.width // 8)
+        return {
+            "model": f"{self.layout.path} ({preset.variant})",
+            "prompts": f"{len(self.samples)} of {self.prompts_file['name']}",
+            "video": f"{preset.width}x{preset.height}, {preset.num_frames} frames, {preset.steps} steps",
+            "records": f"{records} ({self.steps_per_prompt} steps of each prompt, {' and '.join(self.branches)})",
+            "disk": f"at most {records * latent / 1e9:.2f} GB",
+            "denoiser calls": f"at most {len(self.samples) * preset.steps * len(self.branches)}",
+        }
 
     def settings(self) -> dict[str, Any]:
         """The part of calibration.json that must agree before two runs may share a directory."""

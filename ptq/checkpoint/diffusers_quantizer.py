@@ -17,12 +17,12 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
+from ptq.checkpoint.modules import replace_linears
 from ptq.checkpoint.quantization_config import QUANT_METHOD, PackedConfig
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header, tensor_crc32
 from ptq.checkpoint.shards import CHECKSUMS_KEY, INDEX_NAME
 from ptq.errors import DamagedFileError
 from ptq.fs import read_json
-from ptq.runtime import QuantLinear
 
 
 class PtqMethod(StrEnum):
@@ -70,13 +70,7 @@ class PtqQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        modules = dict(model.named_modules())
-        for name in self.packed.layer_names(modules):
-            linear = modules[name]
-            if isinstance(linear, nn.Linear):
-                bias = linear.bias is not None
-                layer = QuantLinear(linear.in_features, linear.out_features, bias, self.packed.spec, device="meta")
-                model.set_submodule(name, layer)
+        replace_linears(model, self.packed)
         self._check_headers(model)
 
     def _check_headers(self, model: nn.Module) -> None:

@@ -1,0 +1,169 @@
+"""ptq_manifest.json: where a packed checkpoint came from, how every layer fared, and the digest of every file.
+
+Strict on reading: inspect, report, package and verify all rely on it.
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ptq.errors import DamagedFileError, PtqError
+from ptq.fs import read_json, sha256_file, write_json
+from ptq.version import __version__
+
+MANIFEST_FILE = "ptq_manifest.json"
+NOT_DONE = (
+    "No layer outside the protected blocks runs in higher precision at run time; no bf16 warm-up steps, no bf16 outlier "
+    "columns, no pasting of the input image, no resetting of latents, no calibration on evaluation prompts."
+)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class LayerEntry(_Strict):
+    """One quantized Linear, and how plain rounding in the same basis would have done.
+
+    Errors are squared norm ratios. output_error: sample tokens, inputs quantized too. trace_error: all calibration
+    tokens, weights only (absent where the recipe needs no Hessian).
+    """
+
+    expert: str
+    block: int
+    layer: str
+    shape: tuple[int, int]
+    weight_sqnr_db: float
+    output_error_rtn: float
+    output_error: float
+    trace_error_rtn: float | None = None
+    trace_error: float | None = None
+    rows_kept_rtn: int = 0
+    alpha: float | None = None
+    smoothing_errors: dict[str, float] = {}
+    damping: float | None = None
+    damping_retries: int = 0
+    dead_columns: int = 0
+
+
+class BlockEntry(_Strict):
+    """Error of the propagated stream after a block, relative to the original stream (squared norm ratio)."""
+
+    expert: str
+    block: int
+    stream_error: float
+    high_precision: bool
+    reason: str | None = None
+    seconds: float
+
+
+class ExpertEntry(_Strict):
+    """Denoiser output error of one expert on the calibration records (squared norm ratio, weighted)."""
+
+    expert: str
+    denoiser_error: float
+    records: int
+
+
+class Coverage(_Strict):
+    """How much of the model is W4A4."""
+
+    linear_parameters: int
+    quantized_parameters: int
+    parameter_share: float
+    flop_share: float
+    bits_per_quantized_value: float
+    quantized_bytes: int
+    original_bytes: int
+
+
+class Manifest(_Strict):
+    """The whole manifest."""
+
+    manifest_version: int = 1
+    package_version: str
+    versions: dict[str, str]
+    format: str
+    variant: str
+    base_model: dict[str, Any]
+    recipe_name: str
+    recipe: dict[str, Any]
+    calibration: dict[str, Any] | None
+    high_precision: list[str]
+    budget_scope: str
+    coverage: Coverage
+    experts: list[ExpertEntry]
+    blocks: list[BlockEntry]
+    layers: list[LayerEntry]
+    signature: str
+    seconds: float
+    peak_memory_bytes: int
+    statement: str = NOT_DONE
+    files: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Identity of the checkpoint: the digest over its files' digests."""
+        from ptq.fs import digest
+
+        return digest(self.files)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide results."""
+    names = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
+    return {"python": platform.python_version(), "wan-ptq": __version__, **{name: version(name) for name in names}}
+
+
+def hash_files(directory: Path) -> dict[str, str]:
+    """Relative path -> sha256 of every file except the manifest itself, sorted."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST_FILE)
+    return {str(path.relative_to(directory)): sha256_file(path) for path in files}
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write it atomically into the checkpoint."""
+    write_json(directory / MANIFEST_FILE, manifest.model_dump(mode="json"))
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """Read and validate a checkpoint's manifest.
+
+    Raises:
+        PtqError: no packed checkpoint there.
+        DamagedFileError: the manifest was edited into something else.
+    """
+    path = Path(directory) / MANIFEST_FILE
+    if not path.exists():
+        raise PtqError(f"{directory} is not a packed checkpoint (no {MANIFEST_FILE}). Make one with `ptq quantize`.")
+    try:
+        return Manifest.model_validate(read_json(path))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
+        raise DamagedFileError(f"{path} is not a manifest that this version can read: {problems}.") from error
+
+
+def verify_files(directory: str | Path) -> Manifest:
+    """Compare every file of a checkpoint with the digests in its manifest.
+
+    Raises:
+        DamagedFileError: a file is missing, changed or was added; the text names it.
+    """
+    manifest = read_manifest(directory)
+    found = hash_files(Path(directory))
+    for name, expected in manifest.files.items():
+        if name not in found:
+            raise DamagedFileError(f"{directory} lacks {name}, which its manifest lists. Copy the checkpoint again.")
+        if found[name] != expected:
+            raise DamagedFileError(
+                f"{directory}/{name} was changed since it was written: its sha256 is not the manifest's."
+            )
+    added = sorted(set(found) - set(manifest.files))
+    if added:
+        raise DamagedFileError(f"{directory}/{added[0]} is not listed in the manifest ({len(added)} such files).")
+    return manifest

@@ -1,0 +1,1 @@
+"""The command line: one file a command. Parse, call one stage, show the result; no numerics, no model code."""

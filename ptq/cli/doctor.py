@@ -1,0 +1,34 @@
+"""`ptq doctor`: versions, processors, which backend each format will use, memory and disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def doctor(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Also check this packed checkpoint.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
+) -> None:
+    """Say what this machine offers and, for a checkpoint, whether its files are complete and unchanged.
+
+    Example: ptq doctor tiny-hif4
+    """
+    from ptq import ui
+    from ptq.cli.common import print_json
+    from ptq.runtime.diagnosis import machine_facts
+
+    facts = machine_facts()
+    if checkpoint is not None:
+        from ptq.checkpoint.manifest import verify_files
+
+        verify_files(checkpoint)
+        facts[f"checkpoint {checkpoint}"] = "complete, every file as recorded in its manifest"
+    if as_json:
+        print_json(facts)
+    else:
+        ui.table("This machine", ("", "value"), facts.items())

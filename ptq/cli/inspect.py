@@ -1,0 +1,47 @@
+"""`ptq inspect`: what a packed checkpoint holds and how each layer fared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory written by `ptq quantize`.", show_default=False)],
+    layer: Annotated[str | None, typer.Option("--layer", help="Only layers whose name contains this.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest's content as JSON.")] = False,
+) -> None:
+    """Show format, bits a value, coverage and the errors of each layer.
+
+    Example: ptq inspect tiny-hif4 --layer attn1.to_q
+    """
+    from ptq import ui
+    from ptq.checkpoint.manifest import read_manifest
+    from ptq.cli.common import print_json
+    from ptq.cli.quantize import summary
+    from ptq.errors import UsageError
+
+    manifest = read_manifest(checkpoint)
+    rows = [row for row in manifest.layers if layer is None or layer in f"{row.expert}.blocks.{row.block}.{row.layer}"]
+    if not rows and layer is not None:
+        raise UsageError(f"{checkpoint} has no quantized layer whose name contains {layer!r}.")
+    if as_json:
+        print_json({"summary": summary(manifest), "layers": [row.model_dump(mode="json") for row in rows]})
+        return
+    ui.table(f"{checkpoint}", ("", "value"), summary(manifest).items())
+    ui.table(
+        "Layers (relative output error on calibration tokens, inputs quantized)",
+        ("layer", "shape", "weight SQNR", "rtn error", "error"),
+        [
+            (
+                f"{row.expert}.blocks.{row.block}.{row.layer}",
+                f"{row.shape[0]}x{row.shape[1]}",
+                f"{row.weight_sqnr_db:.1f} dB",
+                f"{row.output_error_rtn:.2e}",
+                f"{row.output_error:.2e}",
+            )
+            for row in rows
+        ],
+    )

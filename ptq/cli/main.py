@@ -1,0 +1,56 @@
+"""`ptq`: collects the commands, turns errors into one paragraph and an exit code.
+
+Nothing heavy is imported here or at the top of a command file: `ptq --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from ptq.cli.bench import bench_app
+from ptq.cli.calibrate import calibrate
+from ptq.cli.demo import demo
+from ptq.cli.doctor import doctor
+from ptq.cli.evaluate import evaluate
+from ptq.cli.generate import generate
+from ptq.cli.inspect import inspect
+from ptq.cli.prompts import prompts
+from ptq.cli.quantize import quantize
+from ptq.cli.status import status
+from ptq.errors import PtqError
+
+app = typer.Typer(
+    name="ptq",
+    help="W4A4 post-training quantization (HiF4, MXFP4) for Wan 2.2 video models.\n\n"
+    "Start with `ptq demo`: the whole job on the embedded model, in minutes, on a CPU.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (demo, calibrate, quantize, generate, evaluate, inspect, prompts, status, doctor):
+    app.command()(command)
+app.add_typer(bench_app, name="bench")
+
+
+def run() -> None:
+    """Entry point of the `ptq` command. `--debug` anywhere shows tracebacks of user errors too."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except PtqError as error:
+        if debug:
+            raise
+        from rich.markup import escape
+
+        from ptq.ui import stderr
+
+        stderr.print(f"[bold red]Error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,94 @@
+"""`ptq quantize`: from a model and its calibration records to a packed 4-bit checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ptq.checkpoint.manifest import Manifest
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="`tiny`, a diffusers directory, or a hub id.", show_default=False)],
+    calibration: Annotated[Path, typer.Option("--calibration", help="Directory written by `ptq calibrate`.")],
+    format_name: Annotated[str, typer.Option("--format", help="hif4 or mxfp4.")],
+    out: Annotated[Path, typer.Option("--out", help="Checkpoint directory to write; must not exist.")],
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Recipe name or YAML file [default: the format's].")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Change a recipe key: key=value.")] = None,
+    high_precision: Annotated[
+        str, typer.Option("--high-precision", help="none, or transformer:0,transformer_2:39")
+    ] = "none",
+    budget_scope: Annotated[str, typer.Option("--budget-scope", help="total or per-expert")] = "total",
+    seed: Annotated[int, typer.Option("--seed", help="Of token subsamples.")] = 0,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    max_memory: Annotated[
+        float | None, typer.Option("--max-memory", help="GB for hidden states; more goes to disk.")
+    ] = None,
+    link: Annotated[bool, typer.Option("--link", help="Link unchanged components instead of copying them.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Throw an unfinished run away.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Quantize the block Linears of every expert to 4 bits and write a checkpoint that diffusers loads.
+
+    Example: ptq quantize tiny --calibration calibration --format hif4 --out tiny-hif4
+    """
+    from ptq import formats, ui
+    from ptq.calibration.records import CalibrationSet
+    from ptq.cli.common import print_json, quiet_libraries
+    from ptq.config import load_recipe
+    from ptq.errors import UsageError
+    from ptq.quantization.plan import describe_plan
+    from ptq.quantization.run import QuantizeOptions
+    from ptq.quantization.run import quantize as run
+    from ptq.quantization.settings import QuantizeSettings, parse_high_precision
+    from ptq.wan.loading import resolve_model
+
+    formats.get(format_name)
+    if budget_scope not in ("total", "per-expert"):
+        raise UsageError(f"--budget-scope takes total or per-expert, found {budget_scope!r}.")
+    layout = resolve_model(model)
+    name = recipe or format_name
+    blocks = parse_high_precision(high_precision, {expert: layout.num_blocks(expert) for expert in layout.experts})
+    settings = QuantizeSettings(
+        format=format_name,
+        recipe=load_recipe(name, format_name, tuple(overrides or ())),
+        recipe_name=name,
+        high_precision=blocks,
+        budget_scope=budget_scope,  # type: ignore[arg-type]
+        seed=seed,
+    )
+    records = CalibrationSet(calibration)
+    if dry_run:
+        ui.table("Quantization plan", ("", "value"), describe_plan(layout, records, settings).items())
+        return
+    quiet_libraries()
+    limit = None if max_memory is None else int(max_memory * 1e9)
+    options = QuantizeOptions(device=device, max_memory=limit, link=link, fresh=fresh)
+    manifest = run(layout, records, settings, out, options)
+    if as_json:
+        print_json(summary(manifest))
+    else:
+        ui.table(f"{out}", ("", "value"), summary(manifest).items())
+
+
+def summary(manifest: Manifest) -> dict[str, object]:
+    """The few facts shown after quantizing and by inspect."""
+    coverage = manifest.coverage
+    errors = {f"denoiser error, {e.expert}": f"{e.denoiser_error:.3e}" for e in manifest.experts}
+    return {
+        "format": manifest.format,
+        "recipe": manifest.recipe_name,
+        "bits per quantized value": coverage.bits_per_quantized_value,
+        "W4A4 share of Linear parameters": f"{coverage.parameter_share:.2%}",
+        "W4A4 share of Linear FLOPs": f"{coverage.flop_share:.2%}",
+        "high-precision blocks": ", ".join(manifest.high_precision) or "none",
+        **errors,
+        "seconds": round(manifest.seconds, 1),
+        "peak memory": f"{manifest.peak_memory_bytes / 1e9:.2f} GB",
+    }

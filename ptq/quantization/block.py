@@ -1,0 +1,148 @@
+"""Quantizing one block: run the records through it, solve its Linears, put quantized Linears in their place.
+
+The original block runs on the stream that feeds the statistics; each distinct input is solved once for all Linears that
+read it. The quantized block then runs on the propagated stream, which is what later blocks will really see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ptq import formats
+from ptq.calibration.records import Record
+from ptq.quantization.collect import InputCollector, collecting
+from ptq.quantization.settings import QuantizeSettings
+from ptq.quantization.streams import Stream
+from ptq.runtime import QuantLinear
+from ptq.solvers.solve import LayerSolution, SolveSettings, solve_group
+from ptq.wan.replay import BlockContext, input_modules, run_block
+from ptq.wan.structure import INPUTS
+
+
+@dataclass(frozen=True)
+class ReplayRecord:
+    """A record during replay: its weight (normalised to a mean of 1 over the expert) and how to get its context."""
+
+    record: Record
+    weight: float
+    context: Callable[[], BlockContext]
+
+
+def record_weights(records: Sequence[Record], weighting: str) -> list[float]:
+    """Weight of each record, mean 1: d_sigma^2 (an error in v enters the latent times d_sigma) or uniform."""
+    raw = [record.d_sigma**2 if weighting == "d_sigma2" else 1.0 for record in records]
+    total = sum(raw)
+    return [weight * len(raw) / total for weight in raw] if total else [1.0] * len(raw)
+
+
+def solve_settings(settings: QuantizeSettings) -> SolveSettings:
+    """The recipe as the solvers take it."""
+    recipe = settings.recipe
+    return SolveSettings(
+        rounding=recipe.rounding,
+        rotation=recipe.rotation,
+        smoothing=recipe.smoothing,
+        clip_search=recipe.clip_search,
+        bias_correction=recipe.bias_correction,
+        damping=recipe.gptq.damping,
+        act_order=recipe.gptq.act_order,
+        float64=recipe.gptq.precision == "float64",
+        weight_scale_rule=recipe.weight_scale_rule,
+        activation_scale_rule=recipe.activations.scale_rule,
+        activation_ties=recipe.activations.ties,
+    )
+
+
+def needs_hessian(settings: QuantizeSettings) -> bool:
+    """Whether any ingredient of the recipe reads the Hessian."""
+    return settings.recipe.rounding == "gptq" or settings.recipe.clip_search
+
+
+def forward_stream(
+    block: nn.Module, records: Sequence[ReplayRecord], source: Stream, target: Stream, device: torch.device
+) -> None:
+    """Run every record's hidden states through the block, from one stream into another (or the same)."""
+    for item in records:
+        hidden = source[item.record.record].to(device)
+        target[item.record.record] = run_block(block, hidden, item.context())
+
+
+def collect_statistics(
+    block: nn.Module,
+    records: Sequence[ReplayRecord],
+    source: Stream,
+    settings: QuantizeSettings,
+    device: torch.device,
+    target: Stream | None = None,
+) -> dict[str, InputCollector]:
+    """Run the original block on `source` and gather the statistics of its seven inputs.
+
+    Args:
+        target: where to store the block's outputs, if they are wanted.
+    """
+    dtype = torch.float64 if settings.recipe.gptq.precision == "float64" else torch.float32
+    tokens, hessian = settings.recipe.records.tokens_per_record, needs_hessian(settings)
+    collectors = {
+        name: InputCollector(tokens, hessian=hessian, seed=settings.seed + index, dtype=dtype)
+        for index, name in enumerate(INPUTS)
+    }
+    with collecting(input_modules(block), collectors) as state:
+        for item in records:
+            state["weight"] = item.weight
+            output = run_block(block, source[item.record.record].to(device), item.context())
+            if target is not None:
+                target[item.record.record] = output
+    return collectors
+
+
+def solve_block(
+    block: nn.Module, collectors: Mapping[str, InputCollector], settings: QuantizeSettings
+) -> dict[str, LayerSolution]:
+    """Codes, smoothing and biases of the block's ten Linears. Statistics are released input by input."""
+    fmt = formats.get(settings.format)
+    solutions: dict[str, LayerSolution] = {}
+    remaining = dict(collectors)
+    for name, linears in INPUTS.items():
+        modules = {linear: block.get_submodule(linear) for linear in linears}
+        solutions |= solve_group(
+            {linear: module.weight.float() for linear, module in modules.items()},
+            {linear: None if module.bias is None else module.bias.float() for linear, module in modules.items()},
+            remaining.pop(name).stats(),
+            fmt,
+            solve_settings(settings),
+        )
+    return solutions
+
+
+def install(block: nn.Module, solutions: Mapping[str, LayerSolution], settings: QuantizeSettings) -> None:
+    """Replace the block's Linears by quantized ones, in place."""
+    for name, solution in solutions.items():
+        linear = block.get_submodule(name)
+        smooth = _smooth(solution, settings, linear)
+        layer = QuantLinear.from_codes(solution.codes, settings.spec, solution.bias, smooth)
+        block.set_submodule(name, layer.to(linear.weight.device))
+
+
+def _smooth(solution: LayerSolution, settings: QuantizeSettings, linear: nn.Module) -> Tensor | None:
+    """The layer's smoothing vector; ones where the search chose none but the checkpoint stores one for every layer."""
+    if not settings.spec.smooth:
+        return None
+    if solution.smooth_k is None:
+        return torch.ones(linear.in_features, dtype=torch.bfloat16)
+    return solution.smooth_k.clone()  # Linears of one input share the vector; on disk each has its own
+
+
+def stream_error(records: Sequence[ReplayRecord], reference: Stream, candidate: Stream) -> float:
+    """Weighted squared norm of the difference of two streams, relative to the reference's."""
+    error = signal = 0.0
+    for item in records:
+        original = reference[item.record.record].float()
+        error += item.weight * float(
+            (candidate[item.record.record].float() - original).square().sum(dtype=torch.float64)
+        )
+        signal += item.weight * float(original.square().sum(dtype=torch.float64))
+    return error / signal if signal else 0.0

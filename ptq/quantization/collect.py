@@ -1,0 +1,100 @@
+"""Gathering the statistics of layer inputs while records run through a block.
+
+One collector for each distinct input. All tokens go into the Hessian, the mean and the maxima; a seeded subsample of
+tokens is kept for searches that need activations themselves. Sums are float32 on the device of the activations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ptq.solvers.stats import InputStats
+
+
+class InputCollector:
+    """Accumulates `InputStats` of one input of width K.
+
+    Args:
+        sample_per_record: tokens kept of each update.
+        hessian: accumulate sum w x x^T too (K x K); without it the statistics serve rounding to nearest only.
+        seed: of the token subsample.
+        dtype: of the Hessian.
+    """
+
+    def __init__(
+        self, sample_per_record: int, *, hessian: bool, seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._sample, self._hessian, self._dtype = sample_per_record, hessian, dtype
+        self._generator = torch.Generator().manual_seed(seed)
+        self._h_kk: Tensor | None = None
+        self._sum_k: Tensor | None = None
+        self._absmax_k: Tensor | None = None
+        self._weight = 0.0
+        self._tokens = 0
+        self._samples: list[Tensor] = []
+        self._sample_weights: list[Tensor] = []
+
+    def update(self, x: Tensor, weight: float) -> None:
+        """Add the tokens of x [..., K], each with this weight."""
+        x_tk = x.reshape(-1, x.shape[-1])
+        x32 = x_tk.to(self._dtype)
+        if self._sum_k is None or self._absmax_k is None:
+            self._sum_k, self._absmax_k = x32.new_zeros(x32.shape[-1]), x32.new_zeros(x32.shape[-1])
+            self._h_kk = x32.new_zeros(x32.shape[-1], x32.shape[-1]) if self._hessian else None
+        self._sum_k += x32.sum(0) * weight
+        torch.maximum(self._absmax_k, x32.abs().amax(0), out=self._absmax_k)
+        if self._h_kk is not None:
+            self._h_kk.addmm_(x32.T, x32, alpha=weight)
+        self._weight += weight * len(x_tk)
+        self._tokens += len(x_tk)
+        picked = torch.randperm(len(x_tk), generator=self._generator)[: self._sample].sort().values
+        self._samples.append(x_tk[picked.to(x_tk.device)].float())
+        self._sample_weights.append(torch.full((len(picked),), weight, device=x_tk.device))
+
+    def stats(self) -> InputStats:
+        """The statistics so far.
+
+        Raises:
+            SolverError: no tokens, or non-finite activations.
+        """
+        if self._sum_k is None or self._absmax_k is None:
+            empty = torch.zeros(0)
+            return InputStats(None, empty, empty, 0.0, 0, torch.zeros(0, 0), empty)
+        return InputStats(
+            h_kk=self._h_kk,
+            mean_k=(self._sum_k / self._weight).float() if self._weight else self._sum_k.float(),
+            absmax_k=self._absmax_k.float(),
+            weight_sum=self._weight,
+            n_tokens=self._tokens,
+            x_tk=torch.cat(self._samples),
+            w_t=torch.cat(self._sample_weights),
+        )
+
+
+@contextlib.contextmanager
+def collecting(
+    modules: Mapping[str, nn.Module], collectors: Mapping[str, InputCollector]
+) -> Iterator[dict[str, float]]:
+    """While the block runs, feed each module's input into its collector.
+
+    Yields:
+        A one-key dictionary: set `["weight"]` to the weight of the record that is about to run.
+    """
+    state = {"weight": 1.0}
+
+    def hook_for(name: str):
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            collectors[name].update(inputs[0].detach(), state["weight"])
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
+    try:
+        yield state
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,194 @@
+"""Quantizing one expert: its blocks in order, two streams of hidden states, resumable after every block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq import formats, ui
+from ptq.calibration.records import CalibrationSet, Record
+from ptq.checkpoint.manifest import BlockEntry, ExpertEntry, LayerEntry
+from ptq.checkpoint.safetensors_file import TensorEntry
+from ptq.errors import PtqError
+from ptq.quantization.block import (
+    ReplayRecord,
+    collect_statistics,
+    forward_stream,
+    install,
+    record_weights,
+    solve_block,
+    stream_error,
+)
+from ptq.quantization.settings import QuantizeSettings
+from ptq.quantization.streams import Stream
+from ptq.quantization.workdir import WorkDir
+from ptq.runtime import QuantLinear
+from ptq.wan.replay import ExpertReplay
+from ptq.wan.structure import block_prefix
+
+
+@dataclass
+class ExpertResult:
+    """What one expert yields: entries of the changed tensors and the manifest's rows."""
+
+    changed: dict[str, TensorEntry]
+    blocks: list[BlockEntry]
+    layers: list[LayerEntry]
+    summary: ExpertEntry
+
+
+class ExpertRun:
+    """Quantizes the blocks of one expert from recorded calls.
+
+    Args:
+        name: expert name.
+        replay: the original expert.
+        calibration: the records; only this expert's are used.
+        settings: format, recipe, protected blocks.
+        work: where finished blocks go.
+        scratch: folder for memory-mapped streams, None to keep them in memory.
+
+    Raises:
+        PtqError: no records for this expert.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        replay: ExpertReplay,
+        calibration: CalibrationSet,
+        settings: QuantizeSettings,
+        work: WorkDir,
+        scratch: Path | None,
+    ) -> None:
+        self.name, self.replay, self.settings, self.work = name, replay, settings, work
+        records = calibration.of_expert(name)
+        if not records:
+            raise PtqError(
+                f"{calibration.directory} has no records of {name}. Record more steps (--steps, --records-per-prompt) so that "
+                "every expert is called."
+            )
+        self._calibration = calibration
+        weights = record_weights(records, settings.recipe.records.weighting)
+        self._original, self._propagated = Stream(scratch), Stream(scratch)
+        self._records = [self._prepare(record, weight) for record, weight in zip(records, weights, strict=True)]
+
+    def _prepare(self, record: Record, weight: float) -> ReplayRecord:
+        tensors = self._calibration.load(record)
+        arguments = (record.record, tensors.hidden_states, tensors.timestep, tensors.encoder_hidden_states)
+        hidden, _ = self.replay.head(*arguments)
+        self._original[record.record] = hidden
+        self._propagated[record.record] = hidden
+        return ReplayRecord(record, weight, lambda: self.replay.context(*arguments))
+
+    def run(self, bar: ui.Progress) -> ExpertResult:
+        """Quantize every block, or take it from an earlier run, and measure the denoiser's output error."""
+        result = ExpertResult({}, [], [], ExpertEntry(expert=self.name, denoiser_error=0.0, records=len(self._records)))
+        for index in range(self.replay.num_blocks):
+            entries, info = self._block(index)
+            result.changed.update(entries)
+            result.blocks.append(BlockEntry(**info["block"]))
+            result.layers += [LayerEntry(**layer) for layer in info["layers"]]
+            bar.advance(note=f"{self.name} block {index}, stream error {info['block']['stream_error']:.2e}")
+        result.summary.denoiser_error = self._denoiser_error()
+        return result
+
+    def _block(self, index: int) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
+        start = time.monotonic()
+        finished = self.work.load_block(self.name, index)
+        block = self.replay.load_block(index)
+        device = self.replay.device
+        protected = index in self.settings.high_precision.get(self.name, ())
+        if finished is not None or protected:
+            forward_stream(block, self._records, self._original, self._original, device)
+            if finished is not None:
+                self._fill(block, index, finished[0])
+            forward_stream(block, self._records, self._propagated, self._propagated, device)
+            if finished is not None:
+                return finished
+            return self._commit(block, index, [], protected, time.monotonic() - start)
+        source = self._propagated if self.settings.recipe.records.inputs == "propagated" else self._original
+        if source is self._original:
+            collectors = collect_statistics(block, self._records, source, self.settings, device, target=self._original)
+        else:
+            collectors = collect_statistics(block, self._records, source, self.settings, device)
+            forward_stream(block, self._records, self._original, self._original, device)
+        solutions = solve_block(block, collectors, self.settings)
+        layers = []
+        for linear, solution in solutions.items():
+            n, k = solution.codes.elements.shape
+            row = LayerEntry(expert=self.name, block=index, layer=linear, shape=(n, k), **solution.stats)
+            layers.append(row)
+        install(block, solutions, self.settings)
+        forward_stream(block, self._records, self._propagated, self._propagated, device)
+        return self._commit(block, index, layers, protected, time.monotonic() - start)
+
+    def _commit(
+        self,
+        block: nn.Module,
+        index: int,
+        layers: Sequence[LayerEntry],
+        protected: bool,
+        seconds: float,
+    ) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
+        """Store the block and return it as a later run would find it."""
+        row = BlockEntry(
+            expert=self.name,
+            block=index,
+            stream_error=stream_error(self._records, self._original, self._propagated),
+            high_precision=protected,
+            reason="chosen by --high-precision" if protected else None,
+            seconds=round(seconds, 3),
+        )
+        tensors = changed_tensors(block, block_prefix(index), biases=self.settings.recipe.bias_correction)
+        info = {"block": row.model_dump(mode="json"), "layers": [layer.model_dump(mode="json") for layer in layers]}
+        self.work.save_block(self.name, index, tensors, info)
+        stored = self.work.load_block(self.name, index)
+        assert stored is not None  # it was written a moment ago
+        return stored
+
+    def _fill(self, block: nn.Module, index: int, entries: dict[str, TensorEntry]) -> None:
+        """Put the finished codes of an earlier run into the block."""
+        from safetensors.torch import load_file
+
+        prefix = block_prefix(index)
+        files = {entry.file for entry in entries.values()}
+        tensors = {name.removeprefix(prefix): t for file in files for name, t in load_file(file).items()}
+        fmt = formats.get(self.settings.format)
+        for name in [n.removesuffix(".weight_packed") for n in tensors if n.endswith(".weight_packed")]:
+            linear = block.get_submodule(name)
+            codes = fmt.unpack(tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"])
+            bias = tensors.get(f"{name}.bias", linear.bias)
+            bias = None if bias is None else bias.float()
+            layer = QuantLinear.from_codes(codes, self.settings.spec, bias, tensors.get(f"{name}.smooth"))
+            block.set_submodule(name, layer.to(self.replay.device))
+
+    @torch.no_grad()
+    def _denoiser_error(self) -> float:
+        """Weighted squared output error of the quantized expert relative to the original's output."""
+        error = signal = 0.0
+        for item in self._records:
+            tensors = self._calibration.load(item.record)
+            arguments = (tensors.hidden_states, tensors.timestep, tensors.encoder_hidden_states)
+            reference = self.replay.tail(self._original[item.record.record], *arguments).double()
+            candidate = self.replay.tail(self._propagated[item.record.record], *arguments).double()
+            error += item.weight * float((candidate - reference).square().sum())
+            signal += item.weight * float(reference.square().sum())
+        return error / signal if signal else 0.0
+
+
+def changed_tensors(block: nn.Module, prefix: str, *, biases: bool) -> dict[str, Tensor]:
+    """Tensors of a quantized block that differ from the original's: codes, scales, smoothing, and corrected biases."""
+    tensors = {}
+    for name, module in block.named_modules():
+        if isinstance(module, QuantLinear):
+            for key, value in module.state_dict().items():
+                if key != "bias" or biases:
+                    tensors[f"{prefix}{name}.{key}"] = value.detach().cpu()
+    return tensors

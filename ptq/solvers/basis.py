@@ -1,0 +1,60 @@
+"""The basis a layer is quantized in (smooth, then rotate), and its inputs as the quantized layer will see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ptq.formats import Format
+from ptq.solvers.bias import weighted_mean
+from ptq.solvers.stats import InputStats
+from ptq.transforms import rotate_hessian, rotate_input, rotate_weight, smooth_hessian, smooth_input, smooth_weight
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Smoothing factors (bfloat16 [K] or None) and block Hadamard size (0: none), applied in float32."""
+
+    smooth_k: Tensor | None
+    rotation: int
+
+    def weight(self, w_nk: Tensor) -> Tensor:
+        """float [N, K] -> float32 [N, K] such that weight(W) @ input(x) = W @ x."""
+        return rotate_weight(smooth_weight(w_nk.float(), self.smooth_k), self.rotation)
+
+    def input(self, x: Tensor) -> Tensor:
+        """float [..., K] -> float32 [..., K]."""
+        return rotate_input(smooth_input(x.float(), self.smooth_k), self.rotation)
+
+    def hessian(self, h_kk: Tensor) -> Tensor:
+        """Sum of x x^T of raw inputs -> the same sum of inputs in this basis, in the dtype of `h_kk`."""
+        return rotate_hessian(smooth_hessian(h_kk, self.smooth_k), self.rotation)
+
+
+@dataclass(frozen=True)
+class QuantizedInputs:
+    """Sample tokens in the basis, before and after the format's dynamic quantization.
+
+    Attributes:
+        x_tk, xq_tk: float32 [T, K]. w_t: weights [T].
+        mean_k: mean of x over all calibration tokens, float64 [K].
+        mean_quantized_k: mean of Q(x): `mean_k` plus the mean change on the sample, so that the sample's own mean,
+            which is noisier, cancels. float64 [K].
+    """
+
+    x_tk: Tensor
+    xq_tk: Tensor
+    w_t: Tensor
+    mean_k: Tensor
+    mean_quantized_k: Tensor
+
+    @classmethod
+    def of(
+        cls, stats: InputStats, basis: Basis, fmt: Format, *, scale_rule: str | None, ties: str | None
+    ) -> QuantizedInputs:
+        """Quantize the sample of `stats`."""
+        x = basis.input(stats.x_tk)
+        xq = fmt.fake_quantize(x, scale_rule=scale_rule, ties=ties)
+        mean = basis.input(stats.mean_k).double()
+        return cls(x, xq, stats.w_t, mean, mean + weighted_mean(xq.double() - x.double(), stats.w_t))

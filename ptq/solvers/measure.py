@@ -1,0 +1,46 @@
+"""How good a quantized weight is: weight SQNR, output error in trace form, output error on tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+BLOCK = 1024
+
+
+def sqnr_db(w_nk: Tensor, wq_nk: Tensor) -> float:
+    """10 log10(sum w^2 / sum (w - wq)^2); infinity when they are equal."""
+    error = float((w_nk - wq_nk).double().square().sum())
+    signal = float(w_nk.double().square().sum())
+    return math.inf if error == 0 else 10.0 * math.log10(max(signal, 1e-300) / error)
+
+
+def trace_errors(e_nk: Tensor, h_kk: Tensor) -> Tensor:
+    """diag(E H E^T) as float64 [N]: the squared output error of each row over the tokens in H, never negative.
+
+    H must be symmetric: only its upper block triangle is read, which halves the work.
+    """
+    total = torch.zeros(len(e_nk), dtype=torch.float64, device=e_nk.device)
+    e_nk = e_nk.to(h_kk.dtype)
+    for start in range(0, e_nk.shape[1], BLOCK):
+        stop = start + BLOCK
+        product = e_nk[:, start:stop] @ h_kk[start:stop, start:]
+        product[:, BLOCK:] *= 2
+        total += (product * e_nk[:, start:]).sum(-1, dtype=torch.float64)
+    return total.clamp(min=0)
+
+
+def relative(error: float, signal: float) -> float:
+    """error / signal; 0 when both vanish, infinity when only the signal does."""
+    if signal > 0:
+        return error / signal
+    return 0.0 if error == 0 else math.inf
+
+
+def token_error(y_tn: Tensor, yq_tn: Tensor, w_t: Tensor) -> tuple[float, float]:
+    """(sum_t w_t |y - yq|^2, sum_t w_t |y|^2) of outputs float [T, N]."""
+    error = (y_tn - yq_tn).square().sum(-1).double() @ w_t.double()
+    signal = y_tn.square().sum(-1).double() @ w_t.double()
+    return float(error), float(signal)
