@@ -6,6 +6,7 @@ Strict on reading: inspect, report, package and verify all rely on it.
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,16 @@ def package_versions() -> dict[str, str]:
     return {"python": platform.python_version(), "wan-ptq": __version__, **{name: version(name) for name in names}}
 
 
-def hash_files(directory: Path) -> dict[str, str]:
-    """Relative path -> sha256 of every file except the manifest itself, sorted."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST_FILE)
-    return {str(path.relative_to(directory)): sha256_file(path) for path in files}
+def hash_files(directory: Path, exclude: Sequence[str] = ()) -> dict[str, str]:
+    """Relative path -> sha256 of every file except the manifest itself, sorted.
+
+    Args:
+        exclude: names directly below `directory` that are left out.
+    """
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    names = [str(path.relative_to(directory)) for path in files]
+    left_out = {MANIFEST_FILE, *exclude}
+    return {name: sha256_file(directory / name) for name in names if name.split("/")[0] not in left_out}
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

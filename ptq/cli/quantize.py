@@ -21,7 +21,7 @@ def quantize(
     ] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Change a recipe key: key=value.")] = None,
     high_precision: Annotated[
-        str, typer.Option("--high-precision", help="none, or transformer:0,transformer_2:39")
+        str, typer.Option("--high-precision", help="none, auto, or transformer:0,transformer_2:39")
     ] = "none",
     budget_scope: Annotated[str, typer.Option("--budget-scope", help="total or per-expert")] = "total",
     seed: Annotated[int, typer.Option("--seed", help="Of token subsamples.")] = 0,
@@ -60,6 +60,7 @@ def quantize(
         recipe=load_recipe(name, format_name, tuple(overrides or ())),
         recipe_name=name,
         high_precision=blocks,
+        auto_protect=high_precision == "auto",
         budget_scope=budget_scope,  # type: ignore[arg-type]
         seed=seed,
     )

@@ -37,6 +37,8 @@ def write_expert(
         changed: tensors from the finished blocks; everything else comes from `shards`.
     """
     entries = [changed.get(name) or shards.entries[name] for name in state_names]
+    if directory.exists():
+        shutil.rmtree(directory)  # of an interrupted or unprotected pass; its shards may be named otherwise
     write_component(directory, entries, max_shard_bytes)
     own = {**config, "quantization_config": packed.model_dump(mode="json")}
     write_bytes(directory / "config.json", (json.dumps(own, indent=2, sort_keys=True) + "\n").encode())

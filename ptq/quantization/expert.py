@@ -101,18 +101,18 @@ class ExpertRun:
 
     def _block(self, index: int) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
         start = time.monotonic()
-        finished = self.work.load_block(self.name, index)
         block = self.replay.load_block(index)
         device = self.replay.device
-        protected = index in self.settings.high_precision.get(self.name, ())
-        if finished is not None or protected:
+        reason = self.settings.high_precision.get(self.name, {}).get(index)
+        finished = None if reason else self.work.load_block(self.name, index)
+        if finished is not None or reason:
             forward_stream(block, self._records, self._original, self._original, device)
             if finished is not None:
                 self._fill(block, index, finished[0])
             forward_stream(block, self._records, self._propagated, self._propagated, device)
-            if finished is not None:
-                return finished
-            return self._commit(block, index, [], protected, time.monotonic() - start)
+            entries, info = finished or ({}, {"layers": []})
+            seconds = info["block"]["seconds"] if finished else time.monotonic() - start
+            return entries, {**info, "block": self._row(index, seconds, reason)}
         source = self._propagated if self.settings.recipe.records.inputs == "propagated" else self._original
         if source is self._original:
             collectors = collect_statistics(block, self._records, source, self.settings, device, target=self._original)
@@ -127,31 +127,37 @@ class ExpertRun:
             layers.append(row)
         install(block, solutions, self.settings)
         forward_stream(block, self._records, self._propagated, self._propagated, device)
-        return self._commit(block, index, layers, protected, time.monotonic() - start)
+        return self._commit(block, index, layers, time.monotonic() - start)
 
     def _commit(
         self,
         block: nn.Module,
         index: int,
         layers: Sequence[LayerEntry],
-        protected: bool,
         seconds: float,
     ) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
         """Store the block and return it as a later run would find it."""
-        row = BlockEntry(
-            expert=self.name,
-            block=index,
-            stream_error=stream_error(self._records, self._original, self._propagated),
-            high_precision=protected,
-            reason="chosen by --high-precision" if protected else None,
-            seconds=round(seconds, 3),
-        )
         tensors = changed_tensors(block, block_prefix(index), biases=self.settings.recipe.bias_correction)
-        info = {"block": row.model_dump(mode="json"), "layers": [layer.model_dump(mode="json") for layer in layers]}
+        info = {
+            "block": self._row(index, seconds, None),
+            "layers": [layer.model_dump(mode="json") for layer in layers],
+        }
         self.work.save_block(self.name, index, tensors, info)
         stored = self.work.load_block(self.name, index)
         assert stored is not None  # it was written a moment ago
         return stored
+
+    def _row(self, index: int, seconds: float, reason: str | None) -> dict[str, Any]:
+        """The manifest's row of a block, from the two streams as they stand behind it."""
+        row = BlockEntry(
+            expert=self.name,
+            block=index,
+            stream_error=stream_error(self._records, self._original, self._propagated),
+            high_precision=reason is not None,
+            reason=reason,
+            seconds=round(seconds, 3),
+        )
+        return row.model_dump(mode="json")
 
     def _fill(self, block: nn.Module, index: int, entries: dict[str, TensorEntry]) -> None:
         """Put the finished codes of an earlier run into the block."""

@@ -21,8 +21,9 @@ from ptq.fs import digest, free_space_hint
 from ptq.quantization.assemble import copy_components, write_expert
 from ptq.quantization.coverage import measure_coverage, tokens_of
 from ptq.quantization.expert import ExpertResult, ExpertRun
+from ptq.quantization.sensitivity import protect_blocks
 from ptq.quantization.settings import QuantizeSettings, check_budget
-from ptq.quantization.workdir import WorkDir
+from ptq.quantization.workdir import RUN_FILES, WorkDir
 from ptq.version import __version__
 from ptq.wan.replay import ExpertReplay, state_names
 from ptq.wan.structure import LINEARS, ModelLayout
@@ -75,6 +76,28 @@ def quantize(
     shards = {expert: ShardSet(layout.path / expert) for expert in layout.experts}
     signature = run_signature(layout, shards, calibration, settings)
     work = WorkDir(out, signature, fresh=options.fresh)
+    if not work.is_complete:
+        results = _run_experts(layout, shards, calibration, settings, work, options)
+        if settings.auto_protect:
+            settings = protect_blocks(layout, shards, calibration, settings, work, options.device)
+            results = _run_experts(layout, shards, calibration, settings, work, options)
+        copy_components(layout, work.path, link=options.link)
+        manifest = _manifest(layout, shards, calibration, settings, signature, results, time.monotonic() - start)
+        manifest.files = hash_files(work.path, exclude=RUN_FILES)
+        write_manifest(work.path, manifest)
+    work.finish()
+    return read_manifest(out)
+
+
+def _run_experts(
+    layout: ModelLayout,
+    shards: dict[str, ShardSet],
+    calibration: CalibrationSet,
+    settings: QuantizeSettings,
+    work: WorkDir,
+    options: QuantizeOptions,
+) -> list[ExpertResult]:
+    """Quantize (or replay finished) blocks of every expert and write its shards into the work directory."""
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     results: list[ExpertResult] = []
     with ui.progress("Quantizing blocks", sum(layout.num_blocks(expert) for expert in layout.experts)) as bar:
@@ -83,22 +106,11 @@ def quantize(
             scratch = stream_scratch(layout, expert, calibration, work.path, options.max_memory)
             result = ExpertRun(expert, replay, calibration, settings, work, scratch).run(bar)
             results.append(result)
-            packed = PackedConfig.build(settings.spec, LINEARS, settings.high_precision.get(expert, ()))
-            write_expert(
-                work.path / expert,
-                config,
-                packed,
-                state_names(config, packed),
-                shards[expert],
-                result.changed,
-                options.max_shard_bytes,
-            )
-    copy_components(layout, work.path, link=options.link)
-    manifest = _manifest(layout, shards, calibration, settings, signature, results, time.monotonic() - start)
-    work.finish()
-    manifest.files = hash_files(out)
-    write_manifest(out, manifest)
-    return read_manifest(out)
+            packed = PackedConfig.build(settings.spec, LINEARS, settings.high_precision.get(expert, {}))
+            names = state_names(config, packed)
+            limit = options.max_shard_bytes
+            write_expert(work.path / expert, config, packed, names, shards[expert], result.changed, limit)
+    return results
 
 
 def check_inputs(layout: ModelLayout, calibration: CalibrationSet, settings: QuantizeSettings) -> None:
@@ -128,7 +140,10 @@ def run_signature(
         "calibration": calibration.digest,
         "format": settings.format,
         "recipe": recipe,
-        "high_precision": {expert: list(blocks) for expert, blocks in settings.high_precision.items()},
+        "high_precision": "auto"
+        if settings.auto_protect
+        else {expert: list(blocks) for expert, blocks in settings.high_precision.items()},
+        "budget_scope": settings.budget_scope,
         "seed": settings.seed,
         "versions": package_versions(),
     }

@@ -24,7 +24,8 @@ class QuantizeSettings:
     Attributes:
         format: "mxfp4" or "hif4".
         recipe, recipe_name: how.
-        high_precision: expert -> protected block indices.
+        high_precision: expert -> protected block -> why it is protected.
+        auto_protect: choose the protected blocks by measurement, up to the budget.
         budget_scope: whether the budget counts over both experts (default) or each.
         seed: of token subsamples.
     """
@@ -32,7 +33,8 @@ class QuantizeSettings:
     format: str
     recipe: Recipe
     recipe_name: str
-    high_precision: Mapping[str, tuple[int, ...]]
+    high_precision: Mapping[str, Mapping[int, str]]
+    auto_protect: bool = False
     budget_scope: BudgetScope = "total"
     seed: int = 0
 
@@ -44,8 +46,8 @@ class QuantizeSettings:
         return QuantSpec(self.format, recipe.rotation, bool(recipe.smoothing), activations.scale_rule, activations.ties)
 
 
-def parse_high_precision(text: str, num_blocks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Parse --high-precision "none" or "transformer:0,transformer_2:39".
+def parse_high_precision(text: str, num_blocks: Mapping[str, int]) -> dict[str, dict[int, str]]:
+    """Parse --high-precision: "none", "auto" (nothing yet) or "transformer:0,transformer_2:39".
 
     Args:
         num_blocks: expert -> number of blocks.
@@ -54,7 +56,7 @@ def parse_high_precision(text: str, num_blocks: Mapping[str, int]) -> dict[str, 
         UsageError: unknown expert, block out of range, or not of this form.
     """
     chosen: dict[str, set[int]] = {expert: set() for expert in num_blocks}
-    for item in [] if text == "none" else text.split(","):
+    for item in [] if text in ("none", "auto") else text.split(","):
         match = re.fullmatch(r"\s*(\w+):(\d+)\s*", item)
         if match is None or match[1] not in num_blocks:
             raise UsageError(
@@ -64,10 +66,10 @@ def parse_high_precision(text: str, num_blocks: Mapping[str, int]) -> dict[str, 
         if int(match[2]) >= num_blocks[match[1]]:
             raise UsageError(f"{match[1]} has blocks 0 to {num_blocks[match[1]] - 1}; found {item.strip()}.")
         chosen[match[1]].add(int(match[2]))
-    return {expert: tuple(sorted(blocks)) for expert, blocks in chosen.items()}
+    return {expert: dict.fromkeys(sorted(blocks), "named by --high-precision") for expert, blocks in chosen.items()}
 
 
-def check_budget(format_name: str, high_precision: Mapping[str, tuple[int, ...]], scope: str) -> None:
+def check_budget(format_name: str, high_precision: Mapping[str, Mapping[int, str]], scope: str) -> None:
     """Refuse more protected blocks than the challenge allows.
 
     Raises:

@@ -13,12 +13,15 @@ from typing import Any
 from torch import Tensor
 
 from ptq.calibration.records import save_atomic
+from ptq.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header
 from ptq.errors import DamagedFileError, UsageError
-from ptq.fs import read_json, sync_directory, write_json
+from ptq.fs import digest, read_json, sync_directory, write_json
 
 SIGNATURE_FILE = "run.json"
 BLOCKS_DIR = "blocks"
+PROTECTION_FILE = "protection.json"
+RUN_FILES = (SIGNATURE_FILE, PROTECTION_FILE, BLOCKS_DIR)
 
 
 class WorkDir:
@@ -52,8 +55,14 @@ class WorkDir:
                 "Blocks of two runs are never mixed: use the earlier settings to finish it, choose another --out, or pass "
                 "--fresh to start over."
             )
-        if found is None:
+        self.signature = digest(signature)
+        if found is None and not self.is_complete:
             write_json(self.path / SIGNATURE_FILE, signature)
+
+    @property
+    def is_complete(self) -> bool:
+        """Everything is written, only `finish` was interrupted."""
+        return (self.path / MANIFEST_FILE).exists() and read_manifest(self.path).signature == self.signature
 
     def _files(self, expert: str, block: int) -> tuple[Path, Path]:
         stem = self.path / BLOCKS_DIR / expert / f"{block:05d}"
@@ -78,7 +87,8 @@ class WorkDir:
     def finish(self) -> None:
         """Remove what only a running job needs and give the directory its final name."""
         shutil.rmtree(self.path / BLOCKS_DIR, ignore_errors=True)
-        (self.path / SIGNATURE_FILE).unlink()
+        (self.path / SIGNATURE_FILE).unlink(missing_ok=True)
+        (self.path / PROTECTION_FILE).unlink(missing_ok=True)
         if self.out.exists():
             self.out.rmdir()  # an empty directory the user made
         self.path.rename(self.out)
