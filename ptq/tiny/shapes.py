@@ -11,7 +11,7 @@ import functools
 import numpy as np
 
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross", "ring")
-_EXTENT = {"circle": 1.0, "square": 0.886, "triangle": 1.4, "cross": 1.12, "ring": 1.15}
+_EXTENT = {"circle": 1.0, "square": 0.886, "triangle": 1.5, "cross": 1.12, "ring": 1.15}
 _CROSS_ARM = 0.41
 _RING_HOLE = 0.56
 
@@ -28,9 +28,9 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.nda
     if shape == "square":
         return np.maximum(np.abs(x), np.abs(y)) - _EXTENT["square"] * radius
     if shape == "triangle":
-        # Equilateral, point up; circumradius 1.4 r, so inradius 0.7 r; the origin is the centroid.
+        # Equilateral, point up; circumradius 1.5 r, so inradius 0.75 r; the origin is the centroid.
         slanted = np.abs(x) * (3.0**0.5 / 2.0) - y / 2.0
-        return np.maximum(slanted, y) - 0.7 * radius
+        return np.maximum(slanted, y) - 0.75 * radius
     if shape == "cross":
         reach, arm = _EXTENT["cross"] * radius, _CROSS_ARM * radius
         ax, ay = np.abs(x), np.abs(y)

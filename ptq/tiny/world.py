@@ -39,13 +39,13 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
     "up-right": (_D, -_D),
 }
 BACKGROUNDS: tuple[str, ...] = ("black", "grey", "white", "striped")
-SIZES: dict[str, float] = {"small": 8.0, "large": 12.5}
+SIZES: dict[str, float] = {"small": 9.5, "large": 13.5}
 #: Grey level of each plain background; the striped one alternates between two.
 _LEVELS = {"black": 20.0, "grey": 115.0, "white": 228.0}
-_STRIPES = (75.0, 160.0)
+_STRIPES = (85.0, 150.0)
 _STRIPE_PERIOD = 16.0
 #: Path length in pixels at 64x64, whatever the number of frames.
-_TRAVEL = (18.0, 24.0)
+_TRAVEL = (17.0, 22.0)
 _SPLIT_SEED = 20260
 _HELD_OUT_SHARE = 0.2
 
@@ -106,11 +106,11 @@ def sample_scene(rng: np.random.Generator | int, split: str = "all") -> Scene:
     return pool[int(np.random.default_rng(rng).integers(len(pool)))]
 
 
-def _background(name: str, phase: float, height: int, width: int) -> np.ndarray:
+def _background(name: str, height: int, width: int) -> np.ndarray:
     scale = min(height, width) / 64.0
     if name in _LEVELS:
         return np.full((height, width), _LEVELS[name])
-    x = (np.arange(width) + 0.5) / scale + phase
+    x = (np.arange(width) + 0.5) / scale
     # A clipped triangle wave: stripes with one-pixel soft edges.
     wave = np.abs((x / _STRIPE_PERIOD) % 1.0 - 0.5) * 2.0 - 0.5
     mix = np.clip(0.5 + wave * _STRIPE_PERIOD / 2.0, 0.0, 1.0)
@@ -128,7 +128,7 @@ def render(
     """Draw ``scene`` as uint8 ``[T, H, W, 3]`` RGB.
 
     ``rng`` (an integer seed or a Generator) decides only what prompts do not name: where the path
-    lies, how long it is (18 to 24 pixels at 64x64) and the phase of the stripes. The shape stays
+    lies and how long it is (17 to 22 pixels at 64x64). The shape stays
     inside the frame.
     """
     gen = np.random.default_rng(rng)
@@ -137,13 +137,12 @@ def render(
     extent = shapes.extent(scene.shape) * radius + 0.5
     unit = np.array(DIRECTIONS[scene.direction])
     length = gen.uniform(*_TRAVEL) * scale
-    phase = gen.uniform(0.0, _STRIPE_PERIOD)
     half = np.abs(unit) * length / 2.0
     lo = half + extent
     hi = np.array([width, height]) - half - extent
     slack = gen.uniform(0.0, 1.0, size=2)
     mid = np.where(hi > lo, lo + (hi - lo) * slack, np.array([width, height]) / 2.0)
-    back = _background(scene.background, phase, height, width)[..., None]
+    back = _background(scene.background, height, width)[..., None]
     colour = np.array(COLOURS[scene.colour], dtype=np.float64)
     frames = np.empty((num_frames, height, width, 3), dtype=np.uint8)
     for t in range(num_frames):

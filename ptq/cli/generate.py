@@ -1,0 +1,248 @@
+"""`ptq generate MODEL`: videos of prompts, resumable, over any number of processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ptq.generation import Plan, Settings
+    from ptq.prompts import Sample
+    from ptq.wan.structure import ModelLayout
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Hub id, diffusers directory, packed checkpoint, or `tiny`.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory of the run; the same command continues it.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", help="One prompt.")] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="Prompt file: .json, .jsonl or .txt.")] = None,
+    image: Annotated[Path | None, typer.Option("--image", help="Picture that --prompt starts from.")] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="Use the first N prompts.")] = None,
+    samples_per_prompt: Annotated[int, typer.Option(min=1, help="Videos of each prompt.")] = 1,
+    prompt_format: Annotated[
+        str | None, typer.Option(help="Format of the prompt file, instead of detecting it.")
+    ] = None,
+    media_root: Annotated[
+        list[Path] | None, typer.Option(help="Folder below which pictures and clips are; may be given several times.")
+    ] = None,
+    exclude: Annotated[Path | None, typer.Option(help="Leave out prompts that this file has too.")] = None,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out prompts without their image.")
+    ] = False,
+    image_to_video: Annotated[
+        bool, typer.Option("--image-to-video", help="TI2V-5B: start from the images of the prompt file.")
+    ] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of each video, 4 n + 1.")] = None,
+    fps: Annotated[int | None, typer.Option(min=1, help="Frames a second of the video file.")] = None,
+    flow_shift: Annotated[float | None, typer.Option(help="Shift of the noise schedule.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance of the high-noise (or only) expert.")] = None,
+    guidance_scale_2: Annotated[float | None, typer.Option(help="Guidance of the low-noise expert.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="Default: the model's.")] = None,
+    max_sequence_length: Annotated[int | None, typer.Option(min=1, help="Tokens of the prompt.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Base seed; each unit adds its own number.")] = 0,
+    save_frames: Annotated[
+        bool, typer.Option("--save-frames", help="Also keep frames as npz, before encoding.")
+    ] = False,
+    shard: Annotated[
+        str | None, typer.Option(help="Make part i of N, from 0, as i/N. Default: what torchrun or SLURM says.")
+    ] = None,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="When done, make what other shards leave unfinished.")
+    ] = False,
+    stale_minutes: Annotated[float, typer.Option(min=0.1, help="A process silent for so long counts as dead.")] = 10.0,
+    retries: Annotated[int, typer.Option(min=0, help="Further attempts at a unit that failed.")] = 1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run made and start over.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cuda, cuda:1, cpu. Default: the process's GPU, else the CPU.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: bfloat16 on a GPU.")] = None,
+    offload: Annotated[str, typer.Option(help="Weights to the CPU between uses: none, model or sequential.")] = "none",
+    attention_backend: Annotated[str | None, typer.Option(help="Attention backend of diffusers.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and estimates, do nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Generate videos; the same command again continues where it stopped.
+
+    Example: ptq generate out/hif4 --prompts prompts.txt --out runs/hif4 --samples-per-prompt 5
+    """
+    import os
+
+    from ptq import ui
+    from ptq.generation import detect_shard, identify_model, parse_shard, plan_run, run_generation
+    from ptq.wan.loading import load_pipeline, resolve_model
+
+    layout = resolve_model(model)
+    from_image = _starts_from_image(layout, image_to_video or image is not None)
+    device = device or _default_device()
+    overrides = {
+        "steps": steps,
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "fps": fps,
+        "flow_shift": flow_shift,
+        "guidance_scale": guidance_scale,
+        "guidance_scale_2": guidance_scale_2,
+        "negative_prompt": negative_prompt,
+        "max_sequence_length": max_sequence_length,
+    }
+    settings = _resolve_settings(
+        layout,
+        overrides,
+        seed=seed,
+        dtype=_resolve_dtype(dtype, device),
+        image_to_video=from_image,
+        save_frames=save_frames,
+        attention_backend=attention_backend,
+    )
+    if (prompt is None) == (prompts is None):
+        from ptq.errors import UsageError
+
+        raise UsageError("Give either --prompt TEXT or --prompts FILE.")
+    if prompts is None:
+        samples, source = _single_sample(str(prompt), image, from_image), None
+    else:
+        options = {"prompt_format": prompt_format, "limit": num_prompts, "exclude": exclude}
+        samples, source = _read_samples(prompts, image, from_image, skip_missing, media_root or [], options)
+    part = parse_shard(shard) if shard is not None else detect_shard(os.environ)
+    identity = identify_model(model, layout.path)
+    if dry_run:
+        plan = plan_run(samples, settings, out, shard=part, samples_per_prompt=samples_per_prompt, fresh=fresh)
+        _show_plan(plan, settings, identity.weight_bytes, as_json)
+        return
+    if part.count > 1:
+        ui.info(f"Shard {part.index}/{part.count} (from {part.source}).")
+
+    def load() -> Any:
+        import torch
+
+        return load_pipeline(str(layout.path), dtype=getattr(torch, settings.dtype))
+
+    summary = run_generation(
+        load,
+        samples,
+        settings,
+        out,
+        model=identity,
+        shard=part,
+        samples_per_prompt=samples_per_prompt,
+        prompts=source,
+        fresh=fresh,
+        retries=retries,
+        take_over=take_over,
+        stale_minutes=stale_minutes,
+        device=device,
+        offload=offload,
+    )
+    if as_json:
+        ui.console.out(json.dumps(summary.as_json(), indent=2, ensure_ascii=False), highlight=False)
+    ui.info(f"{out}: {summary.describe()}")
+    for name, error in summary.failed.items():
+        ui.warn(f"{name}: {error}")
+    if summary.remaining:
+        ui.info("Run the same command again to make the units that remain.")
+        raise typer.Exit(1)
+
+
+def _starts_from_image(layout: ModelLayout, asked: bool) -> bool:
+    """Whether the run is image-to-video: always with I2V-A14B, on request with TI2V-5B."""
+    from ptq.errors import UsageError
+
+    if layout.pipeline_class == "WanImageToVideoPipeline":
+        return True
+    if asked and layout.preset.variant != "TI2V-5B":
+        raise UsageError(f"{layout.path} is a text-to-video model; it cannot start from an image.")
+    return asked
+
+
+def _default_device() -> str:
+    """The GPU of this process's local rank, or the CPU."""
+    import os
+
+    import torch
+
+    from ptq.generation.sharding import local_rank
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{local_rank(os.environ) % torch.cuda.device_count()}"
+
+
+def _resolve_dtype(dtype: str | None, device: str) -> str:
+    from ptq.errors import UsageError
+
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UsageError(f"--dtype must be float32 or bfloat16, found {dtype!r}.")
+    return dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+
+
+def _resolve_settings(layout: ModelLayout, overrides: dict[str, Any], **others: Any) -> Settings:
+    """The preset's values, each replaced where the command line has its own."""
+    from ptq.generation import Settings
+
+    values = {name: getattr(layout.preset, name) if value is None else value for name, value in overrides.items()}
+    if layout.boundary_ratio is not None and values["guidance_scale_2"] is None:
+        values["guidance_scale_2"] = values["guidance_scale"]
+    return Settings(**values, **others)
+
+
+def _single_sample(prompt: str, image: Path | None, from_image: bool) -> list[Sample]:
+    import hashlib
+
+    from ptq.errors import UsageError
+    from ptq.prompts import MediaRef, Sample
+
+    if from_image and image is None:
+        raise UsageError("An image-to-video model starts from a picture: add --image FILE.")
+    if image is not None and not image.is_file():
+        raise UsageError(f"The image {image} does not exist.")
+    media = MediaRef("image", str(image), resolved=image) if image is not None else None
+    name = hashlib.sha1(prompt.encode(), usedforsecurity=False).hexdigest()[:12]
+    return [Sample("prompt", name, prompt, prompt, media)]
+
+
+def _read_samples(
+    path: Path,
+    image: Path | None,
+    from_image: bool,
+    skip_missing: bool,
+    media_root: list[Path],
+    options: dict[str, Any],
+) -> tuple[list[Sample], dict[str, Any]]:
+    """The samples of a prompt file and what `run.json` keeps about it."""
+    from ptq.errors import UsageError
+    from ptq.prompts import read_prompts, require_media
+
+    if image is not None:
+        raise UsageError("--image belongs to --prompt TEXT; a prompt file names its own images.")
+    found = read_prompts(path, media_root=media_root, **options)
+    samples = require_media(found, skip_missing=skip_missing) if from_image else found.samples
+    source = {"file": str(path), "format": found.format, "sha256": found.sha256, "samples": len(samples)}
+    return samples, source
+
+
+def _show_plan(plan: Plan, settings: Settings, weight_bytes: int, as_json: bool) -> None:
+    from ptq import ui
+    from ptq.ui.progress import format_seconds
+
+    if as_json:
+        value = {**plan.as_json(), "weight_bytes": weight_bytes, "settings": settings.as_json()}
+        ui.console.out(json.dumps(value, indent=2, ensure_ascii=False), highlight=False)
+        return
+    rows = [
+        ("units of the run", plan.units),
+        (f"units of shard {plan.shard.index}/{plan.shard.count}", plan.own),
+        ("done already", plan.done),
+        ("to make", plan.to_make),
+        ("video", f"{settings.width}x{settings.height}, {settings.num_frames} frames, {settings.steps} steps"),
+        ("disk, estimated", f"{plan.bytes_needed / 1e9:.2f} GB ({plan.free_bytes / 1e9:.1f} GB free)"),
+        ("weights on disk", f"{weight_bytes / 1e9:.2f} GB; loading takes as much memory"),
+        ("time, estimated", "known after the first video" if plan.seconds is None else format_seconds(plan.seconds)),
+    ]
+    ui.table("Plan", ("", "value"), rows)

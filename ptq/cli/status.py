@@ -1,0 +1,64 @@
+"""`ptq status DIR`: how far a generation run is, shard by shard, and when it will be done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ptq.generation import RunStatus
+    from ptq.generation.status import ShardStatus
+
+LISTED_FAILURES = 5
+
+
+def status(
+    directory: Annotated[Path, typer.Argument(help="Directory of the run (--out of `ptq generate`).")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Show the state of a generation run: units done, failed and remaining, rates, time left.
+
+    Example: ptq status runs/hif4
+    """
+    from ptq import ui
+    from ptq.generation import read_status
+
+    state = read_status(directory)
+    if as_json:
+        ui.console.out(json.dumps(state.as_json(), indent=2, ensure_ascii=False), highlight=False)
+        return
+    columns = ("shard", "state", "done", "of", "failed", "videos/hour", "s/video", "in work")
+    ui.table(f"{directory}: {state.model}", columns, [_row(shard) for shard in state.shards])
+    ui.console.print(_sentence(state), highlight=False, markup=False)
+    for name, error in list(state.failed.items())[:LISTED_FAILURES]:
+        ui.console.print(f"failed: {name}: {error}", highlight=False, markup=False)
+    if len(state.failed) > LISTED_FAILURES:
+        ui.console.print(f"... and {len(state.failed) - LISTED_FAILURES} more (--json lists all)", markup=False)
+
+
+def _row(shard: ShardStatus) -> tuple[object, ...]:
+    return (
+        shard.tag,
+        "running" if shard.running else "stopped",
+        shard.done,
+        "-" if shard.share is None else shard.share,
+        shard.failed,
+        "-" if shard.units_per_hour is None else f"{shard.units_per_hour:.1f}",
+        "-" if shard.seconds_per_unit is None else f"{shard.seconds_per_unit:.1f}",
+        shard.current or "-",
+    )
+
+
+def _sentence(state: RunStatus) -> str:
+    from ptq.ui.progress import format_seconds
+
+    text = f"{state.done} of {state.units} units done, {len(state.failed)} failed, {state.remaining} remaining"
+    if state.remaining == 0:
+        return f"{text}."
+    if state.seconds_left is None:
+        return f"{text}; the time left is known after the first video."
+    running = any(shard.running for shard in state.shards)
+    return f"{text}; {format_seconds(state.seconds_left)} left{'' if running else ' once it runs again'}."

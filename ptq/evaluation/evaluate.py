@@ -1,0 +1,277 @@
+"""`ptq evaluate`: two generation directories in, one evaluation directory out.
+
+Order of work: read and pair the runs, measure every pair (resumable), collect the scores of the suite's gate
+(adherence, or VBench), compare, judge, write. The numbers in evaluation.json are the only ones: the table, the
+reports and the archive read them from there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ptq.errors import UsageError
+from ptq.evaluation import findings, statistics
+from ptq.evaluation.runs import Run, pair_runs, read_run
+from ptq.evaluation.scores import Scores, scores_from_units
+from ptq.evaluation.suites import DRIFT_NOTE, HITS, PAIRED_MEASURES, RUN_DIMENSIONS, Suite, get_suite
+from ptq.evaluation.units import FILE_NAME, finish, measure_units
+from ptq.evaluation.vbench_import import imported_scores
+from ptq.evaluation.vbench_run import VBenchSettings, run_vbench
+from ptq.evaluation.vbench_totals import published_totals
+from ptq.fs import write_json
+from ptq.version import __version__
+
+SCHEMA = 1
+FILE = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How to judge: the format's limit, the deciding aggregate (a key of `statistics.AGGREGATES`), the bootstrap."""
+
+    format: str | None = None
+    gate: str = "mean_signed"
+    resamples: int = 10_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.format is not None and self.format not in statistics.LIMITS:
+            raise UsageError(f"--format is {self.format!r}; choose one of {', '.join(statistics.LIMITS)}.")
+        if self.gate not in statistics.AGGREGATES:
+            raise UsageError(f"The gate is {self.gate!r}; choose one of {', '.join(statistics.AGGREGATES)}.")
+        if self.resamples < 1000:
+            raise UsageError(f"--bootstrap is {self.resamples}; 95 % intervals need at least 1000 resamples.")
+
+
+def evaluate_runs(
+    reference: Path,
+    candidate: Path,
+    out: Path,
+    *,
+    suite: str = "core",
+    format: str | None = None,
+    allow_missing: bool = False,
+    stride: int = 1,
+    resamples: int = 10_000,
+    seed: int = 0,
+    gate: str = "mean_signed",
+    import_vbench: tuple[Path, Path] | None = None,
+    vbench: VBenchSettings | None = None,
+    dimensions: Sequence[str] | None = None,
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """Compare two generation directories and write `out`/evaluation.json and `out`/units.jsonl.
+
+    Args:
+        reference, candidate: directories written by `ptq generate` from the same prompts and seeds.
+        suite: a name of `suites.suite_names()`. VBench suites need `import_vbench` (two result files) or `vbench`.
+        format: hif4 or mxfp4, which sets the limit; by default what the candidate's run.json says.
+        stride: take SSIM, sharpness and saturation on every stride-th frame.
+        dimensions: a subset of a VBench suite's dimensions; the evaluation then says which are missing.
+        fresh: measure again instead of reusing results already in `out`.
+
+    Returns:
+        The content of evaluation.json.
+
+    Raises:
+        UsageError: contradictory options. PtqError: unpaired or incomplete runs. DamagedFileError: a damaged artifact.
+    """
+    chosen = _narrow(get_suite(suite), dimensions)
+    if stride < 1:
+        raise UsageError(f"--stride is {stride}; it must be 1 or more.")
+    if chosen.is_vbench and (import_vbench is None) == (vbench is None):
+        raise UsageError(f"Suite {suite} needs either --import-vbench REF CAND or --vbench-python PYTHON.")
+    if not chosen.is_vbench and (import_vbench or vbench):
+        raise UsageError(f"Suite {suite} does not use VBench; choose icme2026, vbench-i2v or vbench for those options.")
+    runs = read_run(reference), read_run(candidate)
+    _check_out(out, (reference, candidate))
+    judgement = Judgement(_resolve_format(format, runs[1], chosen), gate, resamples, seed)
+    pairing = pair_runs(*runs, allow_missing=allow_missing)
+    lines = measure_units(pairing.pairs, out, chosen, stride=stride, fresh=fresh)
+    if import_vbench is not None:
+        scores = imported_scores(*import_vbench, chosen, pairs=pairing.pairs, allow_missing=allow_missing)
+    elif vbench is not None:
+        scores = run_vbench(pairing.pairs, chosen, vbench, out / "vbench", allow_missing=allow_missing, fresh=fresh)
+    else:
+        scores = scores_from_units(lines, chosen.gate)
+    digests = [run.checkpoint_digest() for run in runs]
+    content = {
+        **_header(chosen, judgement),
+        "reference": runs[0].describe(),
+        "candidate": runs[1].describe(),
+        "units": len(lines),
+        "excluded": pairing.excluded,
+        "stride": stride,
+        "sources": dict(Counter(line["source"] for line in lines)),
+    }
+    extra = findings.pairing_warnings(pairing.excluded, digests[0] is not None and digests[0] == digests[1])
+    extra += findings.condition_warnings(runs[0].info, runs[1].info)
+    return _conclude(out, content, chosen, judgement, scores, lines, extra)
+
+
+def evaluate_imported(
+    reference: Path,
+    candidate: Path,
+    out: Path,
+    *,
+    suite: str = "icme2026",
+    format: str,
+    allow_missing: bool = False,
+    resamples: int = 10_000,
+    seed: int = 0,
+    gate: str = "mean_signed",
+    dimensions: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Judge two VBench result files without the videos: units are paired by video file name.
+
+    Args and errors as `evaluate_runs`; nothing proves here that the videos started from the same noise, and the
+    evaluation says so.
+    """
+    chosen = _narrow(get_suite(suite), dimensions)
+    if not chosen.is_vbench:
+        raise UsageError(f"Suite {suite} is not made of VBench dimensions; choose icme2026, vbench-i2v or vbench.")
+    _check_out(out, ())
+    judgement = Judgement(format, gate, resamples, seed)
+    scores = imported_scores(reference, candidate, chosen, pairs=None, allow_missing=allow_missing)
+    content = {
+        **_header(chosen, judgement),
+        "reference": {"file": str(reference)},
+        "candidate": {"file": str(candidate)},
+        "units": len(scores.clusters),
+        "excluded": {},
+    }
+    extra = ["Only VBench results were read: videos are paired by file name, and no manifest proves equal seeds."]
+    return _conclude(out, content, chosen, judgement, scores, None, extra)
+
+
+def _narrow(suite: Suite, dimensions: Sequence[str] | None) -> Suite:
+    if not dimensions:
+        return suite
+    unknown = [name for name in dimensions if name not in suite.gate]
+    if unknown or not suite.is_vbench:
+        raise UsageError(
+            f"Suite {suite.name} has no dimension {', '.join(unknown or dimensions)}; it has "
+            f"{', '.join(suite.gate) or 'no gate dimensions'}."
+        )
+    return suite.narrowed(dimensions)
+
+
+def _check_out(out: Path, runs: Sequence[Path]) -> None:
+    foreign = out.is_dir() and any(out.iterdir()) and not ((out / FILE).exists() or (out / FILE_NAME).exists())
+    if foreign or any(out.resolve() == run.resolve() for run in runs):
+        raise UsageError(f"{out} holds other files. Give --out a new directory, or that of an earlier evaluation.")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _resolve_format(given: str | None, candidate: Run, suite: Suite) -> str | None:
+    recorded = candidate.format()
+    recorded = recorded if recorded in statistics.LIMITS else None
+    if given and recorded and given != recorded:
+        raise UsageError(
+            f"{candidate.directory} was generated from a {recorded} checkpoint, but --format is {given}. The limit "
+            "belongs "
+            "to the format of the weights: leave --format out."
+        )
+    if suite.gate and not (given or recorded):
+        raise UsageError(
+            f"{candidate.directory} does not say which format it was generated with. Pass --format hif4 (limit 0.5 "
+            "%) or "
+            "--format mxfp4 (limit 1 %)."
+        )
+    return given or recorded
+
+
+def _header(suite: Suite, judgement: Judgement) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "ptq_version": __version__,
+        "suite": suite.name,
+        "format": judgement.format,
+        "limit": statistics.LIMITS[judgement.format] if suite.gate and judgement.format else None,
+        "gate": judgement.gate if suite.gate else None,
+        "bootstrap": {
+            "resamples": judgement.resamples,
+            "seed": judgement.seed,
+            "confidence": statistics.CONFIDENCE,
+            "method": "paired percentile; prompts resampled, each with all its units",
+        },
+    }
+
+
+def _conclude(
+    out: Path,
+    content: dict[str, Any],
+    suite: Suite,
+    judgement: Judgement,
+    scores: Scores,
+    lines: list[dict[str, Any]] | None,
+    extra: list[str],
+) -> dict[str, Any]:
+    """Compare, judge, and write both files; returns the content of evaluation.json."""
+    warnings = [*extra, *scores.warnings]
+    gated = informative = None
+    content.update(dimensions={}, aggregates={}, verdict=None, prompts=len(set(scores.clusters.values())))
+    if suite.gate and judgement.format:
+        gated = scores.compare(scores.reference, resamples=judgement.resamples, seed=judgement.seed)
+        verdict = statistics.verdict(gated.aggregates.get(judgement.gate), content["limit"])
+        content.update(_gate_content(gated), verdict=verdict)
+        warnings += findings.gate_warnings(gated, content["limit"], verdict, judgement.gate)
+        if suite.is_vbench:
+            content["vbench"] = {**scores.details, "totals": published_totals(suite, scores)}
+    if lines is not None:
+        informative_scores = scores_from_units(lines, [*RUN_DIMENSIONS, *(HITS if suite.name == "tiny" else ())])
+        informative = informative_scores.compare(
+            informative_scores.reference, resamples=judgement.resamples, seed=judgement.seed
+        )
+        content["informative"] = _gate_content(informative)["dimensions"]
+        content["paired"] = _summarize_paired(lines)
+        content["duplicates"] = {role: findings.duplicates(lines, role) for role in ("reference", "candidate")}
+        content["notes"] = [DRIFT_NOTE]
+        warnings += findings.integrity_warnings(lines) + findings.blur_warnings(gated, informative)
+    content["warnings"] = warnings
+    finish(out / FILE_NAME, _unit_lines(lines, scores))
+    write_json(out / FILE, content)
+    return content
+
+
+def _gate_content(comparison: statistics.Comparison) -> dict[str, Any]:
+    return {
+        "dimensions": {name: asdict(value) for name, value in comparison.dimensions.items()},
+        "aggregates": {name: asdict(value) for name, value in comparison.aggregates.items()},
+        "prompts": comparison.prompts,
+    }
+
+
+def _summarize_paired(lines: list[dict[str, Any]]) -> dict[str, dict[str, float | int]]:
+    """Mean, extremes and count of each paired measure over the units that have it."""
+    summary = {}
+    for name in PAIRED_MEASURES:
+        values = [line["paired"][name] for line in lines if line["paired"].get(name) is not None]
+        if values:
+            summary[name] = {
+                "mean": float(np.mean(values)),
+                "min": min(values),
+                "max": max(values),
+                "units": len(values),
+            }
+    return summary
+
+
+def _unit_lines(lines: list[dict[str, Any]] | None, scores: Scores) -> list[Mapping[str, Any]]:
+    """Lines of units.jsonl: the measured ones with the gate's scores merged in, or the imported scores alone."""
+    merged = {}
+    for line in lines or [
+        {"unit": unit, "reference": {}, "candidate": {}, "paired": {}} for unit in sorted(scores.clusters)
+    ]:
+        values = {
+            role: {**line[role], **{name: rows[line["unit"]] for name, rows in table.items() if line["unit"] in rows}}
+            for role, table in (("reference", scores.reference), ("candidate", scores.candidate))
+        }
+        merged[line["unit"]] = {**line, **values}
+    return list(merged.values())

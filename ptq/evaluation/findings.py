@@ -1,0 +1,111 @@
+"""What a reader of the evaluation must be told besides the numbers: paragraphs for the `warnings` of
+evaluation.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ptq.evaluation import statistics
+
+#: Below this many prompts, percentile intervals are known to be too narrow.
+FEW_PROMPTS = 20
+#: Sharpness falling by this share while temporal flickering "improves" is reported as blur.
+BLUR_LOSS = 0.02
+
+
+def pairing_warnings(excluded: Mapping[str, str], same_checkpoint: bool) -> list[str]:
+    """Left-out units, and a run compared with itself."""
+    found = []
+    if excluded:
+        listed = "; ".join(f"{unit} ({reason})" for unit, reason in sorted(excluded.items())[:5])
+        found.append(f"{len(excluded)} units are not in the comparison (--allow-missing): {listed}.")
+    if same_checkpoint:
+        found.append("Both runs come from the same checkpoint: this compares a model with itself.")
+    return found
+
+
+def condition_warnings(reference: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[str]:
+    """Differences of two run.json that pairing allows but a reader should know: number type, device code, versions."""
+    found = []
+    for group, names in (("settings", ("dtype", "attention_backend")), ("versions", None)):
+        ours, theirs = reference.get(group) or {}, candidate.get(group) or {}
+        for name in names or sorted({*ours, *theirs}):
+            if ours.get(name) != theirs.get(name):
+                found.append(
+                    f"The runs differ in {name}: {ours.get(name)} for the reference, {theirs.get(name)} for the candidate."
+                )
+    return found
+
+
+def integrity_warnings(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Black, frozen, duplicate or pasted videos, and a candidate that equals the reference."""
+    found = []
+    for measure, words in (("black_frames", "black"), ("frozen_frames", "frozen")):
+        for role in ("reference", "candidate"):
+            hit = [line["unit"] for line in lines if line[role][measure]]
+            if hit:
+                frames = int(sum(line[role][measure] for line in lines))
+                found.append(f"The {role} has {frames} {words} frames in {len(hit)} videos, for example {hit[0]}.")
+    for role in ("reference", "candidate"):
+        repeated = duplicates(lines, role)
+        if repeated:
+            found.append(
+                f"The {role} shows the same pixels for different units: {', '.join(repeated[0][:3])}"
+                f"{f' and {len(repeated) - 1} more groups' if len(repeated) > 1 else ''}."
+            )
+        copied = [line["unit"] for line in lines if line[role].get("first_frame_copied")]
+        if copied:
+            found.append(
+                f"The first frame of {len(copied)} {role} videos is a copy of the input image (for example "
+                f"{copied[0]}): "
+                "it was pasted, not generated."
+            )
+    equal = sum(line["hashes"]["reference"] == line["hashes"]["candidate"] for line in lines)
+    if equal:
+        found.append(f"{equal} of {len(lines)} candidate videos equal the reference's pixel for pixel.")
+    return found
+
+
+def duplicates(lines: Iterable[Mapping[str, Any]], role: str) -> list[list[str]]:
+    """Groups of two or more units of one run whose frames are identical."""
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        groups.setdefault(line["hashes"][role], []).append(line["unit"])
+    return [units for units in groups.values() if len(units) > 1]
+
+
+def gate_warnings(comparison: statistics.Comparison, limit: float, verdict: str, gate: str) -> list[str]:
+    """Few prompts, undefined dimensions, and a pass that comes from cancellation."""
+    found = []
+    if comparison.prompts < FEW_PROMPTS:
+        found.append(
+            f"Only {comparison.prompts} prompts: bootstrap intervals from fewer than {FEW_PROMPTS} are too narrow. "
+            "Evaluate more prompts before relying on the verdict."
+        )
+    for name in comparison.undefined:
+        found.append(f"{name} scores 0 or less in the reference: it has no relative loss and is not in the aggregates.")
+    over = statistics.cancels(comparison, limit)
+    if over and gate == "mean_signed" and verdict != statistics.FAIL:
+        positive = comparison.aggregates["mean_positive"].value
+        found.append(
+            f"The mean signed loss is under the limit only because gains cancel losses: the positive parts average "
+            f"{positive:.2%}, over the limit of {limit:.2%} ({', '.join(over)})."
+        )
+    return found
+
+
+def blur_warnings(gated: statistics.Comparison | None, informative: statistics.Comparison | None) -> list[str]:
+    """temporal_flickering that improves while the picture loses sharpness: VBench rewards blur."""
+    if gated is None or informative is None:
+        return []
+    flicker, sharp = gated.dimensions.get("temporal_flickering"), informative.dimensions.get("sharpness")
+    if not (flicker and sharp and flicker.relative_loss and sharp.relative_loss):
+        return []
+    if flicker.relative_loss.value < 0 and sharp.relative_loss.value > BLUR_LOSS:
+        return [
+            f"temporal_flickering improved while sharpness fell by {sharp.relative_loss.value:.1%}: the gain may "
+            "be blur."
+        ]
+    return []

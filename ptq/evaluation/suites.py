@@ -1,0 +1,118 @@
+"""Which measures exist, what they mean, and which of them a suite's gate counts.
+
+A dimension enters a gate only when a higher value is better without reservation and zero means "nothing right", so that
+(B - Q) / B reads as a loss: prompt adherence and VBench's dimensions. Sharpness, saturation and motion energy do not:
+noise sharpens, a frozen clip flickers least. They are shown beside the gate. PSNR and SSIM between two samples measure
+how far the trajectories drifted apart, which they do even at FP8; they are never counted.
+
+Suites: `core` (no gate), `tiny` (the embedded world), and the VBench presets, which are data files in `presets/`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+
+from ptq.errors import UsageError
+
+#: Informative dimensions of every run, with the words of the tables.
+RUN_DIMENSIONS: Mapping[str, str] = {
+    "temporal_flickering": "temporal flickering (VBench; blur raises it)",
+    "motion_energy": "motion energy, mean squared frame difference",
+    "sharpness": "sharpness, variance of the Laplacian",
+    "saturation": "saturation",
+    "frozen_frames": "frozen frames per video",
+    "black_frames": "black frames per video",
+}
+PAIRED_MEASURES: Mapping[str, str] = {
+    "psnr": "PSNR of frames that differ (dB)",
+    "identical_frames": "identical frames per video",
+    "ssim": "SSIM",
+    "temporal_delta_mae": "difference of frame-to-frame change (levels)",
+    "motion_energy_ratio": "motion energy, candidate / reference",
+    "first_frame_psnr": "PSNR of the first frame (dB)",
+    "latent_relative_l2": "final latents, relative L2 error",
+    "latent_cosine": "final latents, cosine",
+    "latent_snr_db": "final latents, SNR (dB)",
+}
+ADHERENCE = ("colour", "shape", "direction")
+#: Share of units whose detected colour, shape or direction is the asked-for one; shown beside the soft scores.
+HITS = tuple(f"{name}_hit" for name in ADHERENCE)
+#: Image-to-video only, per run: closeness of frame 0 to the input image (dB), and whether it is a copy of it.
+FIRST_FRAME = ("first_frame_to_image_psnr", "first_frame_copied")
+DRIFT_NOTE = (
+    "PSNR, SSIM and latent errors between two samples measure drift: sampling trajectories diverge even at FP8. "
+    "They do "
+    "not measure quality and never decide the verdict."
+)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """`gate`: dimensions whose losses are averaged (empty: no verdict). `vbench`: its Python package, "" for
+    built-in suites.
+
+    `mode` is VBench's: custom_input scores any videos with a prompt map; vbench_standard scores its own prompt list.
+    `totals` maps group names to weights for VBench's published totals, `normalization` holds (min, max, weight, group),
+    `prompts` how many prompts the full benchmark has in each dimension, with `videos_per_prompt` videos each.
+    """
+
+    name: str
+    description: str
+    gate: tuple[str, ...]
+    vbench: str = ""
+    mode: str = ""
+    videos_per_prompt: int = 0
+    totals: Mapping[str, float] | None = None
+    normalization: Mapping[str, tuple[float, float, float, str]] | None = None
+    prompts: Mapping[str, int] | None = None
+
+    @property
+    def is_vbench(self) -> bool:
+        return bool(self.vbench)
+
+    def narrowed(self, dimensions: Sequence[str]) -> Suite:
+        """The same suite with only these gate dimensions; published totals no longer apply."""
+        if set(dimensions) == set(self.gate):
+            return self
+        return replace(self, gate=tuple(name for name in self.gate if name in dimensions), totals=None)
+
+
+_BUILT_IN = {
+    "core": Suite("core", "drift and integrity of paired videos; no verdict", ()),
+    "tiny": Suite("tiny", "prompt adherence in the embedded world", (*ADHERENCE, "temporal_flickering")),
+}
+
+
+def suite_names() -> list[str]:
+    """Names that `get_suite` knows."""
+    folder = resources.files("ptq.evaluation") / "presets"
+    return [*_BUILT_IN, *sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".json"))]
+
+
+def get_suite(name: str) -> Suite:
+    """The suite of that name.
+
+    Raises:
+        UsageError: unknown name; the text lists the known ones.
+    """
+    if name not in suite_names():
+        raise UsageError(f"There is no suite {name!r}. Choose one of {', '.join(suite_names())}.")
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]
+    data = json.loads((resources.files("ptq.evaluation") / "presets" / f"{name}.json").read_text(encoding="utf-8"))
+    return Suite(
+        name=name,
+        description=data["description"],
+        gate=tuple(data["dimensions"]),
+        vbench=data["package"],
+        mode=data["mode"],
+        videos_per_prompt=data.get("videos_per_prompt", 0),
+        totals=data.get("totals"),
+        prompts=data.get("prompts"),
+        normalization={key: tuple(value) for key, value in data["normalization"].items()}
+        if "normalization" in data
+        else None,
+    )

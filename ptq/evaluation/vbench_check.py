@@ -1,0 +1,107 @@
+"""What a VBench installation has: its place and version, and the weights each dimension needs. Nothing is
+downloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ptq.errors import UsageError
+from ptq.fs import read_json
+
+DRIVER = Path(__file__).with_name("vbench_driver.py")
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A probed VBench: its package folder, cache folder, version (None in a checkout) and Python version."""
+
+    package: Path
+    cache: Path
+    version: str | None
+    python: str
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-like form, without the cache folder (it does not decide results)."""
+        return {"package": str(self.package), "version": self.version, "python": self.python}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A file that a dimension loads: where it belongs, where it comes from, whether it is there."""
+
+    dimension: str
+    path: Path
+    source: str
+    present: bool
+
+
+def foreign_environment() -> dict[str, str]:
+    """Our environment without what would leak this interpreter's packages into VBench's."""
+    return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+
+
+def probe(python: Path, root: Path | None) -> Installation:
+    """Ask an interpreter where its VBench is.
+
+    Raises:
+        UsageError: no such interpreter, or it has no VBench.
+    """
+    executable = shutil.which(str(python))
+    if executable is None:
+        raise UsageError(f"{python} is not a program. Give --vbench-python the interpreter of VBench's environment.")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "probe.json"
+        command = [executable, str(DRIVER), "probe", str(out), *([str(root.resolve())] if root else [])]
+        result = subprocess.run(command, capture_output=True, text=True, env=foreign_environment(), check=False)
+        if result.returncode != 0 or not out.is_file():
+            said = (result.stderr or result.stdout).strip()[-500:] or "nothing"
+            raise UsageError(
+                f"{python} has no usable VBench (exit code {result.returncode}; it said: {said}). Install vbench "
+                "into that "
+                "environment, or name a checkout with --vbench-root."
+            )
+        found = read_json(out)
+    return Installation(Path(found["package"]), Path(found["cache"]), found["version"], found["python"])
+
+
+def required_weights(dimensions: Iterable[str], cache: Path) -> list[Weight]:
+    """Every file the dimensions load from VBench's cache folder, present or not."""
+    table = _table()
+    return [
+        Weight(name, cache / table["files"][key][0], table["files"][key][1], (cache / table["files"][key][0]).is_file())
+        for name in dimensions
+        for key in table["dimensions"].get(name, ())
+    ]
+
+
+def missing_weights(dimensions: Iterable[str], cache: Path) -> list[Weight]:
+    """The absent ones, each file once."""
+    return list({weight.path: weight for weight in required_weights(dimensions, cache) if not weight.present}.values())
+
+
+def fetched_elsewhere(dimensions: Iterable[str]) -> dict[str, str]:
+    """Dimensions that also fetch something outside the cache folder, which cannot be checked here."""
+    table = _table()["hub"]
+    return {name: table[name] for name in dimensions if name in table}
+
+
+def default_cache() -> Path:
+    """VBench's cache folder when no interpreter was asked."""
+    return Path(os.environ.get("VBENCH_CACHE_DIR") or Path.home() / ".cache" / "vbench")
+
+
+def _table() -> dict[str, Any]:
+    text = (resources.files("ptq.evaluation") / "presets" / "vbench-weights.yaml").read_text(encoding="utf-8")
+    table: dict[str, Any] = yaml.safe_load(text)
+    return table

@@ -1,0 +1,77 @@
+"""Whether a unit that the manifest calls done is really there, whole, and made from the sample that is asked for now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from ptq import ui
+from ptq.errors import PtqError
+from ptq.fs import sha256_file
+from ptq.generation.manifest import FILE_KEYS, Line, Manifests
+from ptq.generation.units import Unit
+
+
+def find_damage(root: Path, line: Line) -> str | None:
+    """What is wrong with the files of a finished unit (missing, truncated, changed), or None."""
+    for key in FILE_KEYS:
+        name = line.get(key)
+        if not name:
+            continue
+        path = root / name
+        if not path.is_file():
+            return f"{name} is missing"
+        expected = line.get(f"{key}_sha256")
+        if expected and sha256_file(path) != expected:
+            return f"{name} is truncated or was changed"
+    return None
+
+
+def refuse_other_sample(root: Path, line: Line, unit: Unit, image_to_video: bool) -> None:
+    """A finished unit must come from the same prompt and image.
+
+    Raises:
+        PtqError: the prompt file says something else for this id now.
+    """
+    media = unit.sample.media if image_to_video else None
+    wanted = {
+        "prompt": unit.sample.prompt,
+        "score_prompt": unit.sample.score_prompt,
+        "image": media.path if media is not None else None,
+    }
+    for key, value in wanted.items():
+        if line.get(key) != value:
+            raise PtqError(
+                f"{root} holds unit {unit.name}, made with {key} {_short(line.get(key))}, but the sample of that id now "
+                f"has {_short(value)}. Videos of two prompt files are never mixed: choose another --out, or pass --fresh "
+                "to delete the run and start over."
+            )
+
+
+def select_pending(root: Path, manifests: Manifests, units: Sequence[Unit], *, image_to_video: bool) -> list[Unit]:
+    """The units that have to be made: new, failed before, or done but damaged (a message names those).
+
+    Every file of a finished unit is read once and compared with its digest in the manifest.
+
+    Raises:
+        PtqError: a finished unit comes from another prompt or image.
+    """
+    finished = [(unit, line) for unit in units if (line := manifests.get(unit.name)) and line["status"] == "done"]
+    whole: set[str] = set()
+    with ui.progress("Checking finished videos", len(finished)) if finished else nullcontext() as bar:
+        for unit, line in finished:
+            refuse_other_sample(root, line, unit, image_to_video)
+            problem = find_damage(root, line)
+            if problem is None:
+                whole.add(unit.name)
+            else:
+                ui.warn(f"{problem}; unit {unit.name} is made again.")
+            if bar is not None:
+                bar.advance()
+    return [unit for unit in units if unit.name not in whole]
+
+
+def _short(value: object, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -1,0 +1,231 @@
+"""One unit through a diffusers Wan pipeline: noise, denoising with a check after every step, decoding with checks.
+
+The pipeline runs as diffusers wrote it, with `output_type="latent"` and the initial noise passed in; the latents are then
+decoded as the end of its `__call__` does. No step is added to or taken from the method. Files are `run.py`'s job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ptq.errors import PtqError, UsageError
+from ptq.generation.diagnosis import CallRecorder, find_nonfinite
+from ptq.generation.settings import Settings
+
+OFFLOAD_MODES = ("none", "model", "sequential")
+#: A video whose brightest value is at or below this (of 255) shows nothing.
+BLACK_LEVEL = 4
+_EXPERTS = ("transformer", "transformer_2")
+
+StepCallback = Callable[[int], None]
+
+
+class BrokenOutputError(PtqError):
+    """The model itself gave an unusable result; making the unit again would give the same."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A finished unit in memory. initial_sha256: of the float32 bytes of the initial latent [C, T, H, W].
+
+    latents: final latents, float32 [C, T, H, W] on the CPU. frames: uint8 [T, H, W, 3] RGB.
+    """
+
+    initial_sha256: str
+    latents: torch.Tensor
+    frames: np.ndarray
+
+
+class Sampler:
+    """A pipeline made ready for one run's settings.
+
+    Raises (on construction):
+        UsageError: the settings do not fit the pipeline (size, number of frames, guidance, image, backend).
+    """
+
+    def __init__(self, pipe: Any, settings: Settings, device: str = "cpu", offload: str = "none") -> None:
+        self.settings = settings
+        self.pipe = _with_image_input(pipe) if settings.image_to_video else pipe
+        _check_fit(self.pipe, settings)
+        set_flow_shift(self.pipe, settings.flow_shift)
+        self._experts = {name: module for name in _EXPERTS if (module := getattr(self.pipe, name, None)) is not None}
+        for module in self._experts.values():
+            _set_attention(module, settings.attention_backend)
+        _place(self.pipe, device, offload)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def initial_latents(self, seed: int) -> torch.Tensor:
+        """The noise that the pipeline itself would draw from a CPU generator: float32 [1, C, T, H, W]."""
+        pipe, settings = self.pipe, self.settings
+        shape = (
+            1,
+            pipe.vae.config.z_dim,
+            (settings.num_frames - 1) // pipe.vae_scale_factor_temporal + 1,
+            settings.height // pipe.vae_scale_factor_spatial,
+            settings.width // pipe.vae_scale_factor_spatial,
+        )
+        return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
+
+    def make(self, prompt: str, seed: int, image: np.ndarray | None, on_step: StepCallback) -> Sampled:
+        """Make one video.
+
+        Args:
+            image: uint8 [height, width, 3] for image-to-video, else None.
+            on_step: called with the number of finished steps.
+
+        Raises:
+            BrokenOutputError: a step gave NaN or infinite latents (names step and layer), or the video is not finite,
+                black or frozen.
+        """
+        settings = self.settings
+        initial = self.initial_latents(seed)
+        arguments: dict[str, Any] = {}
+        if image is not None:
+            from PIL import Image
+
+            arguments["image"] = Image.fromarray(image)
+        with CallRecorder(self._experts) as recorder, torch.no_grad():
+
+            def after_step(_: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+                if not torch.isfinite(tensors["latents"]).all():
+                    where = find_nonfinite(self._experts, recorder.calls)
+                    raise BrokenOutputError(
+                        f"Step {step + 1} of {settings.steps} (timestep {float(timestep):.0f}) gave latents that are not "
+                        f"finite: {where}."
+                    )
+                recorder.calls.clear()
+                on_step(step + 1)
+                return {}
+
+            final = self.pipe(
+                prompt=prompt,
+                negative_prompt=settings.negative_prompt,
+                height=settings.height,
+                width=settings.width,
+                num_frames=settings.num_frames,
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance_scale,
+                guidance_scale_2=settings.guidance_scale_2,
+                latents=initial,
+                output_type="latent",
+                callback_on_step_end=after_step,
+                max_sequence_length=settings.max_sequence_length,
+                **arguments,
+            ).frames
+        frames = decode_latents(self.pipe, final)
+        check_frames(frames, settings.steps)
+        latents = final[0].to("cpu", torch.float32).contiguous()
+        return Sampled(hashlib.sha256(initial[0].numpy().tobytes()).hexdigest(), latents, frames)
+
+
+@torch.no_grad()
+def decode_latents(pipe: Any, latents: torch.Tensor) -> np.ndarray:
+    """Final latents [1, C, T, H, W] to uint8 [T, H, W, 3], as the end of diffusers' WanPipeline.__call__ does.
+
+    Raises:
+        BrokenOutputError: the VAE gave NaN or infinite values.
+    """
+    vae = pipe.vae
+    latents = latents.to(pipe._execution_device, dtype=vae.dtype)
+    shape = (1, vae.config.z_dim, 1, 1, 1)
+    mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents.device, latents.dtype)
+    inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents.device, latents.dtype)
+    video = vae.decode(latents / inverse_std + mean, return_dict=False)[0]
+    if not torch.isfinite(video).all():
+        raise BrokenOutputError(
+            "After the last step the latents were finite, but the VAE decoded them to NaN or infinity."
+        )
+    pixels = pipe.video_processor.postprocess_video(video, output_type="pt")[0]
+    pipe.maybe_free_model_hooks()
+    return (pixels.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def check_frames(frames: np.ndarray, steps: int) -> None:
+    """Refuse a video that shows nothing or does not move at all.
+
+    Raises:
+        BrokenOutputError: black (no value above BLACK_LEVEL) or frozen (all frames equal, of more than one).
+    """
+    if frames.max() <= BLACK_LEVEL:
+        raise BrokenOutputError(
+            f"The video is black after step {steps} of {steps}: no value is above {BLACK_LEVEL}/255."
+        )
+    if len(frames) > 1 and all(np.array_equal(frame, frames[0]) for frame in frames[1:]):
+        raise BrokenOutputError(
+            f"The video is frozen after step {steps} of {steps}: all {len(frames)} frames are equal."
+        )
+
+
+def set_flow_shift(pipe: Any, flow_shift: float) -> None:
+    """Give the pipeline a scheduler with this shift.
+
+    Raises:
+        UsageError: the scheduler has no such parameter.
+    """
+    config = pipe.scheduler.config
+    key = next((key for key in ("flow_shift", "shift") if key in config), None)
+    if key is None:
+        raise UsageError(f"The scheduler {type(pipe.scheduler).__name__} has no flow shift; use a flow-matching one.")
+    pipe.scheduler = type(pipe.scheduler).from_config(config, **{key: flow_shift})
+
+
+def _with_image_input(pipe: Any) -> Any:
+    """TI2V-5B directories name WanPipeline; the same modules make an image-to-video pipeline."""
+    if "image" in inspect.signature(pipe.__call__).parameters or not pipe.config.expand_timesteps:
+        return pipe
+    from diffusers import WanImageToVideoPipeline
+
+    return WanImageToVideoPipeline(**pipe.components, boundary_ratio=pipe.config.boundary_ratio, expand_timesteps=True)
+
+
+def _check_fit(pipe: Any, settings: Settings) -> None:
+    takes_image = "image" in inspect.signature(pipe.__call__).parameters
+    if takes_image != settings.image_to_video:
+        wanted, is_a = (
+            ("image-to-video", "text-to-video") if settings.image_to_video else ("text-to-video", "image-to-video")
+        )
+        raise UsageError(f"The run is {wanted}, but {type(pipe).__name__} is an {is_a} pipeline.")
+    expert = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
+    for name, index in (("height", 1), ("width", 2)):
+        multiple = pipe.vae_scale_factor_spatial * expert.config.patch_size[index]
+        value = getattr(settings, name)
+        if value % multiple:
+            nearest = max(round(value / multiple), 1) * multiple
+            raise UsageError(f"{name} must be a multiple of {multiple} for this model, found {value}; try {nearest}.")
+    period = pipe.vae_scale_factor_temporal
+    if settings.num_frames % period != 1:
+        raise UsageError(
+            f"The number of frames must be {period} n + 1 for this model, found {settings.num_frames}; try "
+            f"{settings.num_frames // period * period + 1}."
+        )
+    if settings.guidance_scale_2 is not None and pipe.config.boundary_ratio is None:
+        raise UsageError("This model has one expert; leave out --guidance-scale-2.")
+
+
+def _set_attention(module: Any, backend: str | None) -> None:
+    if backend is None:
+        return
+    try:
+        module.set_attention_backend(backend)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UsageError(f"The attention backend {backend!r} cannot be used here: {error}") from error
+
+
+def _place(pipe: Any, device: str, offload: str) -> None:
+    if offload not in OFFLOAD_MODES:
+        raise UsageError(f"--offload must be one of {', '.join(OFFLOAD_MODES)}, found {offload!r}.")
+    if offload == "none":
+        pipe.to(device)
+    elif torch.device(device).type == "cpu":
+        raise UsageError(f"--offload {offload} moves weights between a GPU and the CPU; without a GPU use none.")
+    elif offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.enable_sequential_cpu_offload(device=device)
