@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     import torch
 
 
+OUTLIERS = "-outliers"
+"""`tiny-outliers` is derived from `tiny` when it is first asked for."""
+
+
 def resolve_model(model: str, revision: str | None = None) -> ModelLayout:
     """Find MODEL: `tiny`, a local diffusers directory, or a hub id (downloaded to the usual cache).
 
@@ -36,10 +40,16 @@ def resolve_model(model: str, revision: str | None = None) -> ModelLayout:
 def _embedded(model: str) -> Path | None:
     from ptq.tiny import assets_dir
 
+    name = model.removesuffix(OUTLIERS)
     try:
-        return assets_dir(model)
+        directory = assets_dir(name)
     except FileNotFoundError:
         return None
+    if name == model:
+        return directory
+    from ptq.wan.outliers import outlier_directory
+
+    return outlier_directory(directory)
 
 
 def _download(model: str, revision: str | None) -> Path:

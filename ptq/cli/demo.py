@@ -1,0 +1,70 @@
+"""`ptq demo`: the whole job on the embedded model, and its verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ptq.demo import DemoResult
+
+
+def demo(
+    format_name: Annotated[
+        str | None, typer.Option("--format", help="hif4 or mxfp4 [default: both]", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Directory for everything that is made.")] = Path("demo-out"),
+    units: Annotated[int, typer.Option("--units", min=2, help="Held-out prompts to generate and judge.")] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON.")] = False,
+) -> None:
+    """Record, quantize, generate, evaluate on the embedded tiny model. Minutes on a CPU; run again to continue.
+
+    Example: ptq demo --format hif4 --out demo-out
+    """
+    from ptq import formats
+    from ptq.cli.common import print_json, quiet_libraries
+
+    names = list(formats.FORMATS) if format_name is None else [formats.get(format_name).name]
+    quiet_libraries()
+    from ptq.demo import Demo
+
+    results = Demo(out, units).run(names[::-1])
+    if as_json:
+        print_json({r.manifest.format: {"verdict": r.evaluation["verdict"], "out": str(out)} for r in results})
+        return
+    _show(results, out)
+
+
+def _show(results: list[DemoResult], out: Path) -> None:
+    from ptq import ui
+    from ptq.cli.common import format_bytes
+    from ptq.ui import console
+
+    rows = []
+    for result in results:
+        coverage, content = result.manifest.coverage, result.evaluation
+        loss = content["aggregates"][content["gate"]]
+        rows.append(
+            (
+                result.manifest.format,
+                content["verdict"],
+                f"{loss['value']:+.2%} [{loss['low']:+.2%}, {loss['high']:+.2%}]",
+                f"{content['limit']:.1%}",
+                format_bytes(2 * coverage.quantized_parameters),
+                format_bytes(coverage.quantized_bytes),
+            )
+        )
+    ui.table(
+        f"Verdict over {results[0].evaluation['units']} held-out videos a run",
+        ("format", "verdict", "mean loss [95 % interval]", "limit", "Linears in bf16", "packed"),
+        rows,
+    )
+    for result in results:
+        for warning in result.evaluation["warnings"]:
+            ui.warn(f"{result.manifest.format}: {warning}")
+    console.print(f"Original and quantized videos side by side: {out / 'side-by-side'}", soft_wrap=True, markup=False)
+    console.print(
+        f"All of it: {out}; look closer with `ptq inspect {results[0].checkpoint}`", soft_wrap=True, markup=False
+    )
