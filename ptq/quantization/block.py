@@ -6,37 +6,20 @@ read it. The quantized block then runs on the propagated stream, which is what l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ptq import formats
-from ptq.calibration.records import Record
+from ptq.quantization.calls import ReplayRecord
 from ptq.quantization.collect import InputCollector, collecting
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.streams import Stream
 from ptq.runtime import QuantLinear
 from ptq.solvers.solve import LayerSolution, SolveSettings, solve_group
-from ptq.wan.replay import BlockContext, input_modules, run_block
+from ptq.wan.replay import input_modules, run_block
 from ptq.wan.structure import INPUTS
-
-
-@dataclass(frozen=True)
-class ReplayRecord:
-    """A record during replay: its weight (normalised to a mean of 1 over the expert) and how to get its context."""
-
-    record: Record
-    weight: float
-    context: Callable[[], BlockContext]
-
-
-def record_weights(records: Sequence[Record], weighting: str) -> list[float]:
-    """Weight of each record, mean 1: d_sigma^2 (an error in v enters the latent times d_sigma) or uniform."""
-    raw = [record.d_sigma**2 if weighting == "d_sigma2" else 1.0 for record in records]
-    total = sum(raw)
-    return [weight * len(raw) / total for weight in raw] if total else [1.0] * len(raw)
 
 
 def solve_settings(settings: QuantizeSettings) -> SolveSettings:
@@ -102,16 +85,15 @@ def collect_statistics(
 def solve_block(
     block: nn.Module, collectors: Mapping[str, InputCollector], settings: QuantizeSettings
 ) -> dict[str, LayerSolution]:
-    """Codes, smoothing and biases of the block's ten Linears. Statistics are released input by input."""
+    """Codes, smoothing and biases of the block's ten Linears; each distinct input is solved once."""
     fmt = formats.get(settings.format)
     solutions: dict[str, LayerSolution] = {}
-    remaining = dict(collectors)
     for name, linears in INPUTS.items():
         modules = {linear: block.get_submodule(linear) for linear in linears}
         solutions |= solve_group(
             {linear: module.weight.float() for linear, module in modules.items()},
             {linear: None if module.bias is None else module.bias.float() for linear, module in modules.items()},
-            remaining.pop(name).stats(),
+            collectors[name].stats(),
             fmt,
             solve_settings(settings),
         )

@@ -8,25 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ptq import formats, ui
-from ptq.calibration.records import CalibrationSet, Record
+from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.manifest import BlockEntry, ExpertEntry, LayerEntry
 from ptq.checkpoint.safetensors_file import TensorEntry
-from ptq.errors import PtqError
 from ptq.quantization.block import (
-    ReplayRecord,
     collect_statistics,
     forward_stream,
     install,
-    record_weights,
     solve_block,
     stream_error,
 )
+from ptq.quantization.calls import ExpertCalls
 from ptq.quantization.settings import QuantizeSettings
-from ptq.quantization.streams import Stream
 from ptq.quantization.workdir import WorkDir
 from ptq.runtime import QuantLinear
 from ptq.wan.replay import ExpertReplay
@@ -68,24 +64,9 @@ class ExpertRun:
         scratch: Path | None,
     ) -> None:
         self.name, self.replay, self.settings, self.work = name, replay, settings, work
-        records = calibration.of_expert(name)
-        if not records:
-            raise PtqError(
-                f"{calibration.directory} has no records of {name}. Record more steps (--steps, --records-per-prompt) so that "
-                "every expert is called."
-            )
-        self._calibration = calibration
-        weights = record_weights(records, settings.recipe.records.weighting)
-        self._original, self._propagated = Stream(scratch), Stream(scratch)
-        self._records = [self._prepare(record, weight) for record, weight in zip(records, weights, strict=True)]
-
-    def _prepare(self, record: Record, weight: float) -> ReplayRecord:
-        tensors = self._calibration.load(record)
-        arguments = (record.record, tensors.hidden_states, tensors.timestep, tensors.encoder_hidden_states)
-        hidden, _ = self.replay.head(*arguments)
-        self._original[record.record] = hidden
-        self._propagated[record.record] = hidden
-        return ReplayRecord(record, weight, lambda: self.replay.context(*arguments))
+        self._calls = ExpertCalls(name, replay, calibration, settings.recipe.records.weighting)
+        self._records = self._calls.items
+        self._original, self._propagated = self._calls.start(scratch), self._calls.start(scratch)
 
     def run(self, bar: ui.Progress) -> ExpertResult:
         """Quantize every block, or take it from an earlier run, and measure the denoiser's output error."""
@@ -96,7 +77,7 @@ class ExpertRun:
             result.blocks.append(BlockEntry(**info["block"]))
             result.layers += [LayerEntry(**layer) for layer in info["layers"]]
             bar.advance(note=f"{self.name} block {index}, stream error {info['block']['stream_error']:.2e}")
-        result.summary.denoiser_error = self._denoiser_error()
+        result.summary.denoiser_error = self._calls.output_error(self._original, self._propagated)
         return result
 
     def _block(self, index: int) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
@@ -174,19 +155,6 @@ class ExpertRun:
             bias = None if bias is None else bias.float()
             layer = QuantLinear.from_codes(codes, self.settings.spec, bias, tensors.get(f"{name}.smooth"))
             block.set_submodule(name, layer.to(self.replay.device))
-
-    @torch.no_grad()
-    def _denoiser_error(self) -> float:
-        """Weighted squared output error of the quantized expert relative to the original's output."""
-        error = signal = 0.0
-        for item in self._records:
-            tensors = self._calibration.load(item.record)
-            arguments = (tensors.hidden_states, tensors.timestep, tensors.encoder_hidden_states)
-            reference = self.replay.tail(self._original[item.record.record], *arguments).double()
-            candidate = self.replay.tail(self._propagated[item.record.record], *arguments).double()
-            error += item.weight * float((candidate - reference).square().sum())
-            signal += item.weight * float(reference.square().sum())
-        return error / signal if signal else 0.0
 
 
 def changed_tensors(block: nn.Module, prefix: str, *, biases: bool) -> dict[str, Tensor]:

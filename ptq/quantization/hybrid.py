@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptq import ui
 from ptq.calibration.records import CalibrationSet
-from ptq.errors import UsageError
-from ptq.quantization.block import ReplayRecord, forward_stream, record_weights
+from ptq.quantization.block import forward_stream
+from ptq.quantization.calls import ExpertCalls
 from ptq.quantization.streams import Stream
 from ptq.wan.replay import ExpertReplay
 
@@ -34,7 +33,7 @@ class HybridExpert:
         weighting: d_sigma2 or uniform.
 
     Raises:
-        UsageError: no records of this expert.
+        PtqError: no records of this expert.
     """
 
     def __init__(
@@ -45,47 +44,32 @@ class HybridExpert:
         calibration: CalibrationSet,
         weighting: str = "d_sigma2",
     ) -> None:
-        self.expert, self._replays, self._calibration = expert, (original, packed), calibration
-        records = calibration.of_expert(expert)
-        if not records:
-            raise UsageError(f"{calibration.directory} has no records of {expert}; the error cannot be measured on it.")
-        self._calls = {r.record: calibration.load(r) for r in records}
-        weights = record_weights(records, weighting)
-        self._items = [
-            ReplayRecord(record, weight, lambda name=record.record: self._context(name))
-            for record, weight in zip(records, weights, strict=True)
-        ]
+        self.expert, self._replays = expert, (original, packed)
+        self._calls = ExpertCalls(expert, original, calibration, weighting)
         size = sum(entry.nbytes for replay in self._replays for entry in replay.shards.entries.values())
         self._blocks: dict[tuple[int, int], nn.Module] | None = {} if size * 4 <= KEEP_BLOCKS_BYTES else None
-        self._reference: dict[str, Tensor] = {}
-        base = self.start()
+        self._reference = self._calls.start()
         for index in range(self.num_blocks):
-            self.advance(base, index, quantized=False)
-        self._reference = {item.record.record: self._output(base, item) for item in self._items}
-        self.signal = sum(i.weight * float(self._reference[i.record.record].square().sum()) for i in self._items)
+            self._advance(self._reference, index, quantized=False)
+        self.signal = sum(
+            i.weight * float(self._calls.output(self._reference, i).square().sum()) for i in self._calls.items
+        )
 
     @property
     def num_blocks(self) -> int:
         """Blocks of the expert."""
         return self._replays[0].num_blocks
 
-    def start(self) -> Stream:
-        """A stream with the inputs of block 0."""
-        stream = Stream()
-        for item in self._items:
-            stream[item.record.record] = self._head(item.record.record)
-        return stream
-
-    def advance(self, stream: Stream, index: int, *, quantized: bool) -> None:
+    def _advance(self, stream: Stream, index: int, *, quantized: bool) -> None:
         """Move a stream through block `index`, in place."""
-        forward_stream(self._block(index, quantized), self._items, stream, stream, self._replays[0].device)
+        forward_stream(self._block(index, quantized), self._calls.items, stream, stream, self._replays[0].device)
 
     def error(self, quantized: Sequence[bool]) -> float:
         """Error of the expert with block i quantized where `quantized[i]`."""
-        stream = self.start()
+        stream = self._calls.start()
         for index, flag in enumerate(quantized):
-            self.advance(stream, index, quantized=flag)
-        return self._error(stream)
+            self._advance(stream, index, quantized=flag)
+        return self._calls.output_error(self._reference, stream)
 
     def flip_errors(
         self, quantized: Sequence[bool], candidates: Sequence[int], bar: ui.Progress | None = None
@@ -97,25 +81,19 @@ class HybridExpert:
             candidates: ascending block indices to flip.
             bar: advanced by one for each candidate.
         """
-        prefix, done, errors = self.start(), 0, []
+        prefix, done, errors = self._calls.start(), 0, []
         for candidate in candidates:
             for index in range(done, candidate):
-                self.advance(prefix, index, quantized=quantized[index])
+                self._advance(prefix, index, quantized=quantized[index])
             done = candidate
-            branch = self._copy(prefix)
-            self.advance(branch, candidate, quantized=not quantized[candidate])
+            branch = self._calls.copy(prefix)
+            self._advance(branch, candidate, quantized=not quantized[candidate])
             for index in range(candidate + 1, self.num_blocks):
-                self.advance(branch, index, quantized=quantized[index])
-            errors.append(self._error(branch))
+                self._advance(branch, index, quantized=quantized[index])
+            errors.append(self._calls.output_error(self._reference, branch))
             if bar is not None:
                 bar.advance()
         return errors
-
-    def _copy(self, stream: Stream) -> Stream:
-        copy = Stream()
-        for item in self._items:
-            copy[item.record.record] = stream[item.record.record]
-        return copy
 
     def _block(self, index: int, quantized: bool) -> nn.Module:
         key = (int(quantized), index)
@@ -124,25 +102,3 @@ class HybridExpert:
         if key not in self._blocks:
             self._blocks[key] = self._replays[key[0]].load_block(index)
         return self._blocks[key]
-
-    def _arguments(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        call = self._calls[name]
-        return call.hidden_states, call.timestep, call.encoder_hidden_states
-
-    def _head(self, name: str) -> Tensor:
-        return self._replays[0].head(name, *self._arguments(name))[0]
-
-    def _context(self, name: str):
-        return self._replays[0].context(name, *self._arguments(name))
-
-    def _output(self, stream: Stream, item: ReplayRecord) -> Tensor:
-        name = item.record.record
-        return self._replays[0].tail(stream[name], *self._arguments(name)).double()
-
-    @torch.no_grad()
-    def _error(self, stream: Stream) -> float:
-        total = 0.0
-        for item in self._items:
-            difference = self._output(stream, item) - self._reference[item.record.record]
-            total += item.weight * float(difference.square().sum())
-        return total / self.signal

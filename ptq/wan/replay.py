@@ -8,6 +8,7 @@ first block would receive, or injects what the last block returned.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,10 +135,10 @@ class ExpertReplay:
                 self._contexts[name] = context
         return capture.inputs[0], context
 
-    def context(self, name: str, hidden_states: Tensor, timestep: Tensor, text: Tensor) -> BlockContext:
-        """The context of a call whose head has run before, from the cache or computed again."""
+    def context(self, name: str, arguments: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> BlockContext:
+        """The context of a recorded call, from the cache or computed from its arguments (read only then)."""
         cached = self._contexts.get(name)
-        return cached if cached is not None else self.head(name, hidden_states, timestep, text)[1]
+        return cached if cached is not None else self.head(name, *arguments())[1]
 
     @torch.no_grad()
     def tail(self, hidden: Tensor, hidden_states: Tensor, timestep: Tensor, text: Tensor) -> Tensor:

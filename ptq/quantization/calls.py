@@ -1,0 +1,94 @@
+"""The recorded calls of one expert, ready to be replayed: weights, initial streams, contexts, outputs and their error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ptq.calibration.records import CalibrationSet, Record
+from ptq.errors import PtqError
+from ptq.quantization.streams import Stream
+from ptq.wan.replay import BlockContext, ExpertReplay
+
+
+@dataclass(frozen=True)
+class ReplayRecord:
+    """A record during replay: its weight (normalised to a mean of 1 over the expert) and how to get its context."""
+
+    record: Record
+    weight: float
+    context: Callable[[], BlockContext]
+
+
+def record_weights(records: Sequence[Record], weighting: str) -> list[float]:
+    """Weight of each record, mean 1: d_sigma^2 (an error in v enters the latent times d_sigma) or uniform."""
+    raw = [record.d_sigma**2 if weighting == "d_sigma2" else 1.0 for record in records]
+    total = sum(raw)
+    return [weight * len(raw) / total for weight in raw] if total else [1.0] * len(raw)
+
+
+class ExpertCalls:
+    """The calls of one expert in a record set.
+
+    Args:
+        expert: its name.
+        replay: runs head and tail (the original's and the packed model's are the same).
+        calibration: the record set.
+        weighting: d_sigma2 or uniform.
+
+    Raises:
+        PtqError: the set has no records of this expert.
+    """
+
+    def __init__(self, expert: str, replay: ExpertReplay, calibration: CalibrationSet, weighting: str) -> None:
+        self._replay, self._calibration = replay, calibration
+        records = calibration.of_expert(expert)
+        if not records:
+            raise PtqError(
+                f"{calibration.directory} has no records of {expert}. Record more steps (--steps, --records-per-prompt) so "
+                "that every expert is called."
+            )
+        weights = record_weights(records, weighting)
+        self.items = [ReplayRecord(r, w, self._context_of(r)) for r, w in zip(records, weights, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def start(self, scratch: Path | None = None) -> Stream:
+        """A stream with the inputs of block 0 (memory-mapped in `scratch` if given)."""
+        stream = Stream(scratch)
+        for item in self.items:
+            stream[item.record.record] = self._replay.head(item.record.record, *self._arguments(item.record))[0]
+        return stream
+
+    def copy(self, stream: Stream) -> Stream:
+        """An independent copy of a stream, in memory."""
+        copy = Stream()
+        for item in self.items:
+            copy[item.record.record] = stream[item.record.record]
+        return copy
+
+    def output(self, stream: Stream, item: ReplayRecord) -> Tensor:
+        """The denoiser's output float64 [1, C, T, H, W] for a record whose hidden states have passed every block."""
+        return self._replay.tail(stream[item.record.record], *self._arguments(item.record)).double()
+
+    @torch.no_grad()
+    def output_error(self, reference: Stream, candidate: Stream) -> float:
+        """Weighted squared output error of `candidate` relative to the weighted squared output of `reference`."""
+        error = signal = 0.0
+        for item in self.items:
+            original = self.output(reference, item)
+            error += item.weight * float((self.output(candidate, item) - original).square().sum())
+            signal += item.weight * float(original.square().sum())
+        return error / signal if signal else 0.0
+
+    def _arguments(self, record: Record) -> tuple[Tensor, Tensor, Tensor]:
+        call = self._calibration.load(record)
+        return call.hidden_states, call.timestep, call.encoder_hidden_states
+
+    def _context_of(self, record: Record) -> Callable[[], BlockContext]:
+        return lambda: self._replay.context(record.record, lambda: self._arguments(record))

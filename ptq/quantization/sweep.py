@@ -1,0 +1,116 @@
+"""Many recipes from one set of records: the statistics of a block are gathered once and solved for every recipe.
+
+Each recipe has its own stream of held-out hidden states, moved on through its own quantized blocks, so the figure at the
+end is the held-out denoiser error that a full run of that recipe would have. Only recipes that take their statistics from
+the original stream can share them; that is what a sweep is for.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from ptq import ui
+from ptq.calibration.records import CalibrationSet
+from ptq.checkpoint.shards import ShardSet
+from ptq.errors import UsageError
+from ptq.quantization.block import collect_statistics, forward_stream, install, solve_block
+from ptq.quantization.calls import ExpertCalls
+from ptq.quantization.settings import QuantizeSettings
+from ptq.wan.replay import ExpertReplay
+from ptq.wan.structure import ModelLayout
+
+
+@dataclass
+class SweepRow:
+    """One recipe's result: squared relative denoiser error of each expert on held-out records, mean layer errors."""
+
+    name: str
+    errors: dict[str, float] = field(default_factory=dict)
+    layer_error: float = 0.0
+    layer_error_rtn: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """Mean over the experts."""
+        return sum(self.errors.values()) / len(self.errors)
+
+
+def sweep(
+    layout: ModelLayout,
+    calibration: CalibrationSet,
+    held_out: CalibrationSet,
+    variants: Mapping[str, QuantizeSettings],
+) -> list[SweepRow]:
+    """Held-out denoiser error of every variant.
+
+    Args:
+        layout: the original model.
+        calibration: records that the statistics come from.
+        held_out: records of other prompts, on which errors are measured.
+        variants: name -> settings; all with `records.inputs: original` and one `records` group.
+
+    Raises:
+        UsageError: the variants cannot share statistics, or the two sets share a prompt.
+    """
+    _check(calibration, held_out, variants)
+    rows = {name: SweepRow(name) for name in variants}
+    counts: list[dict] = []
+    with ui.progress("Sweep", sum(layout.num_blocks(e) for e in layout.experts) * len(variants)) as bar:
+        for expert, config in layout.experts.items():
+            replay = ExpertReplay(ShardSet(layout.path / expert), config)
+            counts += _sweep_expert(expert, replay, calibration, held_out, variants, rows, bar)
+    for name, row in rows.items():
+        own = [stats for variant, stats in counts if variant == name]
+        row.layer_error = sum(s["output_error"] for s in own) / len(own)
+        row.layer_error_rtn = sum(s["output_error_rtn"] for s in own) / len(own)
+    return list(rows.values())
+
+
+def _check(calibration: CalibrationSet, held_out: CalibrationSet, variants: Mapping[str, QuantizeSettings]) -> None:
+    records = {settings.recipe.records for settings in variants.values()}
+    precisions = {settings.recipe.gptq.precision for settings in variants.values()}
+    if len(records) != 1 or len(precisions) != 1 or next(iter(records)).inputs != "original":
+        raise UsageError("Recipes of one sweep must have equal `records` keys and precision, with inputs: original.")
+    shared = {s["caption_digest"] for s in calibration.settings["samples"]} & {
+        s["caption_digest"] for s in held_out.settings["samples"]
+    }
+    if shared:
+        raise UsageError(f"{len(shared)} prompts are in both record sets; held-out records must be of other prompts.")
+
+
+def _sweep_expert(
+    expert: str,
+    replay: ExpertReplay,
+    calibration: CalibrationSet,
+    held_out: CalibrationSet,
+    variants: Mapping[str, QuantizeSettings],
+    rows: Mapping[str, SweepRow],
+    bar: ui.Progress,
+) -> list[tuple[str, dict]]:
+    some = next(iter(variants.values()))
+    full = replace(some, recipe=some.recipe.model_copy(update={"rounding": "gptq"}))  # gather Hessians for everyone
+    weighting = some.recipe.records.weighting
+    own, other = (ExpertCalls(expert, replay, records, weighting) for records in (calibration, held_out))
+    stream, reference = own.start(), other.start()
+    streams = {name: other.start() for name in variants}
+    statistics: list[tuple[str, dict]] = []
+    for index in range(replay.num_blocks):
+        block = replay.load_block(index)
+        collectors = collect_statistics(block, own.items, stream, full, replay.device, target=stream)
+        forward_stream(block, other.items, reference, reference, replay.device)
+        for name, settings in variants.items():
+            start = time.monotonic()
+            solutions = solve_block(block, collectors, settings)
+            rows[name].seconds += time.monotonic() - start
+            quantized = copy.deepcopy(block)
+            install(quantized, solutions, settings)
+            forward_stream(quantized, other.items, streams[name], streams[name], replay.device)
+            statistics += [(name, solution.stats) for solution in solutions.values()]
+            bar.advance(note=f"{expert} block {index}, {name}")
+    for name, candidate in streams.items():
+        rows[name].errors[expert] = other.output_error(reference, candidate)
+    return statistics
