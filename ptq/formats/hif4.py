@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq.formats.base import Format, grouped, with_sign
+from ptq.formats.base import Format, fusion_barrier, with_sign
 
 NAN_SCALE = 0xFF
 SCALE_MIN, SCALE_MAX = 2.0**-48, 49152.0
@@ -45,17 +45,16 @@ class HiF4(Format):
         level = torch.floor((x / steps).abs().nan_to_num(0.0) + 0.5).clamp(max=7.0)
         return with_sign(level.to(torch.uint8), x)
 
-    def _quantize(self, x: Tensor, rule: str, ties: str) -> tuple[Tensor, Tensor]:
-        quads, byte, _, e8, e16, level = _convert(x, ties)
+    def quantize_columns(self, x_gn: Tensor, rule: str, ties: str) -> tuple[Tensor, Tensor]:
+        byte, _, e8, e16, level = _convert(x_gn, ties)
         finite = byte != NAN_SCALE
-        elements = with_sign(level.to(torch.uint8), quads) * finite[..., None, None]
-        words = join_words(byte, e8 * finite.unsqueeze(-1), e16 * finite.unsqueeze(-1))
-        return elements.reshape(x.shape), words
+        words = join_words(byte, (e8.reshape(8, -1) & finite).T, (e16.reshape(16, -1) & finite).T)
+        return with_sign(level.reshape(x_gn.shape).to(torch.uint8), x_gn) * finite, words
 
-    def _fake_quantize(self, x: Tensor, rule: str, ties: str) -> Tensor:
-        quads, byte, scale, e8, e16, level = _convert(x, ties)
-        quarter = torch.where(byte == NAN_SCALE, torch.nan, scale * 0.25).unsqueeze(-1) * _powers(e8, e16)
-        return (torch.copysign(level * quarter.unsqueeze(-1), quads) + 0.0).reshape(x.shape)
+    def fake_quantize_columns(self, x_gn: Tensor, rule: str, ties: str) -> Tensor:
+        byte, scale, e8, e16, level = _convert(x_gn, ties)
+        quarter = torch.where(byte == NAN_SCALE, torch.nan, scale * 0.25) * (1.0 + e8.float()) * (1.0 + e16.float())
+        return torch.copysign((level * quarter).reshape(x_gn.shape), x_gn) + 0.0
 
 
 def split_words(words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,11 +83,20 @@ def scale_values(byte: Tensor) -> Tensor:
 
 def _scale_bytes(amax: Tensor) -> Tensor:
     """Group maximum -> E6M2 byte of bf16(amax/7) rounded to two mantissa bits, nearest even; 0xFF if not finite."""
-    s = (amax * BF16_ONE_SEVENTH).to(torch.bfloat16).float().clamp(SCALE_MIN, SCALE_MAX)
+    s = _to_bf16(amax * BF16_ONE_SEVENTH).clamp(SCALE_MIN, SCALE_MAX)
     bits = s.view(torch.int32)
     bits = bits + 0xFFFFF + ((bits >> 21) & 1)
     byte = (bits >> 21) - ((127 - SCALE_BIAS) << 2)
     return torch.where(torch.isfinite(amax), byte, NAN_SCALE)
+
+
+def _to_bf16(x: Tensor) -> Tensor:
+    """Finite float32 rounded to bfloat16 (nearest even), kept as float32.
+
+    Not `.to(bfloat16).float()`: torch.compile removes that pair as redundant, and the codes would differ.
+    """
+    bits = x.view(torch.int32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
 
 
 def _powers(e8: Tensor, e16: Tensor) -> Tensor:
@@ -96,25 +104,25 @@ def _powers(e8: Tensor, e16: Tensor) -> Tensor:
     return (1 << (e8.repeat_interleave(2, dim=-1) + e16)).float()
 
 
-def _convert(x: Tensor, ties: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The reference conversion on float32 [..., K].
+def _convert(x_gn: Tensor, ties: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The reference conversion on float32 columns [64, n].
 
     Returns:
-        quads [..., G, 16, 4] (the input), E6M2 byte int32 [..., G], S float32 [..., G], e8 int32 [..., G, 8],
-        e16 int32 [..., G, 16], level float32 [..., G, 16, 4] in 0..7.
+        E6M2 byte int32 [n], S float32 [n], e8 bool [8, 1, 1, n], e16 bool [8, 2, 1, n], level float32 [8, 2, 4, n], a
+        whole number in 0..7 (meaningless where the group is not finite: byte 0xFF).
     """
-    quads = grouped(grouped(x, 64), 4)
-    magnitude = quads.abs()
-    v16 = magnitude.amax(-1)
-    v8 = grouped(v16, 2).amax(-1)
-    byte = _scale_bytes(v8.amax(-1))
-    finite_byte = torch.where(byte == NAN_SCALE, 0, byte)
-    scale = scale_values(finite_byte)
-    r = (1.0 / scale).to(torch.bfloat16).float().unsqueeze(-1)
-    e8 = (v8 * r >= 4.0).to(torch.int32)
-    half_e8 = (1.0 - 0.5 * e8.float()).repeat_interleave(2, dim=-1)  # 2^-e8
-    e16 = (v16 * r * half_e8 >= 2.0).to(torch.int32)
-    factor = r * 4.0 * half_e8 * (1.0 - 0.5 * e16.float())
-    scaled = magnitude.nan_to_num(0.0, posinf=0.0) * factor.unsqueeze(-1)
+    magnitude = x_gn.abs().view(8, 2, 4, -1)
+    v16 = magnitude.amax(2, keepdim=True)
+    fusion_barrier()
+    v8 = v16.amax(1, keepdim=True)
+    byte = _scale_bytes(v8.amax(0).flatten())
+    scale = scale_values(byte.masked_fill(byte == NAN_SCALE, 0))
+    r = _to_bf16(1.0 / scale)
+    e8 = v8 * r >= 4.0
+    half_e8 = torch.where(e8, 0.5, 1.0)  # 2^-e8
+    e16 = v16 * r * half_e8 >= 2.0
+    factor = r * 4.0 * half_e8 * torch.where(e16, 0.5, 1.0)
+    fusion_barrier()
+    scaled = magnitude * factor
     level = torch.round(scaled) if ties == "even" else torch.floor(scaled + 0.5)
-    return quads, byte, scale, e8, e16, level.clamp(max=7.0)
+    return byte, scale, e8, e16, level.clamp(max=7.0)

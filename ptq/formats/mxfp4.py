@@ -5,6 +5,8 @@ Element nibble: sign in bit 3, magnitude index in bits 2:0 over {0, 0.5, 1, 1.5,
 
 Scale rules differ only in when the exponent of the group's maximum is raised by one, so each is an integer added to the
 float32 bits before the exponent is read off. `mse` tries both and keeps the smaller squared error.
+
+Rounding to E2M1 is integer arithmetic on the float32 bits: exact, and the same under torch.compile.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq.formats.base import Format, grouped, with_sign
+from ptq.formats.base import Format, with_sign
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 NAN_SCALE = 0xFF
 E2M1_MAX_EXPONENT = 2  # 6 = 1.5 * 2^2
+MAX_SCALE = 252  # 2^125: the largest scale under which every element, up to 6, is a finite float32
 # The exponent grows by one when the fraction of amax = 1.f * 2^e reaches: floor never, ceil f > 0.5 (amax > 6 * 2^(e-2)),
 # even f >= 0.75 (half an E2M1 ulp added), qmax7.25 f > 0.8125 (amax > 7.25 * 2^(e-2)).
 EXPONENT_CARRY = {"floor": 0, "ceil": 0x3FFFFF, "even": 0x200000, "qmax7.25": 0x17FFFF}
@@ -42,30 +45,20 @@ class MXFP4(Format):
         return table[elements.int()]
 
     def encode(self, x: Tensor, steps: Tensor) -> Tensor:
-        return with_sign(_magnitude_index((x / steps).abs(), "even"), x)
+        return with_sign(_index((x / steps).abs().nan_to_num(0.0).clamp(max=8.0), "even"), x)
 
-    def _quantize(self, x: Tensor, rule: str, ties: str) -> tuple[Tensor, Tensor]:
-        groups = grouped(x, self.group_size)
-        scales = self._scales(groups, rule, ties)
-        normalized = groups * _reciprocal(scales).unsqueeze(-1)
-        elements = with_sign(_magnitude_index(normalized.abs(), ties), normalized)
-        elements = elements.masked_fill((scales == NAN_SCALE).unsqueeze(-1), 0)
-        return elements.reshape(x.shape), scales
+    def quantize_columns(self, x_gn: Tensor, rule: str, ties: str) -> tuple[Tensor, Tensor]:
+        magnitude = x_gn.abs()
+        scales = _scales(magnitude, rule, ties)
+        elements = with_sign(_index(magnitude * _reciprocal(scales), ties), x_gn)
+        return elements * (scales != NAN_SCALE), scales.to(torch.uint8)
 
-    def _fake_quantize(self, x: Tensor, rule: str, ties: str) -> Tensor:
-        groups = grouped(x, self.group_size)
-        scales = self._scales(groups, rule, ties)
-        return _round_groups(groups, scales, ties).reshape(x.shape)
-
-    def _scales(self, groups: Tensor, rule: str, ties: str) -> Tensor:
-        amax = groups.abs().amax(dim=-1)
-        floor = _scale_bytes(amax, EXPONENT_CARRY["floor" if rule == "mse" else rule])
-        if rule != "mse":
-            return floor
-        raised = torch.where(floor == NAN_SCALE, floor, floor + 1)
-        error_floor = (_round_groups(groups, floor, ties) - groups).square().sum(-1)
-        error_raised = (_round_groups(groups, raised, ties) - groups).square().sum(-1)
-        return torch.where(error_raised < error_floor, raised, floor)
+    def fake_quantize_columns(self, x_gn: Tensor, rule: str, ties: str) -> Tensor:
+        magnitude = x_gn.abs()
+        scales = _scales(magnitude, rule, ties)
+        values = _round(magnitude * _reciprocal(scales), ties) * scale_values(scales)
+        # + 0.0 turns the -0 of a rounded-away negative value into +0, as the codes have it.
+        return torch.copysign(values, x_gn) + 0.0
 
 
 def scale_values(scales: Tensor) -> Tensor:
@@ -76,40 +69,52 @@ def scale_values(scales: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
+def _scales(magnitude: Tensor, rule: str, ties: str) -> Tensor:
+    """|x| [32, n] -> scale bytes int32 [n]; 0xFF where the group is not finite."""
+    amax = magnitude.amax(0)
+    scales = _scale_bytes(amax, EXPONENT_CARRY["floor" if rule == "mse" else rule])
+    if rule != "mse":
+        return scales
+    # In units of the smaller scale, where squares neither overflow nor vanish. A NaN compares false.
+    y = magnitude * _reciprocal(scales)
+    error = (_round(y, ties) - y).square().sum(0)
+    error_raised = (_round(y * 0.5, ties) * 2.0 - y).square().sum(0)
+    raise_it = (error_raised < error) & (scales < MAX_SCALE)
+    return scales + raise_it.to(torch.int32)
+
+
 def _scale_bytes(amax: Tensor, carry: int) -> Tensor:
     """Group maximum -> E8M0 byte of 2^(floor(log2 amax) - 2), rounded up as `carry` says; 0xFF if not finite."""
-    raised = (amax.contiguous().view(torch.int32) + carry) >> 23
-    scale = (raised - E2M1_MAX_EXPONENT).clamp(min=0)
-    return torch.where(torch.isfinite(amax), scale, NAN_SCALE).to(torch.uint8)
+    raised = (amax.view(torch.int32) + carry) >> 23
+    return torch.where(torch.isfinite(amax), (raised - E2M1_MAX_EXPONENT).clamp(0, MAX_SCALE), NAN_SCALE)
 
 
 def _reciprocal(scales: Tensor) -> Tensor:
-    """2^(127 - b), exact: scales of finite groups never exceed byte 253, so the result is a normal float32."""
-    return ((254 - scales.to(torch.int32)).clamp(min=1) << 23).view(torch.float32)
+    """2^(127 - b), exact: scales of finite groups never exceed byte 252, so the result is a normal float32."""
+    return ((254 - scales).clamp(min=1) << 23).view(torch.float32)
 
 
-def _round_groups(groups: Tensor, scales: Tensor, ties: str) -> Tensor:
-    """Nearest representable values of `groups` [..., G, 32] under `scales` [..., G]."""
-    level, binade = _round_magnitude((groups * _reciprocal(scales).unsqueeze(-1)).abs(), ties)
-    magnitude = (level * binade * 0.5).clamp(max=6.0) * scale_values(scales).unsqueeze(-1)
-    # + 0.0 turns the -0 of a rounded-away negative value into +0, as the codes have it.
-    return torch.copysign(magnitude, groups) + 0.0
+def _mantissa_rounded(y: Tensor, ties: str) -> Tensor:
+    """float32 bits of y rounded to one mantissa bit, shifted so that this bit is bit 0: right for y >= 1."""
+    bits = y.view(torch.int32)
+    return (bits + (0x1FFFFF + ((bits >> 22) & 1) if ties == "even" else 0x200000)) >> 22
 
 
-def _round_magnitude(y: Tensor, ties: str) -> tuple[Tensor, Tensor]:
-    """Magnitudes -> (integer level, binade): the E2M1 value is level * binade / 2, with binade 1, 2, 4, ...
-
-    Within a binade the step is binade / 2, and an even level is an even mantissa: rounding the level half to even is
-    IEEE rounding to nearest even.
-    """
-    binade = (y.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32).clamp(1.0, 4.0)
-    level = y / binade * 2.0
-    return (torch.round(level) if ties == "even" else torch.floor(level + 0.5)), binade
+def _halves(y: Tensor, ties: str) -> Tensor:
+    """y < 1 in halves: 0, 1 or 2 as float32."""
+    if ties == "even":
+        return torch.round(y * 2.0)
+    return (y >= 0.25).float() + (y >= 0.75).float()
 
 
-def _magnitude_index(y: Tensor, ties: str) -> Tensor:
-    """Magnitudes -> uint8 index into MAGNITUDES, saturating at 6."""
-    level, binade = _round_magnitude(y.nan_to_num(0.0).clamp(max=8.0), ties)
-    # binade 1, 2, 4 -> offset 0, 2, 4: the levels 2, 3, 4 of one binade continue the indices of the one before.
-    offset = torch.where(binade > 1.0, torch.where(binade > 2.0, 4.0, 2.0), 0.0)
-    return (level + offset).clamp(max=7.0).to(torch.uint8)
+def _index(y: Tensor, ties: str) -> Tensor:
+    """Magnitudes in units of the scale -> uint8 index into MAGNITUDES, saturating at 6."""
+    # For y >= 1 exponent and mantissa bit count up through the indices; 1.0 is 127 << 1 and has index 2.
+    large = (_mantissa_rounded(y, ties) - 252).clamp(0, 7)
+    return torch.where(y < 1.0, _halves(y, ties).to(torch.int32), large).to(torch.uint8)
+
+
+def _round(y: Tensor, ties: str) -> Tensor:
+    """Magnitudes in units of the scale -> nearest of MAGNITUDES as float32; NaN stays NaN."""
+    large = (_mantissa_rounded(y, ties) << 22).view(torch.float32).clamp(max=6.0)
+    return torch.where(y < 1.0, _halves(y, ties) * 0.5, large)

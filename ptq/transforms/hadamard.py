@@ -63,4 +63,4 @@ def _rotate(x: Tensor, size: int, factor: float) -> Tensor:
     if x.shape[-1] % size:
         raise ValueError(f"Rotation blocks of {size} do not divide the last dimension of {list(x.shape)}.")
     matrix = (signs(size) * factor).to(device=x.device, dtype=x.dtype)
-    return (x.reshape(*x.shape[:-1], -1, size) @ matrix).reshape(x.shape)
+    return (x.reshape(*x.shape[:-1], x.shape[-1] // size, size) @ matrix).reshape(x.shape)
