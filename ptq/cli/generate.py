@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from ptq.generation import Plan, Settings
+    from ptq.generation import Plan, Settings, Shard, Summary
     from ptq.prompts import Sample
     from ptq.wan.structure import ModelLayout
 
@@ -71,11 +70,9 @@ def generate(
 
     Example: ptq generate out/hif4 --prompts prompts.txt --out runs/hif4 --samples-per-prompt 5
     """
-    import os
-
-    from ptq import ui
-    from ptq.generation import detect_shard, identify_model, parse_shard, plan_run, run_generation
-    from ptq.wan.loading import load_pipeline, resolve_model
+    from ptq.cli.common import quiet_libraries
+    from ptq.generation import identify_model, plan_run, run_generation
+    from ptq.wan.loading import resolve_model
 
     layout = resolve_model(model)
     from_image = _starts_from_image(layout, image_to_video or image is not None)
@@ -101,31 +98,17 @@ def generate(
         save_frames=save_frames,
         attention_backend=attention_backend,
     )
-    if (prompt is None) == (prompts is None):
-        from ptq.errors import UsageError
-
-        raise UsageError("Give either --prompt TEXT or --prompts FILE.")
-    if prompts is None:
-        samples, source = _single_sample(str(prompt), image, from_image), None
-    else:
-        options = {"prompt_format": prompt_format, "limit": num_prompts, "exclude": exclude}
-        samples, source = _read_samples(prompts, image, from_image, skip_missing, media_root or [], options)
-    part = parse_shard(shard) if shard is not None else detect_shard(os.environ)
+    reading = {"prompt_format": prompt_format, "limit": num_prompts, "exclude": exclude, "media_root": media_root or ()}
+    samples, source = _resolve_samples(prompt, prompts, image, from_image, skip_missing, reading)
+    part = _resolve_shard(shard)
     identity = identify_model(model, layout.path)
     if dry_run:
         plan = plan_run(samples, settings, out, shard=part, samples_per_prompt=samples_per_prompt, fresh=fresh)
         _show_plan(plan, settings, identity.weight_bytes, as_json)
         return
-    if part.count > 1:
-        ui.info(f"Shard {part.index}/{part.count} (from {part.source}).")
-
-    def load() -> Any:
-        import torch
-
-        return load_pipeline(str(layout.path), dtype=getattr(torch, settings.dtype))
-
+    quiet_libraries()
     summary = run_generation(
-        load,
+        lambda: _load(layout, settings),
         samples,
         settings,
         out,
@@ -140,14 +123,30 @@ def generate(
         device=device,
         offload=offload,
     )
-    if as_json:
-        ui.console.out(json.dumps(summary.as_json(), indent=2, ensure_ascii=False), highlight=False)
-    ui.info(f"{out}: {summary.describe()}")
-    for name, error in summary.failed.items():
-        ui.warn(f"{name}: {error}")
+    _show_summary(summary, out, as_json)
     if summary.remaining:
-        ui.info("Run the same command again to make the units that remain.")
         raise typer.Exit(1)
+
+
+def _load(layout: ModelLayout, settings: Settings) -> Any:
+    import torch
+
+    from ptq.wan.loading import load_pipeline
+
+    return load_pipeline(layout.path, dtype=getattr(torch, settings.dtype))
+
+
+def _resolve_shard(text: str | None) -> Shard:
+    """`--shard`, or what the launcher says; with several shards, say which this is."""
+    import os
+
+    from ptq import ui
+    from ptq.generation import detect_shard, parse_shard
+
+    shard = parse_shard(text) if text is not None else detect_shard(os.environ)
+    if shard.count > 1:
+        ui.info(f"Shard {shard.index}/{shard.count} (from {shard.source}).")
+    return shard
 
 
 def _starts_from_image(layout: ModelLayout, asked: bool) -> bool:
@@ -192,48 +191,67 @@ def _resolve_settings(layout: ModelLayout, overrides: dict[str, Any], **others: 
     return Settings(**values, **others)
 
 
-def _single_sample(prompt: str, image: Path | None, from_image: bool) -> list[Sample]:
+def _resolve_samples(
+    prompt: str | None,
+    prompts: Path | None,
+    image: Path | None,
+    from_image: bool,
+    skip_missing: bool,
+    reading: dict[str, Any],
+) -> tuple[list[Sample], dict[str, Any] | None]:
+    """The samples, and what `run.json` keeps about the file they come from."""
+    from ptq.errors import UsageError
+    from ptq.prompts import read_prompts, require_media
+
+    if (prompt is None) == (prompts is None):
+        raise UsageError("Give either --prompt TEXT or --prompts FILE.")
+    if prompt is not None:
+        return [_single_sample(prompt, image, from_image)], None
+    if image is not None:
+        raise UsageError("--image belongs to --prompt TEXT; a prompt file names its own images.")
+    found = read_prompts(str(prompts), **reading)
+    samples = require_media(found, skip_missing=skip_missing) if from_image else found.samples
+    return samples, {"file": str(prompts), "format": found.format, "sha256": found.sha256, "samples": len(samples)}
+
+
+def _single_sample(prompt: str, image: Path | None, from_image: bool) -> Sample:
     import hashlib
 
     from ptq.errors import UsageError
     from ptq.prompts import MediaRef, Sample
 
+    if not prompt.strip():
+        raise UsageError("--prompt is empty.")
     if from_image and image is None:
         raise UsageError("An image-to-video model starts from a picture: add --image FILE.")
     if image is not None and not image.is_file():
         raise UsageError(f"The image {image} does not exist.")
     media = MediaRef("image", str(image), resolved=image) if image is not None else None
     name = hashlib.sha1(prompt.encode(), usedforsecurity=False).hexdigest()[:12]
-    return [Sample("prompt", name, prompt, prompt, media)]
+    return Sample("prompt", name, prompt, prompt, media)
 
 
-def _read_samples(
-    path: Path,
-    image: Path | None,
-    from_image: bool,
-    skip_missing: bool,
-    media_root: list[Path],
-    options: dict[str, Any],
-) -> tuple[list[Sample], dict[str, Any]]:
-    """The samples of a prompt file and what `run.json` keeps about it."""
-    from ptq.errors import UsageError
-    from ptq.prompts import read_prompts, require_media
+def _show_summary(summary: Summary, out: Path, as_json: bool) -> None:
+    from ptq import ui
+    from ptq.cli.common import print_json
 
-    if image is not None:
-        raise UsageError("--image belongs to --prompt TEXT; a prompt file names its own images.")
-    found = read_prompts(path, media_root=media_root, **options)
-    samples = require_media(found, skip_missing=skip_missing) if from_image else found.samples
-    source = {"file": str(path), "format": found.format, "sha256": found.sha256, "samples": len(samples)}
-    return samples, source
+    if as_json:
+        print_json(summary.as_json())
+    ui.info(f"{out}: {summary.describe()}")
+    for name, error in summary.failed.items():
+        ui.warn(f"{name}: {error}")
+    if summary.remaining:
+        ui.info("Run the same command again to make the units that remain.")
 
 
 def _show_plan(plan: Plan, settings: Settings, weight_bytes: int, as_json: bool) -> None:
     from ptq import ui
+    from ptq.cli.common import format_bytes, print_json
     from ptq.ui.progress import format_seconds
 
     if as_json:
         value = {**plan.as_json(), "weight_bytes": weight_bytes, "settings": settings.as_json()}
-        ui.console.out(json.dumps(value, indent=2, ensure_ascii=False), highlight=False)
+        print_json(value)
         return
     rows = [
         ("units of the run", plan.units),
@@ -241,8 +259,8 @@ def _show_plan(plan: Plan, settings: Settings, weight_bytes: int, as_json: bool)
         ("done already", plan.done),
         ("to make", plan.to_make),
         ("video", f"{settings.width}x{settings.height}, {settings.num_frames} frames, {settings.steps} steps"),
-        ("disk, estimated", f"{plan.bytes_needed / 1e9:.2f} GB ({plan.free_bytes / 1e9:.1f} GB free)"),
-        ("weights on disk", f"{weight_bytes / 1e9:.2f} GB; loading takes as much memory"),
+        ("disk, estimated", f"{format_bytes(plan.bytes_needed)} ({format_bytes(plan.free_bytes)} free)"),
+        ("weights on disk", f"{format_bytes(weight_bytes)}; loading takes as much memory"),
         ("time, estimated", "known after the first video" if plan.seconds is None else format_seconds(plan.seconds)),
     ]
     ui.table("Plan", ("", "value"), rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,11 +23,12 @@ def status(
     Example: ptq status runs/hif4
     """
     from ptq import ui
+    from ptq.cli.common import print_json
     from ptq.generation import read_status
 
     state = read_status(directory)
     if as_json:
-        ui.console.out(json.dumps(state.as_json(), indent=2, ensure_ascii=False), highlight=False)
+        print_json(state.as_json())
         return
     columns = ("shard", "state", "done", "of", "failed", "videos/hour", "s/video", "in work")
     ui.table(f"{directory}: {state.model}", columns, [_row(shard) for shard in state.shards])

@@ -15,7 +15,7 @@ from typing import Any
 
 from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.fs import PARTIAL_SUFFIX, digest, read_json, write_json
-from ptq.generation.locks import ShardLock, directory_mutex, live_shards
+from ptq.generation.locks import ShardLock, directory_mutex, live_shards, units_in_work
 from ptq.generation.manifest import FILE_KEYS, Manifests, manifest_name
 from ptq.generation.settings import ModelIdentity, Settings
 from ptq.generation.sharding import Shard
@@ -127,7 +127,7 @@ class RunDirectory:
             elif fresh:
                 (self.root / manifest_name(shard)).unlink(missing_ok=True)
                 self._delete_units(units)
-        self._sweep_partials(units)
+        self._sweep_partials(shard, units)
 
     def _refuse_foreign_files(self) -> None:
         for folder in SUFFIXES:
@@ -171,9 +171,13 @@ class RunDirectory:
         for folder in SUFFIXES:
             self.file(folder, stem).unlink(missing_ok=True)
 
-    def _sweep_partials(self, units: Iterable[Unit]) -> None:
-        """Remove temporary files of this shard's units (`.<name>.<pid>.part`) that a killed process left."""
-        stems = {unit.stem for unit in units}
+    def _sweep_partials(self, shard: Shard, units: Iterable[Unit]) -> None:
+        """Remove temporary files of this shard's units (`.<name>.<pid>.part`) that a killed process left.
+
+        Units that another shard claims are left alone: it may be writing them now.
+        """
+        claimed = {stem for tag, stem in units_in_work(self.state).items() if tag != shard.tag}
+        stems = {unit.stem for unit in units} - claimed
         for folder, suffix in SUFFIXES.items():
             for path in (self.root / folder).glob(f".*{suffix}.*{PARTIAL_SUFFIX}"):
                 if path.name[1:].rpartition(suffix + ".")[0] in stems:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from ptq.errors import UsageError
 from ptq.prompts.sample import Sample
+from ptq.prompts.seeds import unit_seed
+
+__all__ = ["Unit", "make_units", "safe_name", "unit_seed"]
 
 # Ids of this form are their own file name. "~" is not among the characters, so no such id equals a shortened one.
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}")
@@ -36,12 +39,6 @@ class Unit:
     def stem(self) -> str:
         """File name without suffix."""
         return f"{safe_name(self.sample.id)}-{self.k}"
-
-
-def unit_seed(base: int, dataset: str, sample_id: str, k: int) -> int:
-    """base + the first 4 bytes, big-endian, of blake2b (64-byte digest) of "dataset|id|k" in UTF-8."""
-    name = f"{dataset}|{sample_id}|{k}".encode()
-    return base + int.from_bytes(hashlib.blake2b(name).digest()[:4], "big")
 
 
 def safe_name(sample_id: str) -> str:

@@ -68,7 +68,7 @@ def verify_video(path: Path, num_frames: int, height: int, width: int) -> None:
             context = container.streams.video[0].codec_context
             found = (context.height, context.width, context.pix_fmt)
             if found != (height, width, PIXEL_FORMAT):
-                raise DamagedFileError(f"{path} holds {found}, expected {(height, width, ENCODER['pix_fmt'])}.")
+                raise DamagedFileError(f"{path} holds {found}, expected {(height, width, PIXEL_FORMAT)}.")
             if (context.color_primaries, context.color_trc, context.colorspace) != (_UNTAGGED,) * 3:
                 raise DamagedFileError(f"{path} carries colour tags; generated videos have none.")
             for _ in container.decode(video=0):

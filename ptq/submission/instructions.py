@@ -1,0 +1,71 @@
+"""The texts inside a submission: README.md and reproduce.sh, written from what was really run."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from ptq.checkpoint.manifest import Manifest
+
+
+def readme(manifest: Manifest, verdict: dict[str, Any]) -> str:
+    """What the archive is, how to check it in a minute, how to make it again."""
+    gate = verdict["aggregates"].get(verdict["gate"]) if verdict.get("gate") else None
+    loss = "not measured" if gate is None else f"{gate['value']:+.3%} [{gate['low']:+.3%}, {gate['high']:+.3%}]"
+    marked = "" if verdict["verdict"] == "PASS" else "\n**This archive was packed although its gate did not pass.**\n"
+    coverage = manifest.coverage
+    return f"""# W4A4 {manifest.format.upper()} checkpoint of Wan 2.2 {manifest.variant}
+{marked}
+Verdict: **{verdict["verdict"]}**. Mean relative loss {loss} (95 % interval), limit {verdict["limit"]:.1%},
+over {verdict["units"]} paired videos, suite {verdict["suite"]}.
+High-precision blocks: {", ".join(manifest.high_precision) or "none"}. W4A4 share of Linear parameters
+{coverage.parameter_share:.2%}, of Linear FLOPs {coverage.flop_share:.2%}; {coverage.bits_per_quantized_value} bits a value.
+
+| path | content |
+|---|---|
+| weights/ | the packed checkpoint, loadable by diffusers after `import ptq`, with ptq_manifest.json |
+| source/ | the package that made it and runs it |
+| report/ | technical report (PDF) and the same facts as a page with videos |
+| evaluation/ | verdict and the scores of every unit |
+| runs/ | settings and manifests of both generation runs: prompts, seeds, latent and video hashes |
+| prompts.jsonl | prompts and seeds |
+| recipe.yaml | the recipe as resolved |
+| reproduce.sh | every step again |
+| SHA256SUMS | checksums of all of the above (`sha256sum --check SHA256SUMS`) |
+
+Check it: `pip install ./source`, then `ptq verify submission.tar.gz`.
+Use it: `import ptq; pipe = ptq.load_pipeline("weights")`.
+"""
+
+
+def reproduce_script(manifest: Manifest, run: dict[str, Any]) -> str:
+    """A shell script with every step, from installing to the verdict. MODEL and PROMPTS are its two arguments."""
+    settings = run["settings"]
+    calibration = manifest.calibration or {}
+    prompts = calibration.get("prompts", {})
+    flags = [
+        *("--steps", settings["steps"], "--height", settings["height"], "--width", settings["width"]),
+        *("--num-frames", settings["num_frames"], "--fps", settings["fps"], "--flow-shift", settings["flow_shift"]),
+        *("--guidance-scale", settings["guidance_scale"], "--seed", settings["seed"]),
+    ]
+    if settings.get("guidance_scale_2") is not None:
+        flags += ["--guidance-scale-2", settings["guidance_scale_2"]]
+    generate = " ".join(shlex.quote(str(flag)) for flag in flags)
+    protected = ",".join(manifest.high_precision) or "none"
+    model = manifest.base_model.get("hub_id") or "the original pipeline directory"
+    return f"""#!/usr/bin/env bash
+# Makes this submission again. Arguments: MODEL (original: {model}),
+# CALIBRATION_PROMPTS ({prompts.get("name")}, sha256 {prompts.get("sha256")}), EVALUATION_PROMPTS.
+set -euo pipefail
+here="$(cd "$(dirname "$0")" && pwd)"
+model="$1"; calibration_prompts="$2"; evaluation_prompts="$3"
+python -m venv venv
+venv/bin/pip install --constraint "$here/source/constraints.txt" torch "$here/source"
+export PATH="$PWD/venv/bin:$PATH"
+ptq calibrate "$model" --prompts "$calibration_prompts" --num-prompts {len(calibration.get("samples", []))} --out calibration
+ptq quantize "$model" --calibration calibration --format {manifest.format} --recipe "$here/recipe.yaml" \\
+  --high-precision {protected} --budget-scope {manifest.budget_scope} --out weights
+ptq generate "$model" --prompts "$evaluation_prompts" --out runs/reference {generate}
+ptq generate weights --prompts "$evaluation_prompts" --out runs/candidate {generate}
+ptq evaluate --reference runs/reference --candidate runs/candidate --out evaluation
+"""
