@@ -2,8 +2,8 @@
 
 The limit is in bytes over all layers of the process (environment variable PTQ_DECODED_CACHE_MB, default 1024). Least
 recently used weights leave first. A weight larger than the whole limit is never cached: the layer then decodes it tile
-by tile. Codes are identified by tensor identity and version counter, so loading other codes into a layer invalidates
-them.
+by tile. Codes are identified by the identity and version counter of both their tensors, so loading other codes or scales
+into a layer invalidates them.
 """
 
 from __future__ import annotations
@@ -24,30 +24,35 @@ class DecodedCache:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.used_bytes = 0
-        self._entries: OrderedDict[int, tuple[int, Tensor]] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, int], tuple[tuple[int, int], Tensor]] = OrderedDict()
 
-    def get(self, key: Tensor, nbytes: int, decode: Callable[[], Tensor]) -> Tensor | None:
-        """The decoded weight of the codes `key`, decoding it when absent; None when `nbytes` exceeds the limit."""
+    def get(self, packed: Tensor, scale: Tensor, nbytes: int, decode: Callable[[], Tensor]) -> Tensor | None:
+        """The decoded weight of these codes, decoding it when absent; None when `nbytes` exceeds the limit."""
         if nbytes > self.limit_bytes:
             return None
-        identity, version = id(key), 0 if key.is_inference() else key._version
+        identity, versions = (id(packed), id(scale)), (_version(packed), _version(scale))
         entry = self._entries.get(identity)
-        if entry is not None and entry[0] == version:
+        if entry is not None and entry[0] == versions:
             self._entries.move_to_end(identity)
             return entry[1]
         self._drop(identity)
         while self.used_bytes + nbytes > self.limit_bytes:
             self._drop(next(iter(self._entries)))
         weight = decode()
-        self._entries[identity] = (version, weight)
+        self._entries[identity] = (versions, weight)
         self.used_bytes += nbytes
-        weakref.finalize(key, self._drop, identity)
+        for tensor in (packed, scale):
+            weakref.finalize(tensor, self._drop, identity)
         return weight
 
-    def _drop(self, identity: int) -> None:
+    def _drop(self, identity: tuple[int, int]) -> None:
         entry = self._entries.pop(identity, None)
         if entry is not None:
             self.used_bytes -= entry[1].nbytes
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def from_environment() -> DecodedCache:

@@ -1,26 +1,19 @@
 """`QuantLinear`: a Linear whose weight is stored in packed 4-bit codes and whose input is quantized at every call.
 
-The CPU path computes in float32: decode the weight (cached up to a limit, otherwise in tiles of output rows), quantize
-the input to the grid, F.linear. It equals the fake-quant reference (dequantized weight, fake-quantized input) up to the
-accumulation order of the matrix product.
+It equals the fake-quant reference (dequantized weight, fake-quantized input) up to the accumulation of the product. How
+it is computed is decided per call and device: `ptq.runtime.backends` chooses, `ptq.runtime.ops` runs.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptq import formats
 from ptq.formats import Codes
-from ptq.runtime.cache import from_environment
+from ptq.runtime import cpu, ops
 from ptq.runtime.spec import QuantSpec
 from ptq.transforms import rotate_weight, rotation_scales
-
-TILE_BYTES = 64 * 2**20
-"""Decoded float32 bytes of one tile of output rows where the whole weight is not cached."""
-
-decoded_cache = from_environment()
 
 
 class QuantLinear(nn.Module):
@@ -82,32 +75,19 @@ class QuantLinear(nn.Module):
     def dequantize(self) -> Tensor:
         """The weight in the original basis as float32 [N, K]: what plain `x @ W.T` would need (rotation and smoothing
         undone; input quantization is not part of it)."""
-        weight = self._decode(0, self.out_features)
+        weight = cpu.decode(self.weight_packed, self.weight_scale, self.spec.format)
         if self.spec.rotation:
             input_factor, weight_factor = rotation_scales(self.spec.rotation)
             weight = rotate_weight(weight, self.spec.rotation) * (input_factor / weight_factor)
         return weight if self.smooth is None else weight * self.smooth.float()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] of any float dtype -> [..., N] in the same dtype."""
-        quantized = self.spec.quantize_input(x, self.smooth)
-        bias = None if self.bias is None else self.bias.float()
-        nbytes = 4 * self.in_features * self.out_features
-        weight = decoded_cache.get(self.weight_packed, nbytes, lambda: self._decode(0, self.out_features))
-        if weight is not None:
-            return F.linear(quantized, weight, bias).to(x.dtype)
-        output = quantized.new_empty(*x.shape[:-1], self.out_features)
-        rows = max(1, TILE_BYTES // (4 * self.in_features))
-        for start in range(0, self.out_features, rows):
-            stop = min(start + rows, self.out_features)
-            tile_bias = None if bias is None else bias[start:stop]
-            output[..., start:stop] = F.linear(quantized, self._decode(start, stop), tile_bias)
-        return output.to(x.dtype)
+        """x [..., K] of any float dtype -> [..., N] in the same dtype.
 
-    def _decode(self, start: int, stop: int) -> Tensor:
-        """Rows start:stop of the weight in the transformed basis, float32."""
-        fmt = formats.get(self.spec.format)
-        return fmt.dequantize(fmt.unpack(self.weight_packed[start:stop], self.weight_scale[start:stop]))
+        Raises:
+            UsageError: a forced backend cannot run this layer here.
+        """
+        return ops.linear(x, self.weight_packed, self.weight_scale, self.bias, self.smooth, self.spec)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec}"

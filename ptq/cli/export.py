@@ -1,0 +1,29 @@
+"""`ptq export`: a packed checkpoint for other tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory written by `ptq quantize`.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="compressed-tensors (MXFP4), msmodelslim (HiF4) or bf16.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory to write; must not exist.")],
+) -> None:
+    """Write the checkpoint in another tool's layout.
+
+    Example: ptq export tiny-hif4 --to bf16 --out tiny-hif4-bf16
+    """
+    from ptq import ui
+    from ptq.checkpoint.export import export_pipeline
+    from ptq.errors import UsageError
+    from ptq.wan.structure import read_layout
+
+    layout = read_layout(checkpoint)
+    if not layout.is_packed:
+        raise UsageError(f"{checkpoint} is not a packed checkpoint; make one with `ptq quantize`.")
+    export_pipeline(checkpoint, layout.experts, out, to)
+    ui.info(f"Wrote {out} for {to}.")

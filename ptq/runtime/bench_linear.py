@@ -1,0 +1,208 @@
+"""Speed of quantized linear layers beside what a user would run instead, each with everything it does per call.
+
+On a CPU: F.linear in float32 and bfloat16, fake quantization (decoded weight kept, input quantized), and ours. On a GPU
+also FP8 W8A8 with dynamic scales and the plain block-scaled product. Candidates take turns in every round and the median
+counts, so that load from elsewhere hits all of them alike: ratios mean more than rates.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ptq import formats
+from ptq.runtime import cpu, ops
+from ptq.runtime.linear import QuantLinear
+from ptq.runtime.spec import QuantSpec
+
+CPU_SHAPES = ((256, 192, 192), (256, 512, 192), (256, 192, 512), (1024, 1536, 1536))
+"""[M, N, K] of small models, and one layer that no cache hides."""
+GPU_SHAPES = ((32760, 5120, 5120), (32760, 13824, 5120), (32760, 5120, 13824), (512, 5120, 5120))
+"""The block Linears of A14B at 832 x 480 x 81 frames: attention, feed-forward up and down, text keys and values."""
+SPECS = {"mxfp4": QuantSpec("mxfp4", 32), "hif4": QuantSpec("hif4", 64)}
+BASELINE = {"cpu": "float32", "cuda": "bf16"}
+
+Run = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One candidate on one shape [M, N, K].
+
+    Attributes:
+        seconds: median of a call, input quantization and weight expansion included.
+        tflops: 2 M N K / seconds / 1e12.
+        speedup: seconds of the baseline (float32 on a CPU, bf16 on a GPU) / seconds.
+        weight_bytes: what the candidate keeps of the weight between calls.
+        error: largest difference to the float64 product of what was multiplied, relative to its largest value (None for
+            candidates that quantize to another format).
+    """
+
+    shape: tuple[int, int, int]
+    candidate: str
+    seconds: float
+    tflops: float
+    speedup: float
+    weight_bytes: int
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """All measurements of a run and where it ran."""
+
+    device: str
+    torch: str
+    threads: int
+    measurements: list[Measurement]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def bench_linear(
+    shapes: Sequence[tuple[int, int, int]],
+    device: torch.device,
+    repeats: int = 20,
+    advance: Callable[[tuple[int, int, int]], None] = lambda shape: None,
+) -> Benchmark:
+    """Measure every candidate on every shape.
+
+    Args:
+        shapes: [M, N, K], K a multiple of 64.
+        device: cpu or cuda.
+        repeats: timed rounds after two warm-up rounds.
+        advance: called after each shape.
+    """
+    measurements: list[Measurement] = []
+    for shape in shapes:
+        measurements += measure_shape(shape, device, repeats)
+        advance(shape)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return Benchmark(name, torch.__version__, torch.get_num_threads(), measurements)
+
+
+def measure_shape(shape: tuple[int, int, int], device: torch.device, repeats: int) -> list[Measurement]:
+    """One shape, all candidates."""
+    m, n, k = shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(m, k, generator=generator).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    weight = (torch.randn(n, k, generator=generator) / k**0.5).to(device)
+    candidates = _candidates(x, weight)
+    with torch.no_grad():
+        seconds = median_seconds({name: run for name, (run, _, _) in candidates.items()}, device, repeats)
+        baseline = seconds[BASELINE[device.type]]
+        return [
+            Measurement(
+                shape=shape,
+                candidate=name,
+                seconds=seconds[name],
+                tflops=2.0 * m * n * k / seconds[name] / 1e12,
+                speedup=baseline / seconds[name],
+                weight_bytes=nbytes,
+                error=_error(run(), spec, x, weight) if spec else None,
+            )
+            for name, (run, nbytes, spec) in candidates.items()
+        ]
+
+
+def median_seconds(runs: dict[str, Run], device: torch.device, repeats: int) -> dict[str, float]:
+    """Median seconds of each candidate; they take turns in every round, two warm-up rounds first."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_index in range(repeats + 2):
+        for name, run in runs.items():
+            elapsed = _timed(run, device)
+            if round_index >= 2:
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _timed(run: Run, device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def _candidates(x: Tensor, weight: Tensor) -> dict[str, tuple[Run, int, QuantSpec | None]]:
+    """Name -> (call, bytes of weight kept, spec if the result can be checked against its own fake quantization)."""
+    found: dict[str, tuple[Run, int, QuantSpec | None]] = {}
+    x16, w16 = x.bfloat16(), weight.bfloat16()
+    if x.device.type == "cpu":
+        found["float32"] = (lambda: F.linear(x, weight), weight.nbytes, None)
+    found["bf16"] = (lambda: F.linear(x16, w16), w16.nbytes, None)
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (8, 9):
+        w8, factor = _to_e4m3(weight)
+        found["fp8 w8a8"] = (lambda: _w8a8(x, w8, factor), w8.nbytes, None)
+    for name, spec in SPECS.items():
+        layer = quantized_layer(weight, spec)
+        decoded = cpu.decode(layer.weight_packed, layer.weight_scale, name).to(x.dtype)
+        fake = _fake_quant(x, decoded, spec)
+        packed = layer.weight_packed.nbytes + layer.weight_scale.nbytes
+        found[f"{name} fake-quant"] = (fake, decoded.nbytes, spec)
+        if name == "mxfp4" and x.device.type == "cuda":
+            found["mxfp4 plain dot_scaled"] = (_plain_dot_scaled(x, layer), packed, spec)
+        found[f"{name} ptq"] = (_layer_call(layer, x), packed, spec)
+    return found
+
+
+def quantized_layer(weight: Tensor, spec: QuantSpec, bias: Tensor | None = None) -> QuantLinear:
+    """Round a weight [N, K] to nearest, for speed measurements (no calibration)."""
+    codes = formats.get(spec.format).quantize(spec.transform_weight(weight.float(), None))
+    return QuantLinear.from_codes(codes, spec, bias, None)
+
+
+def _layer_call(layer: QuantLinear, x: Tensor) -> Run:
+    def run() -> Tensor:
+        ops.forget_inputs()  # every call quantizes its input, as in a model where only q, k and v share one
+        return layer(x)
+
+    return run
+
+
+def _fake_quant(x: Tensor, decoded: Tensor, spec: QuantSpec) -> Run:
+    return lambda: F.linear(spec.quantize_input(x, None).to(x.dtype), decoded)
+
+
+def _plain_dot_scaled(x: Tensor, layer: QuantLinear) -> Run:
+    from ptq.runtime.kernels.gemm_dot_scaled import gemm_dot_scaled
+    from ptq.runtime.kernels.hadamard_quantize import hadamard_quantize
+    from ptq.runtime.kernels.tiles import Tile
+
+    def run() -> Tensor:
+        a = hadamard_quantize(x, None, layer.spec, "packed")
+        weight = (layer.weight_packed, layer.weight_scale)
+        return gemm_dot_scaled(a.values, a.scales, *weight, None, x.dtype, tile=Tile(128, 128, 128, stages=3))
+
+    return run
+
+
+def _to_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
+    factor = (x.abs().amax().float() / 448.0).clamp(min=1e-12)
+    return (x.float() / factor).to(torch.float8_e4m3fn), factor
+
+
+def _w8a8(x: Tensor, w8: Tensor, w_factor: Tensor) -> Tensor:
+    x8, x_factor = _to_e4m3(x)
+    return torch._scaled_mm(x8, w8.t(), x_factor, w_factor, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def _error(found: Tensor, spec: QuantSpec, x: Tensor, weight: Tensor, rows: int = 64) -> float:
+    """Relative difference to the float64 product of fake-quantized input and decoded weight, on the first rows."""
+    codes = formats.get(spec.format).quantize(spec.transform_weight(weight.float(), None))
+    exact = spec.quantize_input(x[:rows], None).double() @ formats.get(spec.format).dequantize(codes).double().T
+    return float((found[:rows].double() - exact).abs().max() / exact.abs().max())

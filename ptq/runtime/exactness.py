@@ -1,0 +1,129 @@
+"""Where MXFP4 values are exact in FP8: the placement of a weight, and the count of activation blocks out of range.
+
+E2M1 * 2^d is exact in e4m3 for 15 values of d and in e5m2 for 29. A weight whose block exponents span no more than that
+can be computed with as FP8 and one power-of-two factor, without changing a single value. The ladder tries, in order of
+speed: e4m3 with one exponent for the tensor, e4m3 with one exponent a row, e5m2, and bfloat16, which always fits.
+
+Activations use e5m2 with a static reference exponent, so that quantizing them is one pass. Blocks outside the 29
+binades are not refused, they are rounded (below: by at most 2^-17 in units of 2^e_ref) or saturated (above: at 57344 in
+those units); `count_outside` tells how many there were.
+
+HiF4 scales have mantissas: its values need six significant bits and fit bfloat16 only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ptq.formats import FormatError
+from ptq.formats.mxfp4 import NAN_SCALE
+
+Kind = Literal["e4m3", "e4m3-row", "e5m2", "bf16"]
+
+E4M3_RANGE = (-8, 6)
+"""Smallest and largest d for which every E2M1 * 2^d is exact in float8_e4m3fn: 0.5 * 2^-8 = 2^-9, 6 * 2^6 = 384."""
+E5M2_RANGE = (-15, 13)
+"""The same for float8_e5m2: 0.5 * 2^-15 = 2^-16, 6 * 2^13 = 49152."""
+E_REF = 0
+"""Default reference exponent of activations: exact for block exponents -15..13, that is for block maxima from 2^-13 up
+to 65536. Saturation is the harmful side and would need activations that float16 cannot hold either."""
+FACTOR_LIMIT = 100
+"""Largest |exponent| of a placement: beyond it the product of factors could leave float32's normal range."""
+DTYPES = {
+    "e4m3": torch.float8_e4m3fn,
+    "e4m3-row": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+    "bf16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a weight is held while it is multiplied: value = stored * 2^exponent, exactly.
+
+    Attributes:
+        kind: step of the ladder.
+        exponent: exponent of the whole tensor (0 for "e4m3-row" and "bf16").
+        row_exponents: int32 [N] for "e4m3-row", else None.
+        reason: one sentence for `ptq doctor`.
+    """
+
+    kind: Kind
+    exponent: int
+    row_exponents: Tensor | None
+    reason: str
+
+
+BF16_DECODED = Placement("bf16", 0, None, "decoded to bfloat16, where every value of both formats is exact")
+
+
+def place(weight_packed: Tensor, weight_scale: Tensor) -> Placement:
+    """Place an MXFP4 weight on the ladder.
+
+    Args:
+        weight_packed: uint8 [N, K/2]. weight_scale: uint8 [N, K/32].
+
+    Raises:
+        FormatError: a scale is NaN (0xFF): the weight is damaged.
+    """
+    low, high = row_exponent_ranges(weight_packed, weight_scale)
+    bounds = torch.stack((low.min(), high.max(), (high - low).max())).tolist() if low.numel() else [0, 0, 0]
+    lowest, highest, row_span = (int(value) for value in bounds)
+    if lowest > highest:
+        return Placement("e4m3", 0, None, "every code is zero")
+    span = highest - lowest + 1
+    e4m3, e5m2 = _binades(E4M3_RANGE), _binades(E5M2_RANGE)
+    if max(abs(lowest), abs(highest)) > FACTOR_LIMIT:
+        return Placement("bf16", 0, None, f"block exponents {lowest}..{highest} are too extreme for an FP8 factor")
+    if span <= e4m3:
+        return Placement("e4m3", highest - E4M3_RANGE[1], None, f"block exponents span {span} of e4m3's {e4m3} binades")
+    if row_span + 1 <= e4m3:
+        rows = torch.where(high < low, 0, high - E4M3_RANGE[1]).to(torch.int32)
+        reason = f"block exponents span {span} binades, {row_span + 1} within a row (e4m3 holds {e4m3})"
+        return Placement("e4m3-row", 0, rows, reason)
+    if span <= e5m2:
+        reason = f"block exponents span {span} binades, {row_span + 1} within a row (e4m3 holds {e4m3}, e5m2 {e5m2})"
+        return Placement("e5m2", highest - E5M2_RANGE[1], None, reason)
+    return Placement("bf16", 0, None, f"block exponents span {span} binades, e5m2 holds {e5m2}")
+
+
+def row_exponent_ranges(weight_packed: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest block exponent of each row, int32 [N] each; a row of zeros has low > high.
+
+    Blocks whose codes are all zero do not count: zero is exact under any factor.
+    """
+    if bool((weight_scale == NAN_SCALE).any()):
+        raise FormatError("A weight scale is NaN (byte 0xFF): the checkpoint is damaged, quantize the model again.")
+    used = nonzero_blocks(weight_packed)
+    exponent = weight_scale.to(torch.int32) - 127
+    low = torch.where(used, exponent, EMPTY).amin(-1)
+    high = torch.where(used, exponent, -EMPTY).amax(-1)
+    return low, high
+
+
+EMPTY = 1 << 12
+
+
+def nonzero_blocks(packed: Tensor) -> Tensor:
+    """Packed MXFP4 codes uint8 [..., K/2] -> bool [..., K/32]: which blocks have a non-zero magnitude."""
+    blocks = packed.reshape(*packed.shape[:-1], packed.shape[-1] // 16, 16)
+    return ((blocks & 0x77) != 0).any(-1)
+
+
+def count_outside(values_packed: Tensor, scales: Tensor, e_ref: int = E_REF) -> tuple[int, int]:
+    """(saturated, underflowed): non-zero activation blocks above and below the exact range of e5m2.
+
+    Args:
+        values_packed: uint8 [M, K/2]. scales: uint8 [M, K/32]. e_ref: reference exponent of the FP8 form.
+    """
+    exponent = scales.to(torch.int32) - 127 - e_ref
+    used = nonzero_blocks(values_packed) & (scales != NAN_SCALE)
+    return int((used & (exponent > E5M2_RANGE[1])).sum()), int((used & (exponent < E5M2_RANGE[0])).sum())
+
+
+def _binades(limits: tuple[int, int]) -> int:
+    return limits[1] - limits[0] + 1

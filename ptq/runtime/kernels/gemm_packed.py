@@ -1,0 +1,103 @@
+"""bfloat16 activations times a packed weight, decoded in registers: for few rows, where reading the weight is the cost.
+
+The weight takes the M side of the tensor-core product, so that one row of activations wastes at most 15 of 16 columns
+rather than 63 of 64 rows. Both formats. It is also the reference for the other products: nothing is expanded, nothing
+is scaled, only the sum is rounded. For many rows `expand_weight` and a dense product are faster.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ptq import formats
+from ptq.runtime.kernels import blocks as b
+from ptq.runtime.kernels.expand_weight import tile_length
+from ptq.runtime.kernels.tiles import Tile, tile_for
+
+
+def gemm_packed(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    format_name: str,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    *,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Y [M, N] = x @ decode(weight).T + bias.
+
+    Args:
+        x: bfloat16 [M, K] contiguous, on the format's grid (or any bfloat16 values).
+        weight_packed, weight_scale: as in a checkpoint, contiguous.
+        bias: any float [N] or None. out_dtype: bfloat16, float16 or float32. tile: overrides the table.
+    """
+    (m, k), n = x.shape, weight_packed.shape[0]
+    out = torch.empty((m, n), dtype=out_dtype, device=x.device)
+    if m == 0:
+        return out
+    tile = tile or tile_for("gemm_packed", x.device, m, n, k)
+    grid = (triton.cdiv(n, tile.n), triton.cdiv(m, tile.m))
+    arguments = (x, weight_packed, weight_scale, out, bias, m, n)
+    gemm_packed_kernel[grid](*arguments, **constants(tile, format_name, k), **tile.options)
+    return out
+
+
+def gemm_packed_reference(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    format_name: str,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The same in torch: decode to float32, F.linear, round once."""
+    fmt = formats.get(format_name)
+    weight = fmt.dequantize(fmt.unpack(weight_packed, weight_scale))
+    return torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float()).to(out_dtype)
+
+
+def constants(tile: Tile, format_name: str, k: int) -> dict[str, object]:
+    """Compile-time arguments of `gemm_packed_kernel`."""
+    block_k = min(tile.k, tile_length(k))
+    return {"HIF4": format_name == "hif4", "K": k, "BM": tile.m, "BN": tile.n, "BK": block_k}
+
+
+@triton.jit
+def gemm_packed_kernel(
+    x_ptr,
+    packed_ptr,
+    scale_ptr,
+    out_ptr,
+    bias_ptr,
+    M,
+    N,
+    HIF4: tl.constexpr,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """BN output features of BM rows."""
+    feature = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.program_id(1) * BM + tl.arange(0, BM)
+    has_feature = (feature < N)[:, None]
+    has_row = (row < M)[None, :]
+    GROUP: tl.constexpr = 64 if HIF4 else 32
+    packed_at = packed_ptr + feature.to(tl.int64)[:, None] * (K // 2) + tl.arange(0, BK // 2)[None, :]
+    scale_at = scale_ptr + feature.to(tl.int64)[:, None] * (K // GROUP) + tl.arange(0, BK // GROUP)[None, :]
+    x_at = x_ptr + row.to(tl.int64)[None, :] * K + tl.arange(0, BK)[:, None]
+    total = tl.zeros((BN, BM), tl.float32)
+    for k in range(0, K, BK):
+        packed = tl.load(packed_at + k // 2, mask=has_feature, other=0)
+        scales = tl.load(scale_at + k // GROUP, mask=has_feature, other=0)
+        weight = b.cast_output(b.decode_tile(packed, scales, 0, HIF4), tl.bfloat16)
+        x = tl.load(x_at + k, mask=has_row, other=0.0)
+        total = b.dot_f32(weight, x, total)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + feature, mask=feature < N, other=0.0).to(tl.float32)[:, None]
+    offset = row.to(tl.int64)[None, :] * N + feature[:, None]
+    tl.store(out_ptr + offset, b.cast_output(total, out_ptr.dtype.element_ty), mask=has_feature & has_row)

@@ -1,0 +1,125 @@
+"""The ablation tables of docs/quality.md: every ingredient's own effect, from one set of records a model.
+
+    python scripts/ablation.py --model tiny --work build/ablation --out docs/data
+
+Records 24 calibration prompts and 16 held-out prompts once, then solves every variant from the same block statistics
+(ptq.quantization.sweep). Errors are held-out: squared denoiser-output error relative to the original's output, weighted by
+d_sigma^2, mean over the experts. Writes <out>/quality-<model>-<format>.json and a bar chart beside docs/img.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+from ptq.calibration.records import CalibrationSet
+from ptq.calibration.run import CalibrationPlan, calibrate
+from ptq.cli.common import quiet_libraries
+from ptq.config import Recipe, load_recipe
+from ptq.fs import write_bytes, write_json
+from ptq.prompts import read_prompts
+from ptq.quantization.settings import QuantizeSettings
+from ptq.quantization.sweep import SweepRow, sweep
+from ptq.tiny.grammar import calibration_prompts, held_out_prompts
+from ptq.wan.loading import load_pipeline, resolve_model
+from ptq.wan.structure import ModelLayout
+
+OFF = {"rounding": "rtn", "rotation": 0, "smoothing": (), "clip_search": False, "bias_correction": False}
+INGREDIENTS = ("rotation", "smoothing", "rounding", "clip_search", "bias_correction")
+LABELS = {"rounding": "gptq", "clip_search": "clip", "bias_correction": "bias"}
+ACTIVATION_RULES = {"mxfp4": ("floor", "ceil", "even", "qmax7.25", "mse"), "hif4": ()}
+
+
+def variants(default: Recipe, format_name: str) -> dict[str, Recipe]:
+    """Name -> recipe: the ladder, each ingredient alone, the default without each, rotation sizes, activation rules."""
+    plain = default.model_copy(update=OFF | {"activations": Recipe().activations})
+    chosen: dict[str, Recipe] = {"rtn": plain}
+    recipe = plain
+    for key in INGREDIENTS:
+        recipe = recipe.model_copy(update={key: getattr(default, key)})
+        chosen[f"rtn + ... + {LABELS.get(key, key)}"] = recipe
+    chosen["all (default)"] = default
+    for key in INGREDIENTS:
+        chosen[f"only {LABELS.get(key, key)}"] = plain.model_copy(update={key: getattr(default, key)})
+        chosen[f"all without {LABELS.get(key, key)}"] = default.model_copy(update={key: OFF[key]})
+    for size in (16, 32, 64, 128):
+        chosen[f"all, rotation {size}"] = default.model_copy(update={"rotation": size})
+    for rule in ACTIVATION_RULES[format_name]:
+        activations = default.activations.model_copy(update={"scale_rule": rule})
+        chosen[f"all, activations {rule}"] = default.model_copy(update={"activations": activations})
+    return chosen
+
+
+def record(model: str, layout: ModelLayout, work: Path, name: str, prompts: list[str]) -> CalibrationSet:
+    """Record (or reuse) denoiser inputs of these prompts."""
+    file = work / f"{name}.txt"
+    write_bytes(file, ("\n".join(prompts) + "\n").encode())
+    found = read_prompts(file)
+    source = {"name": file.name, "sha256": found.sha256}
+    out = work / f"{model}-{name}"
+    calibrate(CalibrationPlan(layout, layout.preset, found.samples, 8, 0, source), lambda: load_pipeline(model), out)
+    return CalibrationSet(out)
+
+
+def as_table(rows: list[SweepRow]) -> list[dict]:
+    """JSON rows; `ratio` is against rtn, `gain_db` the same in decibels."""
+    base = rows[0].error
+    return [
+        {
+            "variant": row.name,
+            "error": row.error,
+            **{f"error_{expert}": error for expert, error in row.errors.items()},
+            "ratio": row.error / base,
+            "gain_db": 10 * math.log10(base / row.error),
+            "layer_error": row.layer_error,
+            "solve_seconds": round(row.seconds, 2),
+        }
+        for row in rows
+    ]
+
+
+def plot(table: list[dict], title: str, path: Path) -> None:
+    """Horizontal bars of the held-out error, relative to rtn."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 0.28 * len(table) + 1.2))
+    names = [row["variant"] for row in table][::-1]
+    axes.barh(names, [row["ratio"] for row in table][::-1], color="#4477aa")
+    axes.axvline(0.5, color="#cc3311", linewidth=1, linestyle="--")
+    axes.set_xlabel("held-out denoiser error relative to rtn (dashed: goal 0.50)")
+    axes.set_title(title)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--formats", nargs="+", default=["hif4", "mxfp4"])
+    parser.add_argument("--work", type=Path, default=Path("build/ablation"))
+    parser.add_argument("--out", type=Path, default=Path("docs/data"))
+    parser.add_argument("--figures", type=Path, default=Path("docs/img"))
+    parser.add_argument("--calibration-prompts", type=int, default=24)
+    parser.add_argument("--held-out-prompts", type=int, default=16)
+    args = parser.parse_args()
+    quiet_libraries()
+    layout = resolve_model(args.model)
+    own = record(args.model, layout, args.work, "calibration", calibration_prompts(args.calibration_prompts))
+    other = record(args.model, layout, args.work, "held-out", held_out_prompts(args.held_out_prompts))
+    for name in args.formats:
+        recipes = variants(load_recipe(name, name), name)
+        settings = {label: QuantizeSettings(name, recipe, label, {}) for label, recipe in recipes.items()}
+        table = as_table(sweep(layout, own, other, settings))
+        write_json(args.out / f"quality-{args.model}-{name}.json", table)
+        plot(table, f"{args.model}, {name}", args.figures / f"quality-{args.model}-{name}.png")
+        print(
+            json.dumps([{key: row[key] for key in ("variant", "error", "ratio", "gain_db")} for row in table], indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()
