@@ -27,21 +27,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         PtqError: the disk is full or not writable (names the target and the free space).
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Process id in the name: two processes that write the same target never share a temporary file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
         sync_directory(path.parent)
     except OSError as error:
-        raise PtqError(
-            f"Could not write {path}: {error.strerror or error}. {free_space_hint(path.parent)}"
-        ) from error
+        raise PtqError(f"Could not write {path}: {error.strerror or error}. {free_space_hint(path.parent)}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            temporary.unlink()
 
 
 def sync_directory(directory: Path) -> None:

@@ -1,7 +1,9 @@
 """Capturing what the denoiser is called with while the real pipeline runs.
 
-Hooks on the experts see every call. Within a step the first call is the conditional branch and the second, at the same
-timestep, the unconditional one. The run is interrupted after the last wanted step: nothing later is needed.
+Hooks on the experts see every call. Within a step the first call is the conditional branch and the second the
+unconditional one; steps are counted by the pipeline's own end-of-step callback, not by the timestep, because UniPC rounds
+timesteps to integers and many steps with a large shift give neighbours the same one. The run is interrupted after the
+last wanted step: nothing later is needed.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq.calibration.records import Record
+from ptq.calibration.records import BRANCHES, Record
 from ptq.calibration.schedule import Step
 
 
@@ -49,19 +51,23 @@ def record_prompt(
     capture = Capture()
     wanted = {step.index: step for step in steps}
     last = max(wanted)
+    position = {"step": 0, "call": 0}
 
-    def stop_after_last(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def end_of_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        position.update(step=index + 1, call=0)
         if index >= last:
             pipe._interrupt = True
         return tensors
 
-    def on_call(step_index: int, branch: str, inputs: dict[str, Any]) -> None:
+    def on_call(_module: torch.nn.Module, _args: Any, inputs: dict[str, Any]) -> None:
+        branch = BRANCHES[position["call"]]
+        position["call"] += 1
         embeds = inputs["encoder_hidden_states"][0].detach().cpu()
         if branch == "cond":
             capture.prompt_embeds = embeds
         else:
             capture.negative_embeds = embeds
-        step = wanted.get(step_index)
+        step = wanted.get(position["step"])
         if step is None:
             return
         name = f"{prompt_index:05d}-{step.index:03d}-{branch}"
@@ -71,24 +77,15 @@ def record_prompt(
         capture.records.append(Record(name, file, sample_id, *fields))
 
     with _watch(pipeline, on_call):
-        pipeline(**call_arguments, output_type="latent", callback_on_step_end=stop_after_last)
+        pipeline(**call_arguments, output_type="latent", callback_on_step_end=end_of_step)
     return capture
 
 
 @contextlib.contextmanager
 def _watch(pipeline: Any, on_call: Any) -> Iterator[None]:
-    """Report every expert call as (step index, branch, keyword arguments)."""
-    state = {"step": -1, "timestep": None}
-
-    def hook(_module: torch.nn.Module, _args: Any, inputs: dict[str, Any]) -> None:
-        timestep = float(inputs["timestep"].flatten().max())
-        first_of_step = timestep != state["timestep"]
-        if first_of_step:
-            state.update(step=state["step"] + 1, timestep=timestep)
-        on_call(state["step"], "cond" if first_of_step else "uncond", inputs)
-
+    """Call `on_call(module, arguments, keyword arguments)` before every call of an expert."""
     experts = [m for m in (pipeline.transformer, getattr(pipeline, "transformer_2", None)) if m is not None]
-    handles = [expert.register_forward_pre_hook(hook, with_kwargs=True) for expert in experts]
+    handles = [expert.register_forward_pre_hook(on_call, with_kwargs=True) for expert in experts]
     try:
         yield
     finally:

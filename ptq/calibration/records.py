@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ptq.checkpoint.safetensors_file import read_header
 from ptq.errors import DamagedFileError, PtqError
-from ptq.fs import atomic_path, read_json, read_jsonl, write_bytes
+from ptq.fs import atomic_path, read_json, read_jsonl, sha256_file, write_bytes
 
 SETTINGS_FILE = "calibration.json"
 INDEX_FILE = "records.jsonl"
@@ -101,6 +101,17 @@ def read_prompt_records(path: Path) -> list[Record] | None:
     return records if all(f"{record.record}.hidden_states" in names for record in records) else None
 
 
+def read_embeds(path: Path) -> Tensor | None:
+    """Text embedding [L, D] of a prompt or negative file, or None when it is absent or damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return handle.get_tensor("prompt_embeds")
+    except SafetensorError:
+        return None
+
+
 def write_index(directory: Path, records: Sequence[Record]) -> None:
     """Write records.jsonl atomically."""
     lines = [json.dumps(asdict(record), ensure_ascii=False) for record in records]
@@ -127,13 +138,17 @@ class CalibrationSet:
                 f"Recording into {self.directory} has not finished. Run the same `ptq calibrate` command again; "
                 "it goes on where it stopped."
             )
-        lines = read_jsonl(self.directory / INDEX_FILE)
+        index = self.directory / INDEX_FILE
+        if not index.exists() or sha256_file(index) != self.settings["files"].get(INDEX_FILE):
+            raise DamagedFileError(
+                f"{index} is missing or was changed since recording finished. Run the same `ptq calibrate` command "
+                "again; it writes the index anew from the record files."
+            )
+        lines = read_jsonl(index)
         try:
             self.records = [Record(**line) for line in lines]
         except TypeError as error:
-            raise DamagedFileError(
-                f"{self.directory / INDEX_FILE} holds a line that is no record ({error})."
-            ) from error
+            raise DamagedFileError(f"{index} holds a line that is no record ({error}).") from error
 
     @property
     def digest(self) -> str:
@@ -157,6 +172,20 @@ class CalibrationSet:
         """Number of text tokens the denoiser reads in this record."""
         return read_header(self.directory / record.file)["prompt_embeds"].shape[0]
 
+    def verify(self) -> None:
+        """Compare every file with its digest: everything made from this set is signed with those digests.
+
+        Raises:
+            DamagedFileError: a file is missing or was changed since recording; names it.
+        """
+        for name, expected in self.settings["files"].items():
+            path = self.directory / (name if name in (INDEX_FILE, NEGATIVE_FILE) else f"{RECORDS_DIR}/{name}")
+            if not path.exists() or sha256_file(path) != expected:
+                raise DamagedFileError(
+                    f"{path} is missing or was changed since recording finished. Run the same `ptq calibrate` command "
+                    "again; it records what is missing or damaged."
+                )
+
     def load(self, record: Record) -> RecordTensors:
         """Read one record's tensors (stored dtypes, CPU).
 
@@ -169,13 +198,17 @@ class CalibrationSet:
             with safe_open(path, framework="pt") as handle:
                 hidden = handle.get_tensor(f"{record.record}.hidden_states")
                 timestep = handle.get_tensor(f"{record.record}.timestep")
-            with safe_open(embeds_path, framework="pt") as handle:
-                embeds = handle.get_tensor("prompt_embeds")
         except (SafetensorError, OSError) as error:
             raise DamagedFileError(
-                f"Record {record.record} could not be read from {path} ({error}). Delete that file and run "
-                "`ptq calibrate` again to record it anew."
+                f"Record {record.record} could not be read from {path} ({error}). Run the same `ptq calibrate` command "
+                "again to record it anew."
             ) from error
+        embeds = read_embeds(embeds_path)
+        if embeds is None:
+            raise DamagedFileError(
+                f"The text embedding of record {record.record} could not be read from {embeds_path}. Run the same "
+                "`ptq calibrate` command again to record it anew."
+            )
         return RecordTensors(hidden.unsqueeze(0), timestep, embeds.unsqueeze(0))
 
     def __iter__(self) -> Iterator[Record]:

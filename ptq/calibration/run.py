@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ptq import ui
+from ptq.calibration.directory import STATE_DIR, open_directory
 from ptq.calibration.recorder import Capture, record_prompt
 from ptq.calibration.records import (
     BRANCHES,
+    INDEX_FILE,
     NEGATIVE_FILE,
-    RECORDS_DIR,
     SETTINGS_FILE,
     Record,
     prompt_file,
+    read_embeds,
     read_prompt_records,
     save_atomic,
     write_index,
@@ -24,10 +25,12 @@ from ptq.calibration.records import (
 )
 from ptq.calibration.schedule import choose_steps, sampling_schedule, schedule_as_json
 from ptq.config import ModelPreset
-from ptq.errors import PtqError, UsageError
+from ptq.errors import PtqError
 from ptq.fs import digest, read_json, sha256_file, write_json
+from ptq.locks import directory_mutex
 from ptq.prompts import RESIZE_POLICY, Sample, caption_digest, fit_image, load_image
 from ptq.prompts.seeds import unit_seed
+from ptq.sharding import Shard
 from ptq.wan.calling import call_arguments
 from ptq.wan.structure import ModelLayout
 
@@ -100,7 +103,7 @@ def calibrate(
     load: Callable[[], Any],
     out: Path,
     *,
-    shard: tuple[int, int] = (0, 1),
+    shard: Shard | None = None,
     fresh: bool = False,
 ) -> dict[str, Any]:
     """Record the plan's denoiser calls into `out`.
@@ -109,7 +112,7 @@ def calibrate(
         plan: what to record.
         load: loads the pipeline; called only when something is left to record.
         out: calibration directory; finished prompts in it are kept.
-        shard: (i, N): record only every N-th prompt, starting at i.
+        shard: the part of the prompts that this process records; default all.
         fresh: delete an earlier run in `out` first.
 
     Returns:
@@ -117,41 +120,45 @@ def calibrate(
 
     Raises:
         UsageError: `out` holds a run with other settings (names the difference).
-        PtqError: prompts without their image, disk full.
+        PtqError: another process records this shard; prompts without their image; disk full.
     """
-    _prepare(out, plan.settings(), fresh)
-    todo = [i for i in range(len(plan.samples)) if i % shard[1] == shard[0]]
-    todo = [i for i in todo if read_prompt_records(prompt_file(out, i)) is None or not (out / NEGATIVE_FILE).exists()]
-    if todo:
-        _require_images(plan)
-        pipeline = load()
-        pipeline.set_progress_bar_config(disable=True)
-        schedule = sampling_schedule(pipeline, plan.preset.steps, list(plan.layout.experts))
-        write_json(out / SETTINGS_FILE, {**plan.settings(), "schedule": schedule_as_json(schedule), "complete": False})
-        with ui.progress("Recording prompts", len(todo)) as bar:
-            for index in todo:
-                capture = _record_one(plan, pipeline, schedule, index, out)
-                if capture.negative_embeds is not None:
-                    save_atomic({"prompt_embeds": capture.negative_embeds}, out / NEGATIVE_FILE)
-                bar.advance(note=f"{len(capture.records)} records")
-    return _finish(plan, out)
+    shard = shard or Shard()
+    own = shard.select(range(len(plan.samples)))
+    with open_directory(out, plan.settings(), shard, [prompt_file(out, index) for index in own], fresh=fresh):
+        todo = _missing(plan, out, own)
+        if todo:
+            _require_images(plan)
+            _record(plan, load(), todo, out)
+        with directory_mutex(out / STATE_DIR):
+            return _finish(plan, out)
 
 
-def _prepare(out: Path, settings: dict[str, Any], fresh: bool) -> None:
-    if fresh and (out / SETTINGS_FILE).exists():
-        shutil.rmtree(out / RECORDS_DIR, ignore_errors=True)
-        (out / SETTINGS_FILE).unlink()
-        (out / NEGATIVE_FILE).unlink(missing_ok=True)
-    if (out / SETTINGS_FILE).exists():
-        found = read_json(out / SETTINGS_FILE)
-        different = [key for key, value in settings.items() if found.get(key) != value]
-        if different:
-            raise UsageError(
-                f"{out} holds records made with other settings; different: {', '.join(different)}. Records of two "
-                "settings are never mixed: choose another --out, or pass --fresh to record again."
-            )
-    elif out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out} is not empty and not a calibration directory; choose another --out.")
+def _record(plan: CalibrationPlan, pipeline: Any, todo: Sequence[int], out: Path) -> None:
+    pipeline.set_progress_bar_config(disable=True)
+    schedule = sampling_schedule(pipeline, plan.preset.steps, list(plan.layout.experts))
+    write_json(out / SETTINGS_FILE, {**plan.settings(), "schedule": schedule_as_json(schedule), "complete": False})
+    with ui.progress("Recording prompts", len(todo)) as bar:
+        for index in todo:
+            capture = _record_one(plan, pipeline, schedule, index, out)
+            if capture.negative_embeds is not None:
+                save_atomic({"prompt_embeds": capture.negative_embeds}, out / NEGATIVE_FILE)
+            bar.advance(note=f"{len(capture.records)} records")
+
+
+def _missing(plan: CalibrationPlan, out: Path, indices: Sequence[int]) -> list[int]:
+    """Prompts whose file is absent or damaged; one of them again where only the negative embedding is missing."""
+    known = read_json(out / SETTINGS_FILE).get("files", {}) if (out / SETTINGS_FILE).exists() else {}
+
+    def intact(path: Path) -> bool:
+        return path.name not in known or (path.exists() and sha256_file(path) == known[path.name])
+
+    paths = {index: prompt_file(out, index) for index in indices}
+    missing = [index for index, path in paths.items() if not intact(path) or read_prompt_records(path) is None]
+    if not missing and indices and "uncond" in plan.branches:
+        negative = out / NEGATIVE_FILE
+        if not intact(negative) or read_embeds(negative) is None:
+            return [indices[0]]
+    return missing
 
 
 def _require_images(plan: CalibrationPlan) -> None:
@@ -200,6 +207,11 @@ def _finish(plan: CalibrationPlan, out: Path) -> dict[str, Any]:
         records += found
         hashes[path.name] = sha256_file(path)
     write_index(out, records)
+    others = [INDEX_FILE, NEGATIVE_FILE] if "uncond" in plan.branches else [INDEX_FILE]
+    if not all((out / name).exists() for name in others):
+        settings["complete"] = False
+        return settings
+    hashes |= {name: sha256_file(out / name) for name in others}
     settings["complete"] = True
     settings["files"] = hashes
     settings["digest"] = digest({"settings": plan.settings(), "files": hashes})

@@ -59,6 +59,7 @@ class PtqQuantizer(DiffusersQuantizer):
         self.packed = quantization_config.packed
         self._entries: dict[str, TensorEntry] = {}
         self._checksums: dict[str, int] = {}
+        self._disk_offload = False
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Called with the file names before tensors are read: validate every header, find the checksums."""
@@ -104,9 +105,14 @@ class PtqQuantizer(DiffusersQuantizer):
                 )
         return state_dict
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Called before and after diffusers resolves the device map; weights offloaded to disk stay on meta."""
+        device_map = kwargs.get("device_map")
+        self._disk_offload = isinstance(device_map, dict) and "disk" in device_map.values()
+
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for name, tensor in model.state_dict().items():
-            if tensor.is_meta and not kwargs.get("device_map"):
+            if tensor.is_meta and not self._disk_offload:
                 raise DamagedFileError(f"Tensor {name} was not loaded; the checkpoint is incomplete.")
 
     def get_state_dict_and_metadata(

@@ -32,14 +32,14 @@ class LayerEntry(_Strict):
     """One quantized Linear, and how plain rounding in the same basis would have done.
 
     Errors are squared norm ratios. output_error: sample tokens, inputs quantized too. trace_error: all calibration
-    tokens, weights only (absent where the recipe needs no Hessian).
+    tokens, weights only (absent where the recipe needs no Hessian). weight_sqnr_db: None where weight or error is zero.
     """
 
     expert: str
     block: int
     layer: str
     shape: tuple[int, int]
-    weight_sqnr_db: float
+    weight_sqnr_db: float | None
     output_error_rtn: float
     output_error: float
     trace_error_rtn: float | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -16,8 +16,8 @@ from ptq import formats
 from ptq.errors import PtqError
 from ptq.runtime.spec import QuantSpec
 
-QUANT_METHOD = "ptq"
-FORMAT_VERSION = 1
+QUANT_METHOD: Final = "ptq"
+FORMAT_VERSION: Final = 1
 
 
 class _Strict(BaseModel):
@@ -66,7 +66,7 @@ class PackedConfig(_Strict):
         """The configuration of a component whose `targets` all have the numerics of `spec`."""
         fmt = formats.get(spec.format)
         return cls(
-            format=spec.format,
+            format=spec.format,  # type: ignore[arg-type]  # validated by pydantic
             weights=WeightsConfig(group_size=fmt.group_size, scale_layout=fmt.scale_layout),
             input_activations=ActivationsConfig(
                 format=spec.format,
@@ -76,7 +76,9 @@ class PackedConfig(_Strict):
             targets=tuple(targets),
             high_precision_blocks=tuple(sorted(high_precision_blocks)),
             transform=TransformConfig(
-                type="hadamard" if spec.rotation else "none", block_size=spec.rotation, smooth=spec.smooth
+                type="hadamard" if spec.rotation else "none",
+                block_size=spec.rotation,  # type: ignore[arg-type]  # validated by pydantic
+                smooth=spec.smooth,
             ),
         )
 
@@ -104,7 +106,22 @@ class PackedConfig(_Strict):
                 f"{where} declares {config.format} weights with group size {config.weights.group_size} and layout "
                 f"{config.weights.scale_layout}; {config.format} has {fmt.group_size} and {fmt.scale_layout}."
             )
+        config._check_consistency(where)
         return config
+
+    def _check_consistency(self, where: str) -> None:
+        fmt, inputs, transform = formats.get(self.format), self.input_activations, self.transform
+        problems = []
+        if inputs.format != self.format:
+            problems.append(f"inputs in {inputs.format} with weights in {self.format}")
+        if inputs.scale_rule not in fmt.scale_rules:
+            problems.append(f"the scale rule {inputs.scale_rule!r}")
+        if inputs.ties not in fmt.ties_options:
+            problems.append(f"the ties option {inputs.ties!r}")
+        if (transform.type == "none") != (transform.block_size == 0):
+            problems.append(f"a transform of type {transform.type} with block size {transform.block_size}")
+        if problems:
+            raise PtqError(f"{where} asks for {' and for '.join(problems)}, which this version cannot run.")
 
     @property
     def spec(self) -> QuantSpec:

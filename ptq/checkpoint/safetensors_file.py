@@ -84,9 +84,12 @@ def read_header(path: str | Path) -> dict[str, TensorEntry]:
             )
         try:
             header = json.loads(handle.read(length))
-        except ValueError as error:
+            if not isinstance(header, dict):
+                raise ValueError(f"a JSON object is expected, found {type(header).__name__}")
+        except (ValueError, RecursionError) as error:
             raise DamagedFileError(f"{path} has a damaged safetensors header ({error}).") from error
-    entries = {name: _parse_entry(path, name, value, 8 + length) for name, value in header.items() if name[:2] != "__"}
+    header.pop("__metadata__", None)
+    entries = {name: _parse_entry(path, name, value, 8 + length) for name, value in header.items()}
     _check_layout(path, entries, 8 + length, size)
     return entries
 

@@ -39,12 +39,7 @@ class ShardSet:
         self.entries: dict[str, TensorEntry] = {}
         index_path = self.directory / INDEX_NAME
         if index_path.exists():
-            weight_map = read_json(index_path).get("weight_map", {})
-            for file in sorted(set(weight_map.values())):
-                self.entries.update(read_header(self.directory / file))
-            for name, file in weight_map.items():
-                if name not in self.entries or self.entries[name].file.name != file:
-                    raise DamagedFileError(f"{index_path} places tensor {name} in {file}, which does not hold it.")
+            self.entries = _read_shards(index_path)
         elif (self.directory / WEIGHTS_NAME).exists():
             self.entries = read_header(self.directory / WEIGHTS_NAME)
         else:
@@ -70,6 +65,26 @@ class ShardSet:
         """All tensors whose names start with `prefix`, with the prefix removed."""
         names = [name for name in self.entries if name.startswith(prefix)]
         return {name.removeprefix(prefix): self.read(name) for name in names}
+
+
+def _read_shards(index_path: Path) -> dict[str, TensorEntry]:
+    index = read_json(index_path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise DamagedFileError(f"{index_path} has no `weight_map` from tensor names to file names.")
+    entries: dict[str, TensorEntry] = {}
+    for file in sorted(set(weight_map.values())):
+        for name, entry in read_header(index_path.parent / file).items():
+            if weight_map.get(name) != entry.file.name:
+                raise DamagedFileError(
+                    f"{entry.file} holds tensor {name}, which {index_path.name} places in {weight_map.get(name)}. The index "
+                    "and the shards are not of one checkpoint; copy both again."
+                )
+            entries[name] = entry
+    for name, file in weight_map.items():
+        if name not in entries:
+            raise DamagedFileError(f"{index_path} places tensor {name} in {file}, which does not hold it.")
+    return entries
 
 
 def write_component(directory: str | Path, ordered: Sequence[TensorEntry], max_bytes: int = MAX_SHARD_BYTES) -> None:

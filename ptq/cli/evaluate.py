@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,14 +16,16 @@ def evaluate(
     ] = None,
     candidate: Annotated[Path | None, typer.Option(help="Generation directory of the quantized model.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where evaluation.json and units.jsonl go.")] = None,
-    suite: Annotated[str, typer.Option(help="core, tiny, icme2026, vbench-i2v or vbench.")] = "core",
+    suite: Annotated[str, typer.Option(help="core (no verdict), tiny, icme2026, vbench-i2v or vbench.")] = "core",
     format: Annotated[
         str | None, typer.Option(help="hif4 (limit 0.5 %) or mxfp4 (1 %); by default what the candidate was made with.")
     ] = None,
     gate: Annotated[
         str, typer.Option(help="The deciding average: mean_signed, mean_absolute, mean_positive or mean_score.")
     ] = "mean_signed",
-    allow_missing: Annotated[bool, typer.Option(help="Use the units both runs have, and list the others.")] = False,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Use the units both runs have, and list the others.")
+    ] = False,
     stride: Annotated[int, typer.Option(help="Take SSIM, sharpness and saturation on every N-th frame.")] = 1,
     bootstrap: Annotated[int, typer.Option(help="Bootstrap resamples of the intervals.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
@@ -34,7 +35,7 @@ def evaluate(
     import_vbench: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
-            help="Two *_eval_results.json, reference and candidate; works without --reference and --candidate."
+            help="Two *_eval_results.json, reference and candidate. Alone, without the runs, it means suite icme2026."
         ),
     ] = None,
     vbench_python: Annotated[Path | None, typer.Option(help="Interpreter of an environment that has VBench.")] = None,
@@ -45,8 +46,8 @@ def evaluate(
     vbench_check: Annotated[
         bool, typer.Option("--vbench-check", help="List the weights each dimension needs, then stop.")
     ] = False,
-    fresh: Annotated[bool, typer.Option(help="Measure again instead of continuing in --out.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Check the runs and print the plan, then stop.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again instead of continuing in --out.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the runs and print the plan, then stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print evaluation.json instead of tables.")] = False,
 ) -> None:
     """Compare videos of the quantized model with the original's, and judge the loss.
@@ -58,13 +59,14 @@ def evaluate(
     """
     from ptq.errors import UsageError
 
-    wanted = [name.strip() for name in dimensions.split(",") if name.strip()] if dimensions else None
+    wanted = dimensions.replace(",", " ").split() if dimensions else None
     if vbench_check:
         _show_weights(suite, wanted, vbench_python, vbench_root, as_json)
         return
     if vbench_root is not None and vbench_python is None:
         raise UsageError("--vbench-root needs --vbench-python, the interpreter that has VBench's dependencies.")
-    if (reference is None) != (candidate is None) or (reference is None and import_vbench is None):
+    without_runs = reference is None and candidate is None and import_vbench is not None
+    if not without_runs and (reference is None or candidate is None):
         raise UsageError("Give both --reference and --candidate, or --import-vbench with two result files.")
     if dry_run:
         _show_plan(reference, candidate, allow_missing, as_json)
@@ -75,7 +77,14 @@ def evaluate(
         "format": format, "gate": gate, "allow_missing": allow_missing,
         "resamples": bootstrap, "seed": seed, "dimensions": wanted,
     }  # fmt: skip
-    if reference is not None and candidate is not None:
+    if import_vbench is not None and without_runs:
+        from ptq.evaluation import evaluate_imported
+
+        if format is None:
+            raise UsageError("Result files do not say which format they are of: pass --format hif4 or --format mxfp4.")
+        chosen = "icme2026" if suite == "core" else suite
+        content = evaluate_imported(import_vbench[0], import_vbench[1], out, suite=chosen, **common)
+    elif reference is not None and candidate is not None:
         from ptq.evaluation import VBenchSettings, evaluate_runs
 
         vbench = VBenchSettings(vbench_python, vbench_root, vbench_device) if vbench_python else None
@@ -83,19 +92,15 @@ def evaluate(
             reference, candidate, out, suite=suite, stride=stride, fresh=fresh,
             import_vbench=import_vbench, vbench=vbench, **common,
         )  # fmt: skip
-    else:
-        from ptq.evaluation import evaluate_imported
-
-        assert import_vbench is not None
-        content = evaluate_imported(*import_vbench, out, suite="icme2026" if suite == "core" else suite, **common)
     _show(content, out, as_json)
 
 
 def _show(content: dict[str, Any], out: Path, as_json: bool) -> None:
     from ptq import ui
+    from ptq.cli.common import print_json
 
     if as_json:
-        ui.console.print_json(json.dumps(content))
+        print_json(content)
         return
     if content["verdict"]:
         _show_verdict(content)
@@ -116,12 +121,12 @@ def _show_verdict(content: dict[str, Any]) -> None:
     from ptq.evaluation.statistics import AGGREGATES
 
     value = content["aggregates"].get(content["gate"])
-    shown = f"{_percent(value['value'])} {_interval(value)}" if value else "undefined"
+    shown = f"{_percent(value)} %" if value else "undefined"
     verdict = content["verdict"]
     ui.console.print(
-        f"[{_VERDICT_STYLE[verdict]}]{verdict}[/]  {AGGREGATES[content['gate']]} "
-        f"{escape(shown)}, limit "
-        f"{content['limit']:.1%} ({content['format']}), {content['prompts']} prompts, {content['units']} videos a run",
+        f"[{_VERDICT_STYLE[verdict]}]{verdict}[/]  {AGGREGATES[content['gate']]} {escape(shown)}, limit "
+        f"{100 * content['limit']:.1f} % ({content['format']}), suite {content['suite']}, {content['prompts']} prompts, "
+        f"{content['units']} videos a run",
         soft_wrap=True,
     )
 
@@ -130,52 +135,49 @@ def _show_gate(content: dict[str, Any]) -> None:
     from ptq import ui
     from ptq.evaluation.statistics import AGGREGATES
 
-    rows = [
-        (
-            name, f"{d['reference']:.4f}", f"{d['candidate']:.4f}", f"{d['points']['value']:+.2f}",
-            _percent(d["relative_loss"]["value"]) if d["relative_loss"] else "-",
-            _interval(d["relative_loss"]), d["units"],
-        )
-        for name, d in content["dimensions"].items()
-    ]  # fmt: skip
+    counts = {value["units"] for value in content["dimensions"].values()}
+    uniform = len(counts) == 1
     ui.table(
-        f"Loss by dimension, suite {content['suite']} (positive: the candidate is worse)",
-        ("dimension", "reference", "candidate", "points", "relative loss", "95 % interval", "videos"),
-        rows,
+        "Loss by dimension (positive: the candidate is worse)" + (f", {counts.pop()} videos each" if uniform else ""),
+        ("dimension", *(() if uniform else ("videos",)), "ref", "cand", "points", "loss % [95 % interval]"),
+        [
+            (
+                name,
+                *(() if uniform else (value["units"],)),
+                f"{value['reference']:.3f}",
+                f"{value['candidate']:.3f}",
+                f"{value['points']['value']:+.2f}",
+                _percent(value["relative_loss"]),
+            )
+            for name, value in content["dimensions"].items()
+        ],
     )
     ui.table(
         "Averages over the dimensions",
-        ("average", "loss", "95 % interval"),
-        [(AGGREGATES[key], _percent(value["value"]), _interval(value)) for key, value in content["aggregates"].items()],
+        ("average", "loss % [95 % interval]"),
+        [(AGGREGATES[key], _percent(value)) for key, value in content["aggregates"].items()],
     )
     totals = (content.get("vbench") or {}).get("totals")
     if totals:
         ui.table(
             "VBench totals",
-            ("score", "reference", "candidate"),
-            [
-                (name, f"{totals['reference'][name]:.4f}", f"{totals['candidate'][name]:.4f}")
-                for name in totals["reference"]
-            ],
+            ("score", "ref", "cand"),
+            [(name, f"{ours:.4f}", f"{totals['candidate'][name]:.4f}") for name, ours in totals["reference"].items()],
         )
 
 
 def _show_measures(content: dict[str, Any]) -> None:
     from ptq import ui
-    from ptq.evaluation.suites import PAIRED_MEASURES, RUN_DIMENSIONS
+    from ptq.evaluation.suites import PAIRED_MEASURES
 
     ui.table(
-        "Beside the gate: measures of each run",
-        ("measure", "reference", "candidate", "relative change", "95 % interval"),
+        "Beside the gate: both runs",
+        ("measure", "ref", "cand", "change % [95 % interval]"),
         [
-            (
-                RUN_DIMENSIONS.get(name, name), f"{d['reference']:.4g}", f"{d['candidate']:.4g}",
-                _percent(-d["relative_loss"]["value"]) if d["relative_loss"] else "-",
-                _interval(d["relative_loss"], negate=True),
-            )
-            for name, d in content["informative"].items()
+            (name, f"{value['reference']:.4g}", f"{value['candidate']:.4g}", _percent(value["relative_loss"], sign=-1))
+            for name, value in content["informative"].items()
         ],
-    )  # fmt: skip
+    )
     sources = ", ".join(f"{count} from {source}" for source, count in sorted(content["sources"].items()))
     ui.table(
         f"Drift between the paired videos ({sources})",
@@ -187,19 +189,20 @@ def _show_measures(content: dict[str, Any]) -> None:
     )
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:+.2f} %"
-
-
-def _interval(value: dict[str, Any] | None, *, negate: bool = False) -> str:
-    if value is None or value["low"] is None:
+def _percent(estimate: dict[str, Any] | None, *, sign: int = 1) -> str:
+    """An estimate as percent with its interval; `sign` -1 turns a loss into a change."""
+    if estimate is None:
         return "-"
-    low, high = (-value["high"], -value["low"]) if negate else (value["low"], value["high"])
-    return f"[{100 * low:+.2f}, {100 * high:+.2f}]"
+    value = sign * estimate["value"] + 0.0
+    if estimate["low"] is None:
+        return f"{100 * value:+.2f} [no interval]"
+    low, high = sorted((sign * estimate["low"] + 0.0, sign * estimate["high"] + 0.0))
+    return f"{100 * value:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
 
 
 def _show_plan(reference: Path | None, candidate: Path | None, allow_missing: bool, as_json: bool) -> None:
     from ptq import ui
+    from ptq.cli.common import format_bytes, print_json
     from ptq.errors import UsageError
     from ptq.evaluation import plan
     from ptq.ui.progress import format_seconds
@@ -208,13 +211,12 @@ def _show_plan(reference: Path | None, candidate: Path | None, allow_missing: bo
         raise UsageError("--dry-run plans the measuring of two runs; it needs --reference and --candidate.")
     content = plan(reference, candidate, allow_missing=allow_missing)
     if as_json:
-        ui.console.print_json(json.dumps(content))
+        print_json(content)
         return
     ui.info(
-        f"{content['units']} pairs, {content['excluded']} units left out; about "
-        f"{format_seconds(content['seconds'])} for the "
-        f"built-in measures, {content['memory_bytes'] / 1e6:.0f} MB of memory, {content['disk_bytes'] / 1e6:.1f} "
-        "MB on disk."
+        f"{content['units']} pairs, {content['excluded']} units left out. The built-in measures take about "
+        f"{format_seconds(content['seconds'])}, {format_bytes(content['memory_bytes'])} of memory and "
+        f"{format_bytes(content['disk_bytes'])} on disk."
     )
 
 
@@ -222,6 +224,7 @@ def _show_weights(
     suite: str, dimensions: list[str] | None, python: Path | None, root: Path | None, as_json: bool
 ) -> None:
     from ptq import ui
+    from ptq.cli.common import print_json
     from ptq.evaluation import vbench_check as check
     from ptq.evaluation.suites import get_suite
 
@@ -230,7 +233,7 @@ def _show_weights(
     weights = check.required_weights(names, cache)
     if as_json:
         rows = [{**vars(weight), "path": str(weight.path)} for weight in weights]
-        ui.console.print_json(json.dumps({"cache": str(cache), "weights": rows, "hub": check.fetched_elsewhere(names)}))
+        print_json({"cache": str(cache), "weights": rows, "hub": check.fetched_elsewhere(names)})
         return
     for weight in weights:
         ui.console.print(

@@ -166,7 +166,7 @@ def _default_device() -> str:
 
     import torch
 
-    from ptq.generation.sharding import local_rank
+    from ptq.sharding import local_rank
 
     if not torch.cuda.is_available():
         return "cpu"

@@ -38,7 +38,7 @@ def inspect(
             (
                 f"{row.expert}.blocks.{row.block}.{row.layer}",
                 f"{row.shape[0]}x{row.shape[1]}",
-                f"{row.weight_sqnr_db:.1f} dB",
+                "-" if row.weight_sqnr_db is None else f"{row.weight_sqnr_db:.1f} dB",
                 f"{row.output_error_rtn:.2e}",
                 f"{row.output_error:.2e}",
             )

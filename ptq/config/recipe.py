@@ -124,4 +124,7 @@ def _apply(value: dict[str, Any], override: str) -> None:
         value = value.setdefault(group, {})
         if not isinstance(value, dict):
             raise UsageError(f"--set {override}: {group} is not a group of keys.")
-    value[last] = yaml.safe_load(text)
+    try:
+        value[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {override}: the value is not valid YAML: {error}") from error

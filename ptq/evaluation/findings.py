@@ -4,6 +4,7 @@ evaluation.json.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -84,6 +85,9 @@ def gate_warnings(comparison: statistics.Comparison, limit: float, verdict: str,
             f"Only {comparison.prompts} prompts: bootstrap intervals from fewer than {FEW_PROMPTS} are too narrow. "
             "Evaluate more prompts before relying on the verdict."
         )
+    deciding = comparison.aggregates.get(gate)
+    if verdict == statistics.INCONCLUSIVE and deciding is not None:
+        found.append(_what_would_decide(deciding, limit, comparison.prompts))
     for name in comparison.undefined:
         found.append(f"{name} scores 0 or less in the reference: it has no relative loss and is not in the aggregates.")
     over = statistics.cancels(comparison, limit)
@@ -94,6 +98,19 @@ def gate_warnings(comparison: statistics.Comparison, limit: float, verdict: str,
             f"{positive:.2%}, over the limit of {limit:.2%} ({', '.join(over)})."
         )
     return found
+
+
+def _what_would_decide(estimate: statistics.Estimate, limit: float, prompts: int) -> str:
+    """Intervals shrink with the square root of the number of prompts: how many would move the limit out of this one."""
+    distance = abs(limit - estimate.value)
+    if estimate.low is None or estimate.high is None or distance == 0:
+        return "The data cannot bound the loss: no verdict is possible. Evaluate more prompts."
+    side = estimate.high - estimate.value if estimate.value < limit else estimate.value - estimate.low
+    needed = math.ceil(prompts * (side / distance) ** 2)
+    return (
+        f"The 95 % interval of the loss contains the limit, so these {prompts} prompts decide nothing. If the loss stays "
+        f"where it is, about {needed} prompts would."
+    )
 
 
 def blur_warnings(gated: statistics.Comparison | None, informative: statistics.Comparison | None) -> list[str]:

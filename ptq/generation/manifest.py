@@ -16,7 +16,7 @@ from typing import Any
 from ptq import ui
 from ptq.errors import DamagedFileError, PtqError
 from ptq.fs import append_jsonl, free_space_hint
-from ptq.generation.sharding import Shard
+from ptq.sharding import Shard
 
 Line = dict[str, Any]
 

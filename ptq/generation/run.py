@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from ptq import ui
 from ptq.errors import PtqError
+from ptq.generation.claims import Claims
 from ptq.generation.integrity import select_pending
-from ptq.generation.locks import Claims
 from ptq.generation.manifest import Manifests
 from ptq.generation.plan import unit_bytes
 from ptq.generation.rundir import RunDirectory, describe_run
 from ptq.generation.settings import ModelIdentity, Settings
-from ptq.generation.sharding import Shard
 from ptq.generation.units import Unit, make_units
 from ptq.prompts.sample import Sample
+from ptq.sharding import Shard
 from ptq.ui.progress import Progress, format_seconds
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def run_generation(
         retries: further attempts at a unit that failed; not for unusable model output, which would come again.
         take_over: when done, make unfinished units of shards that do not; wait for those in work.
         stale_minutes: a claim without a sign of life for so long is dead.
-        device, offload: where to compute; offload is one of `sampling.OFFLOAD_MODES`.
+        device, offload: where to compute; offload is one of `ptq.wan.placing.OFFLOAD_MODES`.
 
     Raises:
         UsageError: contradictory request, or settings that do not fit the model.

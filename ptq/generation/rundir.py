@@ -15,11 +15,12 @@ from typing import Any
 
 from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.fs import PARTIAL_SUFFIX, digest, read_json, write_json
-from ptq.generation.locks import ShardLock, directory_mutex, live_shards, units_in_work
+from ptq.generation.claims import units_in_work
 from ptq.generation.manifest import FILE_KEYS, Manifests, manifest_name
 from ptq.generation.settings import ModelIdentity, Settings
-from ptq.generation.sharding import Shard
 from ptq.generation.units import Unit
+from ptq.locks import ShardLock, directory_mutex, live_shards, refuse_other_counts
+from ptq.sharding import Shard
 from ptq.version import __version__
 
 SCHEMA = 1
@@ -103,12 +104,7 @@ class RunDirectory:
 
     def _enter(self, shard: Shard, info: dict[str, Any], units: list[Unit], fresh: bool) -> None:
         others = [tag for tag in live_shards(self.state) if tag != shard.tag]
-        foreign = [tag for tag in others if tag.rpartition("of")[2] != str(shard.count)]
-        if foreign:
-            raise PtqError(
-                f"{self.root} is in use by shard {', '.join(foreign)} of a run with another number of shards than "
-                f"{shard.count}. Wait for it, or use the same N in --shard i/N."
-            )
+        refuse_other_counts(self.state, shard)
         if not self.info_path.exists():
             self._refuse_foreign_files()
         else:

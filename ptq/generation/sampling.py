@@ -18,8 +18,9 @@ import torch
 from ptq.errors import PtqError, UsageError
 from ptq.generation.diagnosis import CallRecorder, find_nonfinite
 from ptq.generation.settings import Settings
+from ptq.wan.loading import with_image_input
+from ptq.wan.placing import place_pipeline
 
-OFFLOAD_MODES = ("none", "model", "sequential")
 #: A video whose brightest value is at or below this (of 255) shows nothing.
 BLACK_LEVEL = 4
 _EXPERTS = ("transformer", "transformer_2")
@@ -52,13 +53,13 @@ class Sampler:
 
     def __init__(self, pipe: Any, settings: Settings, device: str = "cpu", offload: str = "none") -> None:
         self.settings = settings
-        self.pipe = _with_image_input(pipe) if settings.image_to_video else pipe
+        self.pipe = with_image_input(pipe) if settings.image_to_video else pipe
         _check_fit(self.pipe, settings)
         set_flow_shift(self.pipe, settings.flow_shift)
         self._experts = {name: module for name in _EXPERTS if (module := getattr(self.pipe, name, None)) is not None}
         for module in self._experts.values():
             _set_attention(module, settings.attention_backend)
-        _place(self.pipe, device, offload)
+        place_pipeline(self.pipe, device, offload)
         self.pipe.set_progress_bar_config(disable=True)
 
     def initial_latents(self, seed: int) -> torch.Tensor:
@@ -176,15 +177,6 @@ def set_flow_shift(pipe: Any, flow_shift: float) -> None:
     pipe.scheduler = type(pipe.scheduler).from_config(config, **{key: flow_shift})
 
 
-def _with_image_input(pipe: Any) -> Any:
-    """TI2V-5B directories name WanPipeline; the same modules make an image-to-video pipeline."""
-    if "image" in inspect.signature(pipe.__call__).parameters or not pipe.config.expand_timesteps:
-        return pipe
-    from diffusers import WanImageToVideoPipeline
-
-    return WanImageToVideoPipeline(**pipe.components, boundary_ratio=pipe.config.boundary_ratio, expand_timesteps=True)
-
-
 def _check_fit(pipe: Any, settings: Settings) -> None:
     takes_image = "image" in inspect.signature(pipe.__call__).parameters
     if takes_image != settings.image_to_video:
@@ -216,16 +208,3 @@ def _set_attention(module: Any, backend: str | None) -> None:
         module.set_attention_backend(backend)
     except (ValueError, RuntimeError, ImportError) as error:
         raise UsageError(f"The attention backend {backend!r} cannot be used here: {error}") from error
-
-
-def _place(pipe: Any, device: str, offload: str) -> None:
-    if offload not in OFFLOAD_MODES:
-        raise UsageError(f"--offload must be one of {', '.join(OFFLOAD_MODES)}, found {offload!r}.")
-    if offload == "none":
-        pipe.to(device)
-    elif torch.device(device).type == "cpu":
-        raise UsageError(f"--offload {offload} moves weights between a GPU and the CPU; without a GPU use none.")
-    elif offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    else:
-        pipe.enable_sequential_cpu_offload(device=device)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptq.generation.locks import live_shards, units_in_work
+from ptq.generation.claims import units_in_work
 from ptq.generation.manifest import Line, Manifests
 from ptq.generation.rundir import RunDirectory
-from ptq.generation.sharding import Shard
+from ptq.locks import live_shards
+from ptq.sharding import Shard
 
 
 @dataclass(frozen=True)

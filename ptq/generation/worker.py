@@ -21,7 +21,7 @@ from safetensors.torch import save
 from ptq import ui
 from ptq.errors import DamagedFileError, PtqError
 from ptq.fs import sha256_file, write_bytes
-from ptq.generation.locks import Claims
+from ptq.generation.claims import Claims
 from ptq.generation.manifest import Line, Manifests
 from ptq.generation.rundir import RunDirectory
 from ptq.generation.sampling import BrokenOutputError, Sampled, Sampler, StepCallback

@@ -6,7 +6,7 @@ read it. The quantized block then runs on the propagated stream, which is what l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ptq import formats
 from ptq.quantization.calls import ReplayRecord
 from ptq.quantization.collect import InputCollector, collecting
+from ptq.quantization.processes import Processes
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.streams import Stream
 from ptq.runtime import QuantLinear
@@ -83,21 +84,42 @@ def collect_statistics(
 
 
 def solve_block(
-    block: nn.Module, collectors: Mapping[str, InputCollector], settings: QuantizeSettings
+    block: nn.Module,
+    collectors: dict[str, InputCollector],
+    settings: QuantizeSettings,
+    processes: Processes = Processes(),
+    inputs: Mapping[str, Sequence[str]] = INPUTS,
 ) -> dict[str, LayerSolution]:
-    """Codes, smoothing and biases of the block's ten Linears; each distinct input is solved once."""
+    """Codes, smoothing and biases of the block's Linears; each distinct input is solved once, by one process.
+
+    Args:
+        collectors: statistics of each input; emptied on the way, so that a Hessian is gone once its Linears are solved.
+        inputs: input -> the Linears that read it, by default those of a Wan block.
+    """
     fmt = formats.get(settings.format)
+    modules_of = {name: {linear: block.get_submodule(linear) for linear in linears} for name, linears in inputs.items()}
+    own = processes.own({name: solve_cost(modules.values()) for name, modules in modules_of.items()})
     solutions: dict[str, LayerSolution] = {}
-    for name, linears in INPUTS.items():
-        modules = {linear: block.get_submodule(linear) for linear in linears}
+    for name in collectors.keys() - own:
+        del collectors[name]
+    for name in (name for name in inputs if name in own):
+        modules = modules_of[name]
         solutions |= solve_group(
             {linear: module.weight.float() for linear, module in modules.items()},
             {linear: None if module.bias is None else module.bias.float() for linear, module in modules.items()},
-            collectors[name].stats(),
+            collectors.pop(name).stats(),
             fmt,
             solve_settings(settings),
         )
-    return solutions
+    solutions = processes.merge(solutions)
+    return {linear: solutions[linear] for linears in inputs.values() for linear in linears}
+
+
+def solve_cost(linears: Iterable[nn.Module]) -> float:
+    """Work of one input's solve, up to a factor: K^3 for the factorisation and K^2 for each row."""
+    weights = [linear.weight for linear in linears]
+    k = weights[0].shape[1]
+    return float(k**3 + k**2 * sum(weight.shape[0] for weight in weights))
 
 
 def install(block: nn.Module, solutions: Mapping[str, LayerSolution], settings: QuantizeSettings) -> None:

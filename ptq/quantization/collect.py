@@ -87,12 +87,13 @@ def collecting(
     state = {"weight": 1.0}
 
     def hook_for(name: str):
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            collectors[name].update(inputs[0].detach(), state["weight"])
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+            x = inputs[0] if inputs else keywords["input"]
+            collectors[name].update(x.detach(), state["weight"])
 
         return hook
 
-    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
+    handles = [module.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, module in modules.items()]
     try:
         yield state
     finally:

@@ -22,6 +22,7 @@ from ptq.quantization.block import (
     stream_error,
 )
 from ptq.quantization.calls import ExpertCalls
+from ptq.quantization.processes import Processes
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.workdir import WorkDir
 from ptq.runtime import QuantLinear
@@ -49,6 +50,7 @@ class ExpertRun:
         settings: format, recipe, protected blocks.
         work: where finished blocks go.
         scratch: folder for memory-mapped streams, None to keep them in memory.
+        processes: this process among those that share the work.
 
     Raises:
         PtqError: no records for this expert.
@@ -62,8 +64,10 @@ class ExpertRun:
         settings: QuantizeSettings,
         work: WorkDir,
         scratch: Path | None,
+        processes: Processes = Processes(),
     ) -> None:
         self.name, self.replay, self.settings, self.work = name, replay, settings, work
+        self._processes = processes
         self._calls = ExpertCalls(name, replay, calibration, settings.recipe.records.weighting)
         self._records = self._calls.items
         self._original, self._propagated = self._calls.start(scratch), self._calls.start(scratch)
@@ -100,12 +104,12 @@ class ExpertRun:
         else:
             collectors = collect_statistics(block, self._records, source, self.settings, device)
             forward_stream(block, self._records, self._original, self._original, device)
-        solutions = solve_block(block, collectors, self.settings)
+        solutions = solve_block(block, collectors, self.settings, self._processes)
         layers = []
         for linear, solution in solutions.items():
             n, k = solution.codes.elements.shape
-            row = LayerEntry(expert=self.name, block=index, layer=linear, shape=(n, k), **solution.stats)
-            layers.append(row)
+            row = {"expert": self.name, "block": index, "layer": linear, "shape": (n, k), **solution.stats}
+            layers.append(LayerEntry.model_validate(row))
         install(block, solutions, self.settings)
         forward_stream(block, self._records, self._propagated, self._propagated, device)
         return self._commit(block, index, layers, time.monotonic() - start)
@@ -123,6 +127,8 @@ class ExpertRun:
             "block": self._row(index, seconds, None),
             "layers": [layer.model_dump(mode="json") for layer in layers],
         }
+        if not self._processes.first:
+            return {}, info
         self.work.save_block(self.name, index, tensors, info)
         stored = self.work.load_block(self.name, index)
         assert stored is not None  # it was written a moment ago

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from ptq import ui
+from ptq import formats, ui
 from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.manifest import Manifest, hash_files, package_versions, read_manifest, write_manifest
 from ptq.checkpoint.quantization_config import PackedConfig
@@ -21,9 +21,10 @@ from ptq.fs import digest, free_space_hint
 from ptq.quantization.assemble import copy_components, write_expert
 from ptq.quantization.coverage import measure_coverage, tokens_of
 from ptq.quantization.expert import ExpertResult, ExpertRun
-from ptq.quantization.sensitivity import protect_blocks
+from ptq.quantization.processes import Processes
+from ptq.quantization.sensitivity import protect_blocks, with_protection
 from ptq.quantization.settings import QuantizeSettings, check_budget
-from ptq.quantization.workdir import RUN_FILES, WorkDir
+from ptq.quantization.workdir import RUN_FILES, STREAMS_DIR, WorkDir
 from ptq.version import __version__
 from ptq.wan.replay import ExpertReplay, state_names
 from ptq.wan.structure import LINEARS, ModelLayout
@@ -73,19 +74,30 @@ def quantize(
     """
     start = time.monotonic()
     check_inputs(layout, calibration, settings)
+    calibration.verify()
     shards = {expert: ShardSet(layout.path / expert) for expert in layout.experts}
     signature = run_signature(layout, shards, calibration, settings)
-    work = WorkDir(out, signature, fresh=options.fresh)
+    processes = Processes.from_environment()
+    work = WorkDir(out, signature, fresh=options.fresh and processes.first)
+    processes.wait()
     if not work.is_complete:
-        results = _run_experts(layout, shards, calibration, settings, work, options)
+        results = _run_experts(layout, shards, calibration, settings, work, options, processes)
         if settings.auto_protect:
-            settings = protect_blocks(layout, shards, calibration, settings, work, options.device)
-            results = _run_experts(layout, shards, calibration, settings, work, options)
-        copy_components(layout, work.path, link=options.link)
-        manifest = _manifest(layout, shards, calibration, settings, signature, results, time.monotonic() - start)
-        manifest.files = hash_files(work.path, exclude=RUN_FILES)
-        write_manifest(work.path, manifest)
-    work.finish()
+            if processes.first:
+                protect_blocks(layout, shards, calibration, settings, work, options.device)
+            processes.wait()
+            settings = with_protection(settings, work, list(layout.experts))
+            results = _run_experts(layout, shards, calibration, settings, work, options, processes)
+        if processes.first:
+            work.remove_leftovers()
+            copy_components(layout, work.path, link=options.link)
+            manifest = _manifest(layout, shards, calibration, settings, signature, results, time.monotonic() - start)
+            manifest.files = hash_files(work.path, exclude=RUN_FILES)
+            write_manifest(work.path, manifest)
+    processes.wait()
+    if processes.first:
+        work.finish()
+    processes.wait()
     return read_manifest(out)
 
 
@@ -96,6 +108,7 @@ def _run_experts(
     settings: QuantizeSettings,
     work: WorkDir,
     options: QuantizeOptions,
+    processes: Processes,
 ) -> list[ExpertResult]:
     """Quantize (or replay finished) blocks of every expert and write its shards into the work directory."""
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
@@ -104,8 +117,10 @@ def _run_experts(
         for expert, config in layout.experts.items():
             replay = ExpertReplay(shards[expert], config, options.device, dtype)
             scratch = stream_scratch(layout, expert, calibration, work.path, options.max_memory)
-            result = ExpertRun(expert, replay, calibration, settings, work, scratch).run(bar)
+            result = ExpertRun(expert, replay, calibration, settings, work, scratch, processes).run(bar)
             results.append(result)
+            if not processes.first:
+                continue
             packed = PackedConfig.build(settings.spec, LINEARS, settings.high_precision.get(expert, {}))
             names = state_names(config, packed)
             limit = options.max_shard_bytes
@@ -117,7 +132,8 @@ def check_inputs(layout: ModelLayout, calibration: CalibrationSet, settings: Qua
     """Refuse contradictory inputs before any work.
 
     Raises:
-        UsageError: packed input, records of another model, too many protected blocks.
+        UsageError: packed input, records of another model or of only one expert, widths that do not fit the format or
+            the rotation, too many protected blocks.
     """
     if layout.is_packed:
         raise UsageError(f"{layout.path} is already a packed checkpoint; quantize the original model instead.")
@@ -127,7 +143,25 @@ def check_inputs(layout: ModelLayout, calibration: CalibrationSet, settings: Qua
             f"{calibration.directory} was recorded from another model than {layout.path} (experts or their config.json "
             "differ). Record this model with `ptq calibrate` first."
         )
+    for expert in layout.experts:
+        if not calibration.of_expert(expert):
+            raise UsageError(
+                f"{calibration.directory} has no records of {expert}. Record more steps (--steps, --records-per-prompt) "
+                "so that every expert is called."
+            )
+        _check_widths(layout, expert, settings)
     check_budget(settings.format, settings.high_precision, settings.budget_scope)
+
+
+def _check_widths(layout: ModelLayout, expert: str, settings: QuantizeSettings) -> None:
+    multiple = max(formats.get(settings.format).group_size, settings.recipe.rotation)
+    for name, (_, k) in layout.linear_shapes(expert).items():
+        if k % multiple:
+            raise UsageError(
+                f"{expert} of {layout.path}: {name} has {k} input channels, not a multiple of {multiple} "
+                f"({settings.format} group {formats.get(settings.format).group_size}, rotation "
+                f"{settings.recipe.rotation}). Choose another format or rotation (--set rotation=...)."
+            )
 
 
 def run_signature(
@@ -190,7 +224,7 @@ def stream_scratch(
             f"{limit / 1e9:.1f} GB and than the disk offers. {free_space_hint(work)}"
         )
     ui.info(f"Hidden states of {expert} take {need / 1e9:.1f} GB: kept in memory-mapped files under {work}.")
-    return work / "streams"
+    return work / STREAMS_DIR
 
 
 def _manifest(

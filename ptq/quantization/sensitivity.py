@@ -153,8 +153,8 @@ def protect_blocks(
     settings: QuantizeSettings,
     work: WorkDir,
     device: str = "cpu",
-) -> QuantizeSettings:
-    """Measure, choose up to the budget, save table and heatmap data; returns settings that name the chosen blocks.
+) -> None:
+    """Measure, choose up to the budget, and save the choice, the table and the heatmap's data in the work directory.
 
     The fully quantized experts must lie in the work directory. A choice made before an interruption is kept.
     """
@@ -168,8 +168,12 @@ def protect_blocks(
         picks = measured.greedy(budget, settings.budget_scope)
         write_json(work.path / SENSITIVITY_FILE, sensitivity_table(measured, picks, budget))
         write_json(path, [vars(pick) for pick in picks])
-    chosen: dict[str, dict[int, str]] = {name: {} for name in layout.experts}
-    for number, pick in enumerate(read_json(path), 1):
+
+
+def with_protection(settings: QuantizeSettings, work: WorkDir, experts: Sequence[str]) -> QuantizeSettings:
+    """The settings with the blocks that `protect_blocks` chose, and why each was chosen."""
+    chosen: dict[str, dict[int, str]] = {name: {} for name in experts}
+    for number, pick in enumerate(read_json(work.path / PROTECTION_FILE), 1):
         reason = f"greedy choice {number}: denoiser error {pick['before']:.3e} -> {pick['after']:.3e}"
         chosen[pick["expert"]][pick["block"]] = reason
     return replace(settings, high_precision=chosen, auto_protect=False)

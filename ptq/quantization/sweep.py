@@ -58,7 +58,7 @@ def sweep(
     """
     _check(calibration, held_out, variants)
     rows = {name: SweepRow(name) for name in variants}
-    counts: list[dict] = []
+    counts: list[tuple[str, dict]] = []
     with ui.progress("Sweep", sum(layout.num_blocks(e) for e in layout.experts) * len(variants)) as bar:
         for expert, config in layout.experts.items():
             replay = ExpertReplay(ShardSet(layout.path / expert), config)
@@ -104,7 +104,7 @@ def _sweep_expert(
         forward_stream(block, other.items, reference, reference, replay.device)
         for name, settings in variants.items():
             start = time.monotonic()
-            solutions = solve_block(block, collectors, settings)
+            solutions = solve_block(block, dict(collectors), settings)
             rows[name].seconds += time.monotonic() - start
             quantized = copy.deepcopy(block)
             install(quantized, solutions, settings)

@@ -16,12 +16,14 @@ from ptq.calibration.records import save_atomic
 from ptq.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header
 from ptq.errors import DamagedFileError, UsageError
-from ptq.fs import digest, read_json, sync_directory, write_json
+from ptq.fs import PARTIAL_SUFFIX, digest, read_json, sync_directory, write_json
 
 SIGNATURE_FILE = "run.json"
 BLOCKS_DIR = "blocks"
 PROTECTION_FILE = "protection.json"
-RUN_FILES = (SIGNATURE_FILE, PROTECTION_FILE, BLOCKS_DIR)
+STREAMS_DIR = "streams"
+RUN_FILES = (SIGNATURE_FILE, PROTECTION_FILE, BLOCKS_DIR, STREAMS_DIR)
+"""What only a running job needs; never part of the checkpoint."""
 
 
 class WorkDir:
@@ -39,10 +41,10 @@ class WorkDir:
     def __init__(self, out: Path, signature: dict[str, Any], *, fresh: bool = False) -> None:
         self.out = out
         self.path = out.with_name(out.name + ".partial")
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UsageError(
                 f"{out} exists already and is not empty. Finished checkpoints are never overwritten: choose another --out, "
-                "or delete that directory first."
+                "or delete it first."
             )
         if fresh:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -84,11 +86,17 @@ class WorkDir:
         except DamagedFileError:
             return None
 
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes were writing. Only while no other process writes."""
+        for leftover in self.path.rglob(f".*{PARTIAL_SUFFIX}"):
+            leftover.unlink()
+
     def finish(self) -> None:
         """Remove what only a running job needs and give the directory its final name."""
-        shutil.rmtree(self.path / BLOCKS_DIR, ignore_errors=True)
-        (self.path / SIGNATURE_FILE).unlink(missing_ok=True)
-        (self.path / PROTECTION_FILE).unlink(missing_ok=True)
+        for name in (STREAMS_DIR, BLOCKS_DIR):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in (SIGNATURE_FILE, PROTECTION_FILE):
+            (self.path / name).unlink(missing_ok=True)
         if self.out.exists():
             self.out.rmdir()  # an empty directory the user made
         self.path.rename(self.out)

@@ -32,7 +32,8 @@ class Factor:
 
     Attributes:
         order: int64 [K], the column rounded at each position.
-        feedback_kk: float [K, K], entry [k, i] = U_ik / U_kk for positions i < k; zero above the diagonal.
+        feedback_kk: float [K, K], entry [k, i] = U_ik / U_kk for positions i < k; 1 on
+            the diagonal, zero above it.
         pivots_k: float [K], U_kk^2 by position: what an error in that column costs once later columns have compensated.
         damping: the fraction of the mean diagonal that was added in the end.
         damping_retries: how many times it had to be raised.
@@ -45,6 +46,17 @@ class Factor:
     damping: float
     damping_retries: int
     dead_columns: int
+
+    def solve_right(self, x_nk: Tensor) -> Tensor:
+        """X H^-1 (H damped) for float [N, K], in the dtype of the factor: two triangular solves."""
+        # H in the factor's order is F^T diag(pivots) F with F = feedback, unit lower triangular.
+        x = x_nk[:, self.order].to(self.feedback_kk.dtype)
+        x = torch.linalg.solve_triangular(self.feedback_kk, x, upper=False, left=False, unitriangular=True)
+        x /= self.pivots_k
+        x = torch.linalg.solve_triangular(self.feedback_kk.T, x, upper=True, left=False, unitriangular=True)
+        result = torch.empty_like(x)
+        result[:, self.order] = x
+        return result
 
 
 def factorize(
@@ -78,7 +90,7 @@ def factorize(
         upper, info = torch.linalg.cholesky_ex(h, upper=True)
         if int(info) == 0 and bool(torch.isfinite(upper.diagonal()).all()):
             break
-        damping, retries = max(damping * RETRY_FACTOR, FIRST_RETRY), retries + 1
+        damping, retries = damping * RETRY_FACTOR or FIRST_RETRY, retries + 1
         if damping > MAX_DAMPING:
             raise SolverError(
                 f"The Hessian [{len(h)}, {len(h)}] has no Cholesky factor even with damping "

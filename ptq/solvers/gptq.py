@@ -76,8 +76,8 @@ def gptq(
 def _round_columns(w_nk: Tensor, steps_nk: Tensor, factor: Factor, fmt: Format, block_columns: int) -> Tensor:
     """Elements uint8 [K, N] in the factor's column order."""
     # Columns become rows, so that each one is contiguous.
-    weight = w_nk.T[factor.order].to(factor.feedback_kk.dtype)
-    steps = steps_nk.T[factor.order]
+    weight = w_nk.T.contiguous()[factor.order].to(factor.feedback_kk.dtype)
+    steps = steps_nk.T.contiguous()[factor.order]
     elements = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     errors = torch.empty_like(weight)
     for start in range(0, len(weight), block_columns):

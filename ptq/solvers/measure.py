@@ -10,11 +10,11 @@ from torch import Tensor
 BLOCK = 1024
 
 
-def sqnr_db(w_nk: Tensor, wq_nk: Tensor) -> float:
-    """10 log10(sum w^2 / sum (w - wq)^2); infinity when they are equal."""
+def sqnr_db(w_nk: Tensor, wq_nk: Tensor) -> float | None:
+    """10 log10(sum w^2 / sum (w - wq)^2); None where either is zero and there is no such figure."""
     error = float((w_nk - wq_nk).double().square().sum())
     signal = float(w_nk.double().square().sum())
-    return math.inf if error == 0 else 10.0 * math.log10(max(signal, 1e-300) / error)
+    return 10.0 * math.log10(signal / error) if signal > 0 and error > 0 else None
 
 
 def trace_errors(e_nk: Tensor, h_kk: Tensor) -> Tensor:
@@ -32,11 +32,11 @@ def trace_errors(e_nk: Tensor, h_kk: Tensor) -> Tensor:
     return total.clamp(min=0)
 
 
-def relative(error: float, signal: float) -> float:
-    """error / signal; 0 when both vanish, infinity when only the signal does."""
+def relative(error: float, signal: float) -> float | None:
+    """error / signal; 0 where both vanish, None where only the signal does."""
     if signal > 0:
         return error / signal
-    return 0.0 if error == 0 else math.inf
+    return 0.0 if error == 0 else None
 
 
 def token_error(y_tn: Tensor, yq_tn: Tensor, w_t: Tensor) -> tuple[float, float]:

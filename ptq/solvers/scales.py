@@ -9,7 +9,8 @@ result is plain MXFP4 or HiF4.
    S and e8, each four elements choose e16 alone, and each eight choose e8 alone, so the optimum is exact. Because
    2 * S(byte) = S(byte + 4), the 7 x 3 steps of all candidates are only 15 different ones.
 
-The criterion is sum over the group of weight_k (w - q)^2. Error feedback between columns is the solver's business.
+The criterion is sum over the group of weight_k (w - q)^2. Error feedback between columns is the solver's business: weights
+from the factor's pivots (the cost of an error after feedback) measured the same as diag(H), within 0.02 dB after GPTQ.
 """
 
 from __future__ import annotations

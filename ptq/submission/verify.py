@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ptq.checkpoint.manifest import Manifest, read_manifest, verify_files
+from ptq.checkpoint.manifest import read_manifest, verify_files
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import DamagedFileError, PtqError
 from ptq.fs import read_json, read_jsonl, sha256_file
@@ -239,8 +239,8 @@ def _finished(run: Path) -> dict[str, dict[str, Any]]:
     return {line["unit"]: line for line in lines if line.get("status") == "done"}
 
 
-def _check_manifest(root: Path) -> Manifest:
-    return verify_files(root / WEIGHTS)
+def _check_manifest(root: Path) -> None:
+    verify_files(root / WEIGHTS)
 
 
 def _check_loads(weights: Path) -> None:

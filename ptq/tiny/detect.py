@@ -19,7 +19,7 @@ from ptq.tiny.world import COLOURS, DIRECTIONS, SIZES, Scene
 _MIN_CHROMA = 40.0
 _MIN_AREA = 20.0
 #: Width of the soft scores: how fast they saturate with the margin of the asked-for answer.
-_COLOUR_WIDTH, _SHAPE_WIDTH, _ANGLE_WIDTH = 8.0, 0.04, 5.0
+_COLOUR_WIDTH, _SHAPE_WIDTH, _ANGLE_WIDTH = 8.0, 0.04, 9.0
 _COLOUR_NAMES = tuple(COLOURS)
 _COLOUR_TABLE = np.array([COLOURS[name] for name in _COLOUR_NAMES], dtype=np.float64)
 _DIRECTION_NAMES = tuple(DIRECTIONS)
@@ -184,6 +184,6 @@ def adherence(frames: np.ndarray, scene: Scene) -> dict[str, float]:
     return {
         "colour": found.visible * _soft(margin(found.colour_distance, scene.colour, -1.0), _COLOUR_WIDTH),
         "shape": found.visible * _soft(margin(found.shape_overlap, scene.shape, 1.0), _SHAPE_WIDTH),
-        "direction": found.visible * moved * _soft(22.5 - found.angle_error[scene.direction], _ANGLE_WIDTH),
+        "direction": found.visible * moved * _soft(45.0 - found.angle_error[scene.direction], _ANGLE_WIDTH),
         **hits,
     }

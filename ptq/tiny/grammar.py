@@ -14,7 +14,6 @@ from ptq.tiny.world import Scene, held_out_scenes, train_scenes
 
 SHAPE_WORDS = {
     "circle": ("circle", "disc", "disk"),
-    "square": ("square", "box"),
     "triangle": ("triangle", "pyramid"),
     "cross": ("cross", "plus"),
     "ring": ("ring", "hoop", "donut"),
@@ -36,13 +35,13 @@ BACKGROUND_WORDS = {
     "white": ("white", "bright"),
     "striped": ("striped", "stripy"),
 }
-_SIDE_WORDS = {
+DIRECTION_WORDS = {
     "left": ("left", "leftward"),
     "right": ("right", "rightward"),
-    "up": ("up", "upward", "upper", "top"),
-    "down": ("down", "downward", "lower", "bottom"),
+    "up": ("up", "upward", "top"),
+    "down": ("down", "downward", "bottom"),
 }
-_STRAIGHT = {
+_DIRECTION_PHRASES = {
     "left": ("left", "to the left", "leftward"),
     "right": ("right", "to the right", "rightward"),
     "up": ("up", "to the top", "upward"),
@@ -60,7 +59,7 @@ _LOOKUP: dict[str, dict[str, str]] = {
         "colour": COLOUR_WORDS,
         "size": SIZE_WORDS,
         "background": BACKGROUND_WORDS,
-        "side": _SIDE_WORDS,
+        "direction": DIRECTION_WORDS,
     }.items()
 }
 _NEUTRAL = _FILLERS | {w for pair in _VERBS for w in pair} | set(_PLACES) | set(_PREPOSITIONS)
@@ -69,19 +68,6 @@ _NEUTRAL = _FILLERS | {w for pair in _VERBS for w in pair} | set(_PLACES) | set(
 def vocabulary() -> list[str]:
     """Every word the grammar knows, sorted (the tokenizer is made for these)."""
     return sorted(_NEUTRAL | {w for table in _LOOKUP.values() for w in table})
-
-
-def _direction_phrases(direction: str) -> tuple[str, ...]:
-    if "-" not in direction:
-        return _STRAIGHT[direction]
-    vertical, side = direction.split("-")
-    edge = {"up": ("upper", "top"), "down": ("lower", "bottom")}[vertical]
-    return (
-        f"{vertical} and to the {side}",
-        f"diagonally {vertical} and {side}",
-        f"to the {edge[0]} {side}",
-        f"toward the {edge[1]} {side}",
-    )
 
 
 def _article(word: str) -> str:
@@ -98,7 +84,7 @@ def prompt_for(scene: Scene, rng: np.random.Generator | int) -> str:
     size, colour = pick(SIZE_WORDS[scene.size]), pick(COLOUR_WORDS[scene.colour])
     thing = f"{size} {colour} {pick(SHAPE_WORDS[scene.shape])}"
     verb, verbing = pick(_VERBS)  # type: ignore[misc]
-    where = pick(_direction_phrases(scene.direction))
+    where = pick(_DIRECTION_PHRASES[scene.direction])
     place = f"{pick(_PREPOSITIONS)} a {pick(BACKGROUND_WORDS[scene.background])} {pick(_PLACES)}"
     a = _article(str(size))
     return str(
@@ -126,15 +112,12 @@ def parse_prompt(prompt: str) -> Scene:
         for kind in kinds:
             found[kind].add(_LOOKUP[kind][word])
     values: dict[str, str] = {}
-    for kind in ("shape", "colour", "size", "background"):
+    for kind in _LOOKUP:
         if len(found[kind]) != 1:
             state = "names no" if not found[kind] else "names more than one"
             raise ValueError(f"prompt {prompt!r} {state} {kind}; choose one of {', '.join(sorted(_LOOKUP[kind]))}")
         values[kind] = found[kind].pop()
-    vertical, side = found["side"] & {"up", "down"}, found["side"] & {"left", "right"}
-    if len(vertical) > 1 or len(side) > 1 or not (vertical or side):
-        raise ValueError(f"prompt {prompt!r} names no direction or opposite ones (left, right, up, down or a diagonal)")
-    return Scene(direction="-".join([*vertical, *side]), **values)
+    return Scene(**values)
 
 
 def _prompts(pool: tuple[Scene, ...], n: int, seed: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""The five flat shapes as signed distances, drawn anti-aliased; used by the renderer and the detectors.
+"""The four flat shapes as signed distances, drawn anti-aliased; used by the renderer and the detectors.
 
 All shapes share an origin at their centre of area and have nearly equal areas at one radius, so
 that neither position nor size tells them apart. Not a drawing library: no rotation, no outlines.
@@ -10,8 +10,8 @@ import functools
 
 import numpy as np
 
-SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross", "ring")
-_EXTENT = {"circle": 1.0, "square": 0.886, "triangle": 1.5, "cross": 1.12, "ring": 1.15}
+SHAPES: tuple[str, ...] = ("circle", "triangle", "cross", "ring")
+_EXTENT = {"circle": 1.0, "triangle": 1.5, "cross": 1.12, "ring": 1.15}
 _CROSS_ARM = 0.41
 _RING_HOLE = 0.56
 
@@ -25,8 +25,6 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.nda
     """Signed distance in pixels (negative inside); exact near edges, approximate near corners."""
     if shape == "circle":
         return np.hypot(x, y) - radius
-    if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - _EXTENT["square"] * radius
     if shape == "triangle":
         # Equilateral, point up; circumradius 1.5 r, so inradius 0.75 r; the origin is the centroid.
         slanted = np.abs(x) * (3.0**0.5 / 2.0) - y / 2.0

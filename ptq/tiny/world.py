@@ -1,6 +1,6 @@
 """The tiny world: scenes and a renderer of short clips, deterministic from integer seeds.
 
-One flat shape of one colour crosses a plain or striped background in one of eight directions.
+One flat shape of one colour crosses a plain or striped background in one of four directions.
 This file holds the attribute tables, the :class:`Scene`, the split into training and held-out
 scenes and the renderer. Prompts are in ``grammar.py``, measuring in ``detect.py``; no model here.
 """
@@ -26,17 +26,12 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "pink": (240, 60, 160),
 }
 SHAPES: tuple[str, ...] = shapes.SHAPES
-_D = 2.0**-0.5
 #: Unit vectors (dx, dy) in image coordinates: y grows downwards.
 DIRECTIONS: dict[str, tuple[float, float]] = {
     "right": (1.0, 0.0),
-    "down-right": (_D, _D),
     "down": (0.0, 1.0),
-    "down-left": (-_D, _D),
     "left": (-1.0, 0.0),
-    "up-left": (-_D, -_D),
     "up": (0.0, -1.0),
-    "up-right": (_D, -_D),
 }
 BACKGROUNDS: tuple[str, ...] = ("black", "grey", "white", "striped")
 SIZES: dict[str, float] = {"small": 9.5, "large": 13.5}
@@ -48,6 +43,9 @@ _STRIPE_PERIOD = 16.0
 _TRAVEL = (17.0, 22.0)
 _SPLIT_SEED = 20260
 _HELD_OUT_SHARE = 0.2
+#: The split is drawn over a wider grid than the world uses, so that it stays as it is if the world grows.
+_GRID_SHAPES = ("circle", "square", "triangle", "cross", "ring")
+_GRID_DIRECTIONS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,14 @@ class Scene:
 
 @functools.lru_cache(maxsize=1)
 def _split() -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:
-    scenes = [Scene(*c) for c in itertools.product(SHAPES, COLOURS, DIRECTIONS, BACKGROUNDS, SIZES)]
-    order = np.random.default_rng(_SPLIT_SEED).permutation(len(scenes))
-    held = round(len(scenes) * _HELD_OUT_SHARE)
-    return tuple(scenes[i] for i in order[held:]), tuple(scenes[i] for i in order[:held])
+    grid = list(itertools.product(_GRID_SHAPES, COLOURS, _GRID_DIRECTIONS, BACKGROUNDS, SIZES))
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(grid))
+    held = round(len(grid) * _HELD_OUT_SHARE)
+
+    def pick(part: np.ndarray) -> tuple[Scene, ...]:
+        return tuple(Scene(*grid[i]) for i in part if grid[i][0] in SHAPES and grid[i][2] in DIRECTIONS)
+
+    return pick(order[held:]), pick(order[:held])
 
 
 def train_scenes() -> tuple[Scene, ...]:

@@ -99,3 +99,15 @@ def load_pipeline(
     vae = AutoencoderKLWan.from_pretrained(layout.path, subfolder="vae", torch_dtype=torch.float32)
     pipeline = DiffusionPipeline.from_pretrained(layout.path, vae=vae, torch_dtype=dtype, **kwargs)
     return pipeline if device is None else pipeline.to(device)
+
+
+def with_image_input(pipe: Any) -> Any:
+    """A pipeline that starts from an image: TI2V-5B directories name WanPipeline, but the same modules make an
+    image-to-video pipeline. Other pipelines come back as they are."""
+    import inspect
+
+    if "image" in inspect.signature(pipe.__call__).parameters or not pipe.config.expand_timesteps:
+        return pipe
+    from diffusers import WanImageToVideoPipeline
+
+    return WanImageToVideoPipeline(**pipe.components, boundary_ratio=pipe.config.boundary_ratio, expand_timesteps=True)

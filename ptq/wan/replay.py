@@ -23,7 +23,8 @@ from ptq.checkpoint.shards import ShardSet
 from ptq.errors import PtqError
 from ptq.wan.structure import INPUTS, block_prefix
 
-CACHED_CONTEXT_BYTES = 64 * 2**20
+CACHED_CONTEXT_BYTES = 512 * 2**20
+"""Contexts kept over all records of an expert; the others are computed again (a head costs far less than a block)."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class BlockContext:
 
     @property
     def nbytes(self) -> int:
-        return self.context.nbytes + self.temb.nbytes
+        return self.context.nbytes + self.temb.nbytes + sum(table.nbytes for table in self.rotary)
 
 
 class ExpertReplay:
@@ -120,7 +121,7 @@ class ExpertReplay:
         """Inputs of block 0 for one recorded call.
 
         Args:
-            name: of the record; small contexts are kept under it.
+            name: of the record; its context is kept under it while there is room.
             hidden_states, timestep, text: the call's arguments with batch dimension.
 
         Returns:
@@ -131,7 +132,7 @@ class ExpertReplay:
         context = self._contexts.get(name)
         if context is None:
             context = BlockContext(capture.inputs[1], capture.inputs[2], capture.inputs[3])
-            if context.nbytes <= CACHED_CONTEXT_BYTES:
+            if sum(kept.nbytes for kept in self._contexts.values()) + context.nbytes <= CACHED_CONTEXT_BYTES:
                 self._contexts[name] = context
         return capture.inputs[0], context
 

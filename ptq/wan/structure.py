@@ -5,7 +5,6 @@ Anything else in the package receives these names as data.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from ptq.config import ModelPreset, load_preset
 from ptq.config.load import validate
 from ptq.config.preset import PRESET_FILE
-from ptq.errors import PtqError
+from ptq.errors import DamagedFileError, PtqError
 from ptq.fs import read_json
 
 BLOCKS = "blocks"
@@ -31,6 +30,10 @@ INPUTS: dict[str, tuple[str, ...]] = {
 LINEARS: tuple[str, ...] = tuple(linear for linears in INPUTS.values() for linear in linears)
 EXPERTS = ("transformer", "transformer_2")
 """High-noise and low-noise expert; TI2V-5B has only the first."""
+
+
+CONFIG_KEYS = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "in_channels", "out_channels")
+"""What this package reads from a transformer's config.json."""
 
 
 def block_prefix(index: int) -> str:
@@ -87,19 +90,29 @@ def read_layout(path: str | Path) -> ModelLayout:
             f"{path} is not a diffusers pipeline directory (no model_index.json). Expected a Wan 2.2 pipeline in "
             "diffusers layout, a hub id such as Wan-AI/Wan2.2-T2V-A14B-Diffusers, or `tiny`."
         )
-    index = read_json(index_path)
+    index = _require(read_json(index_path), index_path, "_class_name")
     experts = {}
     for name in EXPERTS:
         if (index.get(name) or [None, None])[1] is None:
             continue
-        config = read_json(path / name / "config.json")
+        config_path = path / name / "config.json"
+        config = _require(read_json(config_path), config_path, "_class_name")
         if config.get("_class_name") != "WanTransformer3DModel":
             raise PtqError(f"{path / name} is a {config.get('_class_name')}; expected a WanTransformer3DModel.")
-        experts[name] = config
+        experts[name] = _require(config, config_path, *CONFIG_KEYS)
     if not experts:
         raise PtqError(f"{index_path} lists no transformer. Expected a Wan 2.2 pipeline.")
     variant = _detect_variant(index, experts)
     return ModelLayout(path, experts, index["_class_name"], _read_preset(path, variant), index.get("boundary_ratio"))
+
+
+def _require(value: Any, path: Path, *keys: str) -> dict[str, Any]:
+    missing = [key for key in keys if not isinstance(value, dict) or key not in value]
+    if missing:
+        raise DamagedFileError(
+            f"{path} should hold a JSON object with {', '.join(keys)}; it lacks {', '.join(missing)}."
+        )
+    return value
 
 
 def _detect_variant(index: dict[str, Any], experts: dict[str, dict[str, Any]]) -> str:
@@ -112,5 +125,5 @@ def _detect_variant(index: dict[str, Any], experts: dict[str, dict[str, Any]]) -
 def _read_preset(path: Path, variant: str) -> ModelPreset:
     own = path / PRESET_FILE
     if own.exists():
-        return validate(ModelPreset, json.loads(own.read_text(encoding="utf-8")), str(own))
+        return validate(ModelPreset, read_json(own), str(own))
     return load_preset(variant)

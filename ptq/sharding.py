@@ -1,6 +1,6 @@
-"""Which part of the units this process makes: `--shard i/N`, or the rank that a launcher put into the environment.
+"""Which part of the work this process does: `--shard i/N`, or the rank that a launcher put into the environment.
 
-Round robin over the list of units: deterministic, balanced, and without communication. Understands torchrun and
+Round robin over the list of prompts or units: deterministic, balanced, and without communication. Understands torchrun and
 `accelerate launch` (RANK, WORLD_SIZE), srun steps (SLURM_PROCID) and SLURM job arrays, alone or together.
 """
 

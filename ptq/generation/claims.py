@@ -1,0 +1,103 @@
+"""Who works on a unit: one claim file for each unit in work, so that idle shards can take over what others left.
+
+Claims are files made with O_EXCL on the shared file system, touched while the work goes on; they work between machines. A
+claim whose owner has been silent for `stale_seconds` may be replaced. Losing a race costs work done twice, never a wrong
+file: every unit's bytes depend on its name only, and files appear by rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from pathlib import Path
+
+from ptq.locks import directory_mutex, owner, read_small_json
+from ptq.sharding import Shard
+
+_CLAIM_SUFFIX = ".claim"
+
+
+class Claims:
+    """Claim files of one process. A background thread touches the claim in hand; use as a context manager."""
+
+    def __init__(self, state: Path, shard: Shard, stale_seconds: float) -> None:
+        self._state, self._shard, self.stale_seconds = state, shard, stale_seconds
+        self._held: Path | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._heartbeat, name="claim-heartbeat", daemon=True)
+
+    def __enter__(self) -> Claims:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.release()
+
+    def acquire(self, stem: str) -> bool:
+        """Claim the unit with this file stem; False while another living process has it."""
+        path = self._path(stem)
+        content = json.dumps({"shard": self._shard.tag, **owner()}).encode()
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            with directory_mutex(self._state):
+                if self.is_held_elsewhere(stem):
+                    return False
+                path.write_bytes(content)
+        else:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+        self._held = path
+        return True
+
+    def release(self) -> None:
+        """Give up the claim in hand, if any."""
+        if self._held is not None:
+            held, self._held = self._held, None
+            if read_small_json(held).get("shard") == self._shard.tag:  # else: another process took it over meanwhile
+                held.unlink(missing_ok=True)
+
+    def is_held_elsewhere(self, stem: str) -> bool:
+        """Whether a process that still gives signs of life claims this unit.
+
+        A claim of this shard, or of another number of shards, is left over from a dead process: the shard lock says so.
+        """
+        path = self._path(stem)
+        try:
+            modified = path.stat().st_mtime
+        except FileNotFoundError:
+            return False
+        tag = str(read_small_json(path).get("shard", ""))
+        if tag == self._shard.tag or (tag and tag.rpartition("of")[2] != str(self._shard.count)):
+            return False
+        return self._now() - modified < self.stale_seconds
+
+    def _now(self) -> float:
+        """The file system's clock: machines that share it may disagree about the time."""
+        probe = self._state / f"clock-{self._shard.tag}"
+        probe.touch()
+        return probe.stat().st_mtime
+
+    def _path(self, stem: str) -> Path:
+        return self._state / f"{stem}{_CLAIM_SUFFIX}"
+
+    def _heartbeat(self) -> None:
+        while not self._stop.wait(min(self.stale_seconds / 10, 30.0)):
+            held = self._held
+            if held is not None:
+                with contextlib.suppress(FileNotFoundError):  # released between the two lines
+                    os.utime(held)
+
+
+def units_in_work(state: Path) -> dict[str, str]:
+    """Shard tag -> file stem of the unit that it claims now (dead claims included)."""
+    claims = {}
+    for path in sorted(state.glob(f"*{_CLAIM_SUFFIX}")):
+        tag = read_small_json(path).get("shard")
+        if tag:
+            claims[str(tag)] = path.name.removesuffix(_CLAIM_SUFFIX)
+    return claims

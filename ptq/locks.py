@@ -1,0 +1,132 @@
+"""Who works on a directory: one lock for each shard, one mutex for the moments in which two processes must not meet.
+
+Locks are flock(2): the kernel drops them when a process dies, however it dies. Shared by `ptq calibrate` and
+`ptq generate`; claims on single units are `ptq/generation/claims.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ptq import ui
+from ptq.errors import PtqError
+from ptq.sharding import Shard
+
+_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+_MUTEX, _LOCK_SUFFIX = "directory.lock", ".lock"
+_PROBE_RETRY_S = 1.0  # `ptq status` holds a shared lock for an instant
+
+
+def owner() -> dict[str, Any]:
+    """Who this process is, for messages."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+
+def _flock(handle: int, operation: int) -> bool:
+    """Take a lock; False when another process holds it."""
+    try:
+        fcntl.flock(handle, operation)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        ui.warn("This file system has no locks: make sure that no other process makes the same shard.")
+    return True
+
+
+@contextlib.contextmanager
+def directory_mutex(state: Path) -> Iterator[None]:
+    """Hold the directory for a moment: start-up checks, replacing a stale claim."""
+    state.mkdir(parents=True, exist_ok=True)
+    handle = os.open(state / _MUTEX, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+class ShardLock:
+    """The exclusive right to one shard of a directory, from `acquire` until `release` or the end of the process."""
+
+    def __init__(self, state: Path, shard: Shard) -> None:
+        self._path, self._handle = state / f"shard-{shard.tag}{_LOCK_SUFFIX}", -1
+
+    def acquire(self) -> None:
+        """Take the lock, or refuse.
+
+        Raises:
+            PtqError: another process works on this shard; says which.
+        """
+        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        deadline = time.monotonic() + _PROBE_RETRY_S
+        while not _flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if time.monotonic() > deadline:
+                holder = _describe(self._path)
+                self.release()
+                raise PtqError(
+                    f"{self._path.parent.parent} is in use: {holder} is making this shard. Wait for it, stop it, or "
+                    "choose another --out or another --shard."
+                )
+            time.sleep(0.05)
+        os.ftruncate(self._handle, 0)
+        os.pwrite(self._handle, json.dumps(owner()).encode(), 0)
+
+    def release(self) -> None:
+        """Let go of the shard."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+def refuse_other_counts(state: Path, shard: Shard) -> None:
+    """Shards of one directory that run at the same time belong to one N.
+
+    Raises:
+        PtqError: a process works on a shard of another N.
+    """
+    foreign = [tag for tag in live_shards(state) if tag.rpartition("of")[2] != str(shard.count)]
+    if foreign:
+        raise PtqError(
+            f"{state.parent} is in use by shard {', '.join(foreign)} of a run with another number of shards than "
+            f"{shard.count}. Wait for it, or use the same N in --shard i/N."
+        )
+
+
+def live_shards(state: Path) -> list[str]:
+    """Tags (`0of3`) of the shards that a process is working on now, as far as this machine can see."""
+    tags = []
+    for path in sorted(state.glob(f"shard-*{_LOCK_SUFFIX}")):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            if not _flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB):
+                tags.append(path.name.removeprefix("shard-").removesuffix(_LOCK_SUFFIX))
+        finally:
+            os.close(handle)
+    return tags
+
+
+def _describe(path: Path) -> str:
+    holder = read_small_json(path)
+    if not holder:
+        return "another process"
+    return f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('started')})"
+
+
+def read_small_json(path: Path) -> dict[str, Any]:
+    """A small JSON object that another process may be writing right now; {} when it is not readable as one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

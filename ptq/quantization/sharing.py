@@ -1,0 +1,93 @@
+"""Finding Linears that read one and the same input, by watching which tensor objects they receive."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linears that received the identical tensor at every call.
+
+    Attributes:
+        index: position among the groups, in order of the first call.
+        names: the Linears, in the model's order.
+        k: width of the input.
+        tokens, calls: rows and calls over all batches.
+    """
+
+    index: int
+    names: tuple[str, ...]
+    k: int
+    tokens: int
+    calls: int
+
+
+class _Identities:
+    """A number for every distinct (tensor object, content version); numbers of freed tensors are not used again."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
+        self._next = 0
+
+    def of(self, tensor: Tensor) -> int:
+        version = 0 if tensor.is_inference() else tensor._version
+        known = self._known.get(id(tensor))
+        if known is not None and known[0]() is tensor and known[1] == version:
+            return known[2]
+        self._next += 1
+        self._known[id(tensor)] = (weakref.ref(tensor), version, self._next)
+        return self._next
+
+
+@torch.no_grad()
+def find_shared_inputs(
+    model: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[Mapping[str, Any]]
+) -> tuple[list[InputGroup], list[str]]:
+    """Run every batch once and group the Linears by what they received.
+
+    Returns:
+        The groups in order of their first call, and the Linears that no batch reached.
+    """
+    identities = _Identities()
+    received: dict[str, list[int]] = defaultdict(list)  # keys in order of the first call
+    tokens: dict[str, int] = defaultdict(int)
+
+    def hook_for(name: str):
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+            x = inputs[0] if inputs else keywords["input"]
+            received[name].append(identities.of(x))
+            tokens[name] += x.numel() // x.shape[-1]
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, m in linears.items()]
+    try:
+        for batch in batches:
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    shared: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for name, history in received.items():
+        if tokens[name]:
+            shared[linears[name].weight.device, *history].append(name)
+    order = {name: position for position, name in enumerate(linears)}
+    groups = [
+        InputGroup(
+            index,
+            tuple(sorted(names, key=order.__getitem__)),
+            linears[names[0]].in_features,
+            tokens[names[0]],
+            len(received[names[0]]),
+        )
+        for index, names in enumerate(shared.values())
+    ]
+    return groups, [name for name in linears if not tokens[name]]

@@ -1,0 +1,180 @@
+"""Everything that a report may say, read once from the artifacts; both outputs and the terminal take it from here.
+
+Nothing is measured again: numbers are those of evaluation.json, units.jsonl and the manifest. `omissions` names each
+artifact that was not found and what is therefore missing, so that a gap is always stated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ptq.checkpoint.manifest import Manifest, read_manifest
+from ptq.errors import DamagedFileError, PtqError
+from ptq.evaluation.runs import Run, Unit, read_run
+from ptq.fs import read_json, read_jsonl
+from ptq.prompts import caption_digest
+from ptq.report.locate import Sources, find_calibration, find_checkpoint, find_run
+from ptq.report.schema import UNITS_FILE, Evaluation, read_evaluation
+
+FORMAT_NAMES = {"hif4": "HiF4", "mxfp4": "MXFP4"}
+SENSITIVITY_FILE = "ptq_sensitivity.json"
+ROLES = ("reference", "candidate")
+
+
+class Ablation(BaseModel):
+    """A table of recipes that the user measured: --ablation FILE, a JSON object with these keys."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    title: str
+    columns: list[str]
+    rows: list[list[str | int | float]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One job's artifacts.
+
+    Attributes:
+        evaluation: evaluation.json; units: lines of units.jsonl, as they are.
+        checkpoint, manifest, sensitivity, calibration: None where not found (or not made).
+        runs: role -> generation run, None where not found.
+        omissions: what is missing and what the report therefore lacks.
+    """
+
+    directory: Path
+    evaluation: Evaluation
+    units: list[dict[str, Any]]
+    checkpoint: Path | None = None
+    manifest: Manifest | None = None
+    sensitivity: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
+    runs: Mapping[str, Run | None] = field(default_factory=dict)
+    ablation: Ablation | None = None
+    omissions: tuple[str, ...] = ()
+
+    @property
+    def format_name(self) -> str:
+        """The format as people write it."""
+        name = self.evaluation.format or (self.manifest.format if self.manifest else None)
+        return FORMAT_NAMES.get(name, name) if name else "The candidate"
+
+    @property
+    def pairs(self) -> list[tuple[Unit, Unit]]:
+        """Evaluated units whose two videos are here, in the order of units.jsonl."""
+        reference, candidate = (self.runs.get(role) for role in ROLES)
+        if reference is None or candidate is None:
+            return []
+        names = [line["unit"] for line in self.units]
+        return [(reference.units[n], candidate.units[n]) for n in names if n in reference.units and n in candidate.units]
+
+    @property
+    def overlap(self) -> int | None:
+        """How many evaluated prompts were calibration prompts too; None where that cannot be known."""
+        run = self.runs.get("candidate")
+        if run is None or self.manifest is None or self.manifest.calibration is None:
+            return None
+        known = {sample["caption_digest"] for sample in self.manifest.calibration["samples"]}
+        evaluated = {line["unit"] for line in self.units}
+        prompts = {caption_digest(str(unit.record["prompt"])) for name, unit in run.units.items() if name in evaluated}
+        return len(prompts & known)
+
+
+def gather(sources: Sources) -> Facts:
+    """Read every artifact of a report.
+
+    Raises:
+        PtqError: no evaluation there, or a directory that was named is not what it should be.
+        DamagedFileError: an artifact that exists cannot be read.
+    """
+    evaluation = read_evaluation(sources.evaluation)
+    omissions: list[str] = []
+    units = _read_units(sources.evaluation / UNITS_FILE, omissions)
+    checkpoint = find_checkpoint(sources, evaluation)
+    manifest = sensitivity = calibration = None
+    if checkpoint is None:
+        omissions.append(
+            "The packed checkpoint was not found (pass --checkpoint): layer and block errors, size, coverage, recipe and "
+            "method are not in this report."
+        )
+    else:
+        manifest = read_manifest(checkpoint)
+        if evaluation.candidate.checkpoint_digest is None:
+            omissions.append("The evaluation records no checkpoint digest: nothing proves that it judged this checkpoint.")
+        sensitivity = _read_sensitivity(checkpoint, omissions)
+        calibration = _read_calibration(sources.evaluation, checkpoint, manifest, omissions)
+    runs = {role: _read_run(sources, getattr(evaluation, role), role, omissions) for role in ROLES}
+    ablation = _read_ablation(sources.ablation)
+    if ablation is None:
+        omissions.append("No ablation table was given (--ablation): this report does not compare recipes.")
+    return Facts(
+        sources.evaluation, evaluation, units, checkpoint, manifest, sensitivity, calibration, runs, ablation, tuple(omissions)
+    )
+
+
+def _read_units(path: Path, omissions: list[str]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        omissions.append(f"{path.name} is missing: scores of single videos are not in this report.")
+    lines = read_jsonl(path)
+    if any(not isinstance(line.get("unit"), str) for line in lines):
+        raise DamagedFileError(f"{path} has a line without `unit`. Run `ptq evaluate` again into that directory.")
+    return lines
+
+
+def _read_sensitivity(checkpoint: Path, omissions: list[str]) -> Mapping[str, Any] | None:
+    path = checkpoint / SENSITIVITY_FILE
+    if not path.is_file():
+        omissions.append(
+            "The sensitivity of single blocks was not measured (ptq quantize --high-precision auto does): there is no chart."
+        )
+        return None
+    content = read_json(path)
+    if not isinstance(content, dict) or not {"metric", "quantize_one", "picks", "comparison"} <= set(content):
+        raise DamagedFileError(f"{path} is damaged: it lacks metric, quantize_one, picks or comparison. Quantize again.")
+    return content
+
+
+def _read_calibration(
+    evaluation: Path, checkpoint: Path, manifest: Manifest, omissions: list[str]
+) -> Mapping[str, Any] | None:
+    if manifest.calibration is None:
+        return None
+    path = find_calibration(evaluation, checkpoint, manifest.calibration["digest"])
+    if path is None:
+        omissions.append(
+            "The calibration directory was not found beside the checkpoint: size and steps of the recorded runs are not in "
+            "this report; their digest and prompts are."
+        )
+        return None
+    return read_json(path)
+
+
+def _read_run(sources: Sources, info: Any, role: str, omissions: list[str]) -> Run | None:
+    directory = find_run(sources, info, role)
+    if directory is not None:
+        return read_run(directory)
+    found = info.directory or info.file or "no directory"
+    omissions.append(f"The {role} run ({found}) was not found (pass --{role}): its videos and prompts are not in this report.")
+    return None
+
+
+def _read_ablation(path: Path | None) -> Ablation | None:
+    if path is None:
+        return None
+    try:
+        table = Ablation.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise PtqError(
+            f"{path} is not an ablation table ({'.'.join(map(str, first['loc']))}: {first['msg']}). Expected a JSON object "
+            "with title, columns, rows (lists of texts and numbers) and optionally note."
+        ) from error
+    if any(len(row) != len(table.columns) for row in table.rows):
+        raise PtqError(f"{path}: every row needs {len(table.columns)} cells, one for each column.")
+    return table

@@ -1,0 +1,173 @@
+"""Figures as SVG with text as outlines: the same bytes on the page and in the PDF, whatever fonts a machine has.
+
+Colours: cividis and blue/orange, which stay distinct with every common colour vision deficiency and in grey print.
+Every figure has a table with its numbers beside it or an alternative text.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure as Canvas
+
+from ptq.evaluation.statistics import AGGREGATES
+from ptq.report.facts import Facts
+from ptq.report.schema import Estimate, Evaluation
+
+BLUE, ORANGE, GREY = "#1f4e79", "#c55a11", "#8a8a8a"
+WIDTH = 7.2
+_LOWEST_DB = -120.0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawn figure; `alt` says in words what it shows."""
+
+    key: str
+    title: str
+    svg: bytes
+    alt: str
+
+
+def draw_figures(facts: Facts) -> list[Figure]:
+    """Every figure that these facts allow, in reading order."""
+    figures = []
+    if facts.evaluation.verdict is not None:
+        figures.append(_loss(facts.evaluation))
+    if facts.manifest is not None:
+        for expert in dict.fromkeys(row.expert for row in facts.manifest.blocks):
+            figures += _heatmaps(facts, expert)
+    if facts.sensitivity is not None:
+        figures.append(_sensitivity(facts.sensitivity))
+    return figures
+
+
+def _svg(key: str, height: float, draw: Callable[[Canvas], None]) -> bytes:
+    style = {"svg.hashsalt": key, "svg.fonttype": "path", "font.size": 9, "font.family": "DejaVu Sans", "axes.linewidth": 0.6}
+    with rc_context(style):
+        canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
+        draw(canvas)
+        buffer = io.BytesIO()
+        canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def _loss(evaluation: Evaluation) -> Figure:
+    rows: list[tuple[str, Estimate]] = [
+        (name.replace("_", " "), d.relative_loss) for name, d in evaluation.dimensions.items() if d.relative_loss
+    ]
+    if evaluation.deciding is not None and evaluation.gate is not None:
+        rows.append((AGGREGATES[evaluation.gate], evaluation.deciding))
+    limit = 100 * (evaluation.limit or 0.0)
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        axes.axvline(0, color=GREY, linewidth=0.8)
+        axes.axvline(limit, color=ORANGE, linewidth=1.4, linestyle="--")
+        for y, (name, loss) in enumerate(reversed(rows)):
+            decides = name == AGGREGATES.get(evaluation.gate or "")
+            if loss.low is not None and loss.high is not None:
+                axes.plot([100 * loss.low, 100 * loss.high], [y, y], color=BLUE, linewidth=5 if decides else 2)
+            axes.plot([100 * loss.value], [y], marker="D" if decides else "o", color=BLUE, markersize=8 if decides else 6)
+        axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_xlabel(f"loss in percent (dashed: the limit, {limit:g} %)")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+
+    alt = f"Loss of each dimension with its interval, and the deciding average, against the limit of {limit:g} percent."
+    return Figure("loss", "Loss by dimension with 95 % intervals", _svg("loss", 0.9 + 0.34 * len(rows), draw), alt)
+
+
+def _decibel(error: float | None) -> float:
+    if error is None:
+        return math.nan
+    return max(10 * math.log10(error), _LOWEST_DB) if error > 0 else _LOWEST_DB
+
+
+def _heatmaps(facts: Facts, expert: str) -> list[Figure]:
+    """Layer errors and block errors of one expert and, where the recipe is more than rounding, the gain over rounding."""
+    assert facts.manifest is not None
+    blocks = [row for row in facts.manifest.blocks if row.expert == expert]
+    layers = [row for row in facts.manifest.layers if row.expert == expert]
+    names = list(dict.fromkeys(row.layer for row in layers))
+    column = {row.block: i for i, row in enumerate(blocks)}
+    error, gain = np.full((2, len(names), len(blocks)), math.nan)
+    for row in layers:
+        cell = names.index(row.layer), column[row.block]
+        error[cell] = _decibel(row.output_error)
+        gain[cell] = _decibel(row.output_error_rtn) - error[cell]
+    stream = np.array([[_decibel(row.stream_error) for row in blocks]])
+    indices = [row.block for row in blocks]
+    drawn = _svg(f"heat-{expert}", 4.0, lambda canvas: _draw_heat(canvas, error, stream, names, indices))
+    protected = [str(row.block) for row in blocks if row.high_precision]
+    words = f" Hatched: blocks {', '.join(protected)} in high precision." if protected else ""
+    figures = []
+    if names:
+        alt = f"Relative output error in dB of every layer and, below, of the hidden states after each block of {expert}.{words}"
+        figures.append(Figure(f"heat-{expert}", f"{expert}: error of each layer and block (dB, lower is better)", drawn, alt))
+    if np.nanmax(np.abs(gain), initial=0.0) > 0.005:
+        svg = _svg(f"gain-{expert}", 3.2, lambda canvas: _draw_gain(canvas, gain, names, indices))
+        alt = f"How many dB lower the output error of every layer of {expert} is than with plain rounding in the same basis.{words}"
+        figures.append(Figure(f"gain-{expert}", f"{expert}: gain over plain rounding (dB, higher is better)", svg, alt))
+    return figures
+
+
+def _cells(axes: Any, values: np.ndarray, names: list[str], blocks: list[int], **style: Any) -> Any:
+    axes.set_facecolor("#ffffff")
+    axes.patch.set_hatch("////")
+    axes.patch.set_edgecolor("#bbbbbb")
+    mesh = axes.pcolormesh(np.ma.masked_invalid(values), edgecolors="white", linewidth=0.4, **style)
+    every = max(1, math.ceil(len(blocks) / 20))
+    shown = range(0, len(blocks), every)
+    axes.set_xticks([i + 0.5 for i in shown], [str(blocks[i]) for i in shown])
+    axes.set_yticks([i + 0.5 for i in range(len(names))], names)
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    return mesh
+
+
+def _draw_heat(canvas: Canvas, error: np.ndarray, stream: np.ndarray, names: list[str], blocks: list[int]) -> None:
+    top, bottom = canvas.subplots(2, 1, height_ratios=[max(len(names), 1), 1.3])
+    mesh = _cells(top, error, names, blocks, cmap="cividis")
+    canvas.colorbar(mesh, ax=top, label="layer output error, dB", pad=0.01)
+    mesh = _cells(bottom, stream, ["hidden states"], blocks, cmap="cividis")
+    canvas.colorbar(mesh, ax=bottom, label="dB", pad=0.01)
+    bottom.set_xlabel("block")
+
+
+def _draw_gain(canvas: Canvas, gain: np.ndarray, names: list[str], blocks: list[int]) -> None:
+    axes = canvas.subplots()
+    most = float(np.nanmax(np.abs(gain)))
+    mesh = _cells(axes, gain, names, blocks, cmap="PuOr", vmin=-most, vmax=most)
+    canvas.colorbar(mesh, ax=axes, label="dB better than rounding", pad=0.01)
+    axes.set_xlabel("block")
+
+
+def _sensitivity(sensitivity: Any) -> Figure:
+    one = sensitivity["quantize_one"]
+    picked = {(pick["expert"], pick["block"]) for pick in sensitivity["picks"]}
+    experts = list(dict.fromkeys(row["expert"] for row in one))
+
+    def draw(canvas: Canvas) -> None:
+        for axes, expert in zip(np.atleast_1d(canvas.subplots(len(experts), 1, sharey=True)), experts, strict=True):
+            rows = [row for row in one if row["expert"] == expert]
+            colours = [ORANGE if (expert, row["block"]) in picked else BLUE for row in rows]
+            hatches = ["//" if (expert, row["block"]) in picked else "" for row in rows]
+            axes.bar([row["block"] for row in rows], [row["error"] for row in rows], color=colours, hatch=hatches, edgecolor="white")
+            axes.set_title(expert, loc="left", fontsize=9)
+            axes.set_ylabel("denoiser error")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+            axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("block quantized alone (hatched: chosen for high precision)")
+
+    worst = max(one, key=lambda row: row["error"])
+    alt = f"Denoiser error with one block quantized at a time; the most sensitive block is {worst['expert']}:{worst['block']}."
+    return Figure("sensitivity", "Sensitivity: one block quantized", _svg("sensitivity", 0.6 + 1.7 * len(experts), draw), alt)

@@ -1,0 +1,115 @@
+"""The page: one self-contained HTML file. Style, script, figures and videos are inside; nothing is fetched.
+
+The content-security policy in its head forbids every request, so a mistake would show up as a missing picture, not as
+traffic. All words come from the facts and are escaped by the template engine.
+"""
+
+from __future__ import annotations
+
+import base64
+from importlib import resources
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from ptq.report.cells import Table
+from ptq.report.facts import Facts
+from ptq.report.figures import Figure, draw_figures
+from ptq.report.method import describe_method
+from ptq.report.model_tables import checkpoint_tables, provenance_tables
+from ptq.report.reproduce import reproduction
+from ptq.report.tables import evaluation_tables
+from ptq.report.videos import AMPLIFY, Clip
+from ptq.report.wording import headline, limitations, meaning, verdict_word
+from ptq.version import __version__
+
+
+def all_tables(facts: Facts) -> dict[str, Table]:
+    """Every table of a report, by key, in reading order."""
+    found = [*evaluation_tables(facts), *checkpoint_tables(facts), *provenance_tables(facts)]
+    return {table.key: table for table in found}
+
+
+def title_of(facts: Facts) -> str:
+    """What the report is about."""
+    model = f"Wan 2.2 {facts.manifest.variant}" if facts.manifest and facts.evaluation.suite != "tiny" else "the tiny model"
+    if facts.manifest is None and facts.evaluation.suite != "tiny":
+        model = facts.evaluation.reference.model or "the original model"
+    return f"{facts.format_name} W4A4 quantization of {model}"
+
+
+def build_html(facts: Facts, clips: list[Clip]) -> bytes:
+    """The page as UTF-8. `clips` are embedded in the order given."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    environment.filters["exact"] = repr
+    template = environment.from_string(read_template("report.html.j2"))
+    figures = draw_figures(facts)
+    steps = reproduction(facts)
+    return template.render(
+        style=Markup(read_template("style.css")),
+        script=Markup(read_template("player.js")),
+        title=title_of(facts),
+        verdict=verdict_word(facts.evaluation),
+        headline=headline(facts),
+        meaning=meaning(facts),
+        key_facts=key_facts(facts),
+        warnings=facts.evaluation.warnings,
+        tables=all_tables(facts),
+        numeric=is_numeric,
+        figures=group_figures(figures),
+        clips=clips,
+        pairs=len(facts.pairs),
+        no_clips=_no_clips(facts),
+        amplify=AMPLIFY,
+        method=describe_method(facts.manifest) if facts.manifest else [],
+        commands=_commands(steps),
+        missing=steps.missing,
+        limits=limitations(facts),
+        version=__version__,
+    ).encode()
+
+
+def read_template(name: str) -> str:
+    """Text of a file in templates/."""
+    return (resources.files("ptq.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def is_numeric(table: Table, column: int) -> bool:
+    """Whether a column holds numbers: all its cells, or all but stated gaps and words in a minority."""
+    cells = [row[column] for row in table.rows]
+    return column > 0 and bool(cells) and 2 * sum(bool(cell.values) for cell in cells) > len(cells)
+
+
+def group_figures(figures: list[Figure]) -> dict[str, list[Figure]]:
+    """Figures by the place where they go: loss, heat, sensitivity."""
+    groups: dict[str, list[Figure]] = {"loss": [], "heat": [], "sensitivity": []}
+    for figure in figures:
+        groups["heat" if figure.key.startswith(("heat", "gain")) else figure.key].append(figure)
+    return groups
+
+
+def key_facts(facts: Facts) -> list[tuple[str, str]]:
+    """The few facts of the first screen."""
+    found = [("videos of each model", str(facts.evaluation.units)), ("prompts", str(facts.evaluation.prompts))]
+    if facts.manifest is not None:
+        coverage = facts.manifest.coverage
+        found += [
+            ("bits a weight", f"{coverage.bits_per_quantized_value:g} (was 16)"),
+            ("Linear FLOPs in W4A4", f"{100 * coverage.flop_share:.1f} %"),
+            ("blocks in high precision", str(len(facts.manifest.high_precision))),
+        ]
+    return found
+
+
+def _no_clips(facts: Facts) -> str:
+    if not facts.pairs:
+        return "The two generation directories are not both here, so there are no videos in this report."
+    return "No videos were asked for."
+
+
+def _commands(steps: Any) -> list[str]:
+    if steps.recipe is None:
+        return list(steps.commands)
+    return ["cat > recipe.yaml <<'END'", steps.recipe.rstrip("\n"), "END", *steps.commands]

@@ -1,0 +1,213 @@
+"""Tables about the checkpoint and the runs: size, coverage, errors, protection, settings, hashes, environment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ptq.checkpoint.manifest import LayerEntry, Manifest
+from ptq.fs import sha256_file
+from ptq.quantization.settings import BUDGET
+from ptq.report.cells import Cell, Table, count, error, flatten, number, plain, share, size
+from ptq.report.facts import ROLES, Facts
+from ptq.report.schema import EVALUATION_FILE, UNITS_FILE
+
+SHOWN_LAYERS = 10
+LAYER_COLUMNS = ("output error", "plain rounding", "weight SQNR (dB)")
+_ROLE_NAMES = {"reference": "original", "candidate": "quantized"}
+
+
+def checkpoint_tables(facts: Facts) -> Iterable[Table]:
+    """Tables of the checkpoint, in reading order; none without a checkpoint."""
+    manifest = facts.manifest
+    if manifest is None or facts.checkpoint is None:
+        return
+    yield _size(manifest, facts.checkpoint)
+    yield _experts(manifest)
+    yield _layer_kinds(manifest)
+    yield _worst_layers(manifest)
+    yield _blocks(manifest)
+    if facts.sensitivity is not None:
+        yield _choices(facts.sensitivity)
+        yield _picks(facts.sensitivity)
+
+
+def provenance_tables(facts: Facts) -> Iterable[Table]:
+    """How it was made: recipe, generation settings, runs, environment, hashes."""
+    if facts.manifest is not None:
+        yield Table.of("recipe", f"Recipe {facts.manifest.recipe_name}, as resolved", ("key", "value"), _recipe(facts.manifest))
+    if facts.ablation is not None:
+        rows = [[_ablation_cell(value) for value in row] for row in facts.ablation.rows]
+        yield Table.of("ablation", facts.ablation.title, facts.ablation.columns, rows, facts.ablation.note)
+    settings = facts.evaluation.candidate.settings or facts.evaluation.reference.settings
+    if settings:
+        yield Table.of("settings", "Generation, both runs", ("setting", "value"), flatten(settings).items())
+    if facts.calibration is not None:
+        yield Table.of("calibration", "Calibration", ("setting", "value"), _calibration(facts.calibration))
+    if any(facts.runs.values()):
+        yield _runs(facts)
+    yield _versions(facts)
+    yield _hashes(facts)
+
+
+def _size(manifest: Manifest, checkpoint: Path) -> Table:
+    c = manifest.coverage
+    weights = [name for name in manifest.files if name.endswith(".safetensors") and name.startswith("transformer")]
+    on_disk = sum((checkpoint / name).stat().st_size for name in weights if (checkpoint / name).is_file())
+    protected = ", ".join(manifest.high_precision) or "none"
+    rows: list[tuple[str, Cell | str]] = [
+        ("quantized weight values", count(c.quantized_parameters)),
+        ("share of Linear parameters in W4A4", share(c.parameter_share)),
+        ("share of Linear FLOPs in W4A4", share(c.flop_share)),
+        ("bits per quantized value, scales included", number(c.bits_per_quantized_value)),
+        ("these values in bfloat16", size(2 * c.quantized_parameters)),
+        ("these values packed", size(c.quantized_bytes)),
+        ("transformers, original weight files", size(c.original_bytes)),
+        ("transformers, packed weight files", size(on_disk)),
+        ("blocks kept in high precision", protected),
+        ("allowed by the rules", f"{BUDGET[manifest.format]}, counted {manifest.budget_scope.replace('-', ' ')}"),
+        ("quantization took", Cell(f"{manifest.seconds:.0f} s", (manifest.seconds,))),
+        ("peak memory", size(manifest.peak_memory_bytes)),
+    ]
+    return Table.of("size", "Size and coverage", ("", "value"), rows)
+
+
+def _experts(manifest: Manifest) -> Table:
+    rows = [(row.expert, error(row.denoiser_error), count(row.records)) for row in manifest.experts]
+    note = "Squared error of the predicted velocity on calibration records, relative to the original's output."
+    return Table.of("experts", "Denoiser output error", ("expert", "relative error", "records"), rows, note)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _layer_kinds(manifest: Manifest) -> Table:
+    groups: dict[str, list[LayerEntry]] = {}
+    for row in manifest.layers:
+        groups.setdefault(row.layer, []).append(row)
+    rows = []
+    for name, layers in groups.items():
+        sqnr = [row.weight_sqnr_db for row in layers if row.weight_sqnr_db is not None]
+        rows.append((
+            name,
+            count(len(layers)),
+            error(_mean([row.output_error for row in layers])),
+            error(_mean([row.output_error_rtn for row in layers])),
+            number(_mean(sqnr) if sqnr else None, 3),
+        ))  # fmt: skip
+    note = "Mean over the blocks of relative squared output errors with quantized inputs; plain rounding in the same basis."
+    return Table.of("kinds", "Errors by kind of layer", ("layer", "layers", *LAYER_COLUMNS), rows, note)
+
+
+def _worst_layers(manifest: Manifest) -> Table:
+    worst = sorted(manifest.layers, key=lambda row: (-row.output_error, row.expert, row.block, row.layer))[:SHOWN_LAYERS]
+    rows = [
+        (
+            f"{row.expert}.blocks.{row.block}.{row.layer}",
+            error(row.output_error),
+            error(row.output_error_rtn),
+            Cell("exact") if row.weight_sqnr_db is None else number(row.weight_sqnr_db, 3),
+        )
+        for row in worst
+    ]
+    return Table.of("worst-layers", f"The {len(rows)} layers with the largest error", ("layer", *LAYER_COLUMNS), rows)
+
+
+def _blocks(manifest: Manifest) -> Table:
+    rows = [
+        (
+            f"{row.expert}:{row.block}",
+            error(row.stream_error),
+            "high precision" if row.high_precision else "W4A4",
+            row.reason or "",
+        )
+        for row in manifest.blocks
+    ]
+    note = "Squared error of the hidden states after the block, all earlier blocks quantized too."
+    return Table.of("blocks", "Error after each block", ("block", "stream error", "precision", "why"), rows, note)
+
+
+def _choices(sensitivity: Any) -> Table:
+    rows = [(name, error(value)) for name, value in sensitivity["comparison"].items()]
+    return Table.of("choices", "Which blocks to protect: error of each choice", ("choice", "denoiser error"), rows)
+
+
+def _picks(sensitivity: Any) -> Table:
+    rows = [(f"{p['expert']}:{p['block']}", error(p["before"]), error(p["after"])) for p in sensitivity["picks"]]
+    note = "" if rows else "No block was worth protecting."
+    return Table.of("picks", "Protected blocks, in the order chosen", ("block", "error before", "error after"), rows, note)
+
+
+def _recipe(manifest: Manifest) -> list[tuple[str, str]]:
+    return [(key, value) for key, value in flatten(manifest.recipe).items() if key not in ("description", "format")]
+
+
+def _ablation_cell(value: str | int | float) -> Cell:
+    return Cell(value) if isinstance(value, str) else Cell(plain(value, 6), (float(value),))
+
+
+def _calibration(calibration: Any) -> list[tuple[str, str]]:
+    preset = calibration["preset"]
+    return [
+        ("prompts", f"{len(calibration['samples'])} of {calibration['prompts']['name']}"),
+        ("records per prompt", str(calibration["records_per_prompt"])),
+        ("video", f"{preset['width']} x {preset['height']}, {preset['num_frames']} frames, {preset['steps']} steps"),
+        ("seed", str(calibration["seed"])),
+    ]
+
+
+def _runs(facts: Facts) -> Table:
+    rows = []
+    for role in ROLES:
+        run = facts.runs.get(role)
+        if run is None:
+            continue
+        records = [unit.record for unit in run.units.values()]
+        seconds = [float(r["seconds"]) for r in records if r.get("seconds") is not None]
+        memory = [int(r["peak_memory_bytes"]) for r in records if r.get("peak_memory_bytes") is not None]
+        devices = sorted({str(r["device"]) for r in records if r.get("device")})
+        rows.append((
+            _ROLE_NAMES[role],
+            count(len(records)),
+            ", ".join(devices) or "not recorded",
+            number(_mean(seconds) if seconds else None, 3),
+            size(max(memory)) if memory else Cell("not recorded"),
+        ))  # fmt: skip
+    columns = ("run", "videos", "device", "seconds a video", "peak memory")
+    return Table.of("runs", "Generation runs", columns, rows)
+
+
+def _versions(facts: Facts) -> Table:
+    columns: dict[str, dict[str, str]] = {}
+    if facts.manifest is not None:
+        columns["quantization"] = facts.manifest.versions
+    for role in ROLES:
+        versions = getattr(facts.evaluation, role).versions
+        if versions:
+            columns[f"{_ROLE_NAMES[role]} run"] = {("wan-ptq" if k == "ptq" else k): str(v) for k, v in versions.items()}
+    columns["evaluation"] = {"wan-ptq": facts.evaluation.ptq_version}
+    names = sorted({name for versions in columns.values() for name in versions})
+    rows = [(name, *(versions.get(name, "") for versions in columns.values())) for name in names]
+    return Table.of("versions", "Versions", ("package", *columns), rows)
+
+
+def _hashes(facts: Facts) -> Table:
+    rows = [
+        (name, sha256_file(facts.directory / name))
+        for name in (EVALUATION_FILE, UNITS_FILE)
+        if (facts.directory / name).is_file()
+    ]
+    for role in ROLES:
+        info = getattr(facts.evaluation, role)
+        if info.checkpoint_digest:
+            rows.append((f"weights of the {_ROLE_NAMES[role]} run", info.checkpoint_digest))
+        if info.run_digest:
+            rows.append((f"settings of the {_ROLE_NAMES[role]} run", info.run_digest))
+    if facts.manifest is not None:
+        rows.append(("checkpoint, all files", facts.manifest.digest))
+        rows.append(("quantization run (model, records, recipe, versions)", facts.manifest.signature))
+        if facts.manifest.calibration:
+            rows.append(("calibration records", facts.manifest.calibration["digest"]))
+    return Table.of("hashes", "Hashes (SHA-256)", ("of", "digest"), rows)

@@ -1,0 +1,144 @@
+"""The commands that make this job again, from recorded settings: nothing is filled in by hand.
+
+A command is left out where a value that it needs was not recorded, and `missing` says so.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from ptq.checkpoint.manifest import Manifest
+from ptq.report.facts import Facts
+
+RECIPE_FILE = "recipe.yaml"
+REFERENCE_OUT, CANDIDATE_OUT = "runs/original", "runs/quantized"
+_GENERATE_FLAGS = {
+    "steps": "--steps",
+    "height": "--height",
+    "width": "--width",
+    "num_frames": "--num-frames",
+    "fps": "--fps",
+    "flow_shift": "--flow-shift",
+    "guidance_scale": "--guidance-scale",
+    "guidance_scale_2": "--guidance-scale-2",
+    "max_sequence_length": "--max-sequence-length",
+    "seed": "--seed",
+    "dtype": "--dtype",
+    "negative_prompt": "--negative-prompt",
+    "attention_backend": "--attention-backend",
+}
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Commands in order, the recipe file they read (None without a checkpoint), and what could not be told."""
+
+    commands: list[str]
+    recipe: str | None
+    missing: list[str]
+
+
+def reproduction(facts: Facts) -> Steps:
+    """Every command from the original model to this report."""
+    commands, missing = [f"pip install wan-ptq=={facts.evaluation.ptq_version}"], []
+    model = facts.evaluation.reference.model
+    if model is None:
+        missing.append("The original model's name was not recorded.")
+    recipe = None
+    checkpoint = facts.evaluation.candidate.model or "quantized"
+    if facts.manifest is None:
+        missing.append("Without the checkpoint's manifest, its calibration and recipe cannot be listed.")
+    elif model is not None:
+        recipe = yaml.safe_dump(_plain_recipe(facts.manifest), sort_keys=True, allow_unicode=True)
+        _quantize(facts, facts.manifest, model, checkpoint, commands, missing)
+    settings = facts.evaluation.candidate.settings
+    prompts = _prompts(facts)
+    if settings is None or prompts is None or model is None:
+        missing.append("Settings or prompt file of the generation runs are not here, so their commands cannot be listed.")
+    else:
+        commands += [
+            _generate(name, prompts, out, settings, facts) for name, out in ((model, REFERENCE_OUT), (checkpoint, CANDIDATE_OUT))
+        ]
+    commands.append(_evaluate(facts))
+    commands.append("ptq report evaluation")
+    return Steps(commands, recipe, missing)
+
+
+def join(*parts: str | int | float) -> str:
+    """One command line, quoted for a POSIX shell."""
+    return shlex.join(str(part) for part in parts)
+
+
+def _plain_recipe(manifest: Manifest) -> dict[str, Any]:
+    return {key: value for key, value in manifest.recipe.items() if value is not None}
+
+
+def _quantize(
+    facts: Facts, manifest: Manifest, model: str, checkpoint: str, commands: list[str], missing: list[str]
+) -> None:
+    calibration = facts.calibration
+    if calibration is None or manifest.calibration is None:
+        missing.append("The calibration directory is not here, so `ptq calibrate` cannot be listed with its settings.")
+    else:
+        preset = calibration["preset"]
+        flags = {"--num-prompts": len(calibration["samples"]), "--records-per-prompt": calibration["records_per_prompt"]}
+        flags |= {"--steps": preset["steps"], "--height": preset["height"], "--width": preset["width"]}
+        flags |= {"--num-frames": preset["num_frames"], "--seed": calibration["seed"]}
+        commands.append(
+            join("ptq", "calibrate", model, "--prompts", calibration["prompts"]["name"], "--out", "calibration", *_listed(flags))
+        )
+    flags = {"--format": manifest.format, "--recipe": RECIPE_FILE, "--budget-scope": manifest.budget_scope}
+    flags["--high-precision"] = ",".join(manifest.high_precision) or "none"
+    commands.append(join("ptq", "quantize", model, "--calibration", "calibration", "--out", checkpoint, *_listed(flags)))
+
+
+def _listed(flags: Mapping[str, str | int | float]) -> list[str | int | float]:
+    return [part for pair in flags.items() for part in pair]
+
+
+def _prompts(facts: Facts) -> str | None:
+    run = facts.runs.get("candidate") or facts.runs.get("reference")
+    plan = (run.info.get("plan") or {}) if run else {}
+    source = plan.get("prompts") or {}
+    return source.get("file")
+
+
+def _generate(model: str, prompts: str, out: str, settings: Mapping[str, Any], facts: Facts) -> str:
+    run = facts.runs.get("candidate") or facts.runs.get("reference")
+    plan = (run.info.get("plan") or {}) if run else {}
+    flags: dict[str, str | int | float] = {
+        flag: settings[name] for name, flag in _GENERATE_FLAGS.items() if settings.get(name) is not None
+    }
+    if plan.get("samples_per_prompt", 1) != 1:
+        flags["--samples-per-prompt"] = plan["samples_per_prompt"]
+    samples = (plan.get("prompts") or {}).get("samples")
+    if samples:
+        flags["--num-prompts"] = samples
+    switches = [f"--{name.replace('_', '-')}" for name in ("save_frames", "image_to_video") if settings.get(name)]
+    return join("ptq", "generate", model, "--prompts", prompts, "--out", out, *_listed(flags), *switches)
+
+
+def _evaluate(facts: Facts) -> str:
+    evaluation = facts.evaluation
+    flags: dict[str, str | int | float] = {"--suite": evaluation.suite, "--out": "evaluation"}
+    if evaluation.format:
+        flags["--format"] = evaluation.format
+    if evaluation.gate and evaluation.gate != "mean_signed":
+        flags["--gate"] = evaluation.gate
+    if evaluation.stride not in (None, 1):
+        flags["--stride"] = evaluation.stride  # type: ignore[assignment]
+    flags |= {"--bootstrap": evaluation.bootstrap.resamples, "--seed": evaluation.bootstrap.seed}
+    if evaluation.reference.file and evaluation.candidate.file:
+        return join(
+            "ptq", "evaluate", "--import-vbench", evaluation.reference.file, evaluation.candidate.file, *_listed(flags)
+        )
+    switches = ["--allow-missing"] if evaluation.excluded else []
+    command = join("ptq", "evaluate", "--reference", REFERENCE_OUT, "--candidate", CANDIDATE_OUT, *_listed(flags), *switches)
+    # The interpreter is a path of the machine that runs it: the reader's own, set in the environment.
+    return f'{command} --vbench-python "$VBENCH_PYTHON"' if evaluation.vbench is not None else command
+

@@ -1,0 +1,110 @@
+"""The evaluation's tables: gate, averages, VBench totals, measures beside the gate, drift, single videos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ptq.evaluation.statistics import AGGREGATES
+from ptq.evaluation.suites import PAIRED_MEASURES, RUN_DIMENSIONS
+from ptq.report.cells import Cell, Table, count, number, percent, points, signed
+from ptq.report.facts import Facts
+from ptq.report.schema import Evaluation
+from ptq.report.wording import DRIFT
+
+SHOWN_UNITS = 12
+_PROMPT_CHARS = 90
+
+
+def evaluation_tables(facts: Facts) -> Iterable[Table]:
+    """Tables of the evaluation, in reading order; those without content are left out."""
+    evaluation = facts.evaluation
+    if evaluation.verdict is not None:
+        yield _gate(evaluation)
+        yield _averages(evaluation)
+    totals = (evaluation.vbench or {}).get("totals")
+    if totals:
+        yield _totals(totals)
+    if evaluation.informative:
+        yield _measures(evaluation)
+    if evaluation.paired:
+        yield _drift(evaluation)
+    if evaluation.dimensions and facts.units:
+        yield _worst_units(facts)
+
+
+def _gate(evaluation: Evaluation) -> Table:
+    rows = [
+        (
+            name.replace("_", " "),
+            count(value.units),
+            number(value.reference),
+            number(value.candidate),
+            points(value.points),
+            percent(value.relative_loss),
+        )
+        for name, value in evaluation.dimensions.items()
+    ]
+    columns = ("dimension", "videos", "original", "quantized", "loss in points", "loss, 95 % interval")
+    return Table.of("gate", "Loss by dimension", columns, rows, "Positive: the quantized model is worse.")
+
+
+def _averages(evaluation: Evaluation) -> Table:
+    rows = [
+        (f"{AGGREGATES[key]}{' (decides)' if key == evaluation.gate else ''}", percent(value))
+        for key, value in evaluation.aggregates.items()
+    ]
+    note = f"Limit: {100 * (evaluation.limit or 0):g} %. All four are shown, so that a pass by cancellation is visible."
+    return Table.of("averages", "Averages over the dimensions", ("average", "loss, 95 % interval"), rows, note)
+
+
+def _totals(totals: dict[str, Any]) -> Table:
+    rows = [(name, number(value), number(totals["candidate"][name])) for name, value in totals["reference"].items()]
+    return Table.of("totals", "VBench totals", ("score", "original", "quantized"), rows)
+
+
+def _measures(evaluation: Evaluation) -> Table:
+    rows = [
+        (
+            RUN_DIMENSIONS.get(name, name.replace("_", " ")),
+            number(value.reference),
+            number(value.candidate),
+            percent(value.relative_loss, sign=-1),
+        )
+        for name, value in evaluation.informative.items()
+    ]
+    columns = ("measure", "original", "quantized", "change, 95 % interval")
+    return Table.of("measures", "Beside the gate: both runs", columns, rows, "Shown for context; no part of the verdict.")
+
+
+def _drift(evaluation: Evaluation) -> Table:
+    rows = [
+        (PAIRED_MEASURES.get(name, name), number(v.mean), number(v.min), number(v.max), count(v.units))
+        for name, v in evaluation.paired.items()
+    ]
+    sources = ", ".join(f"{n} from {source}" for source, n in sorted(evaluation.sources.items()))
+    note = DRIFT + (f" Frames: {sources}." if sources else "")
+    return Table.of("drift", "Drift between the paired videos", ("measure", "mean", "lowest", "highest", "videos"), rows, note)
+
+
+def _worst_units(facts: Facts) -> Table:
+    """Videos with the largest mean drop of the gate's scores: where to look first."""
+    names = list(facts.evaluation.dimensions)
+    drops = []
+    for line in facts.units:
+        both = [(line["reference"].get(n), line["candidate"].get(n)) for n in names]
+        scored = [(r, c) for r, c in both if r is not None and c is not None]
+        if scored:
+            drops.append((sum(r - c for r, c in scored) / len(scored), line["unit"]))
+    prompts = {reference.name: str(reference.record["prompt"]) for reference, _ in facts.pairs}
+    worst = sorted(drops, key=lambda item: (-item[0], item[1]))[:SHOWN_UNITS]
+    rows = [(unit, _short(prompts.get(unit, "")), Cell(signed(drop, 4), (drop,))) for drop, unit in worst]
+    title = f"The {len(rows)} videos with the largest loss"
+    note = "Mean difference original minus quantized over the gate's dimensions of one video, in scores from 0 to 1."
+    if any(d.reference > 1 for d in facts.evaluation.dimensions.values()):
+        note = "Mean difference original minus quantized over the gate's dimensions of one video, in their own units."
+    return Table.of("units", title, ("video", "prompt", "drop"), rows, note)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _PROMPT_CHARS else f"{text[:_PROMPT_CHARS].rstrip()} ..."

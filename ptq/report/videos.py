@@ -1,0 +1,155 @@
+"""Videos for the page: original, quantized and their amplified difference, as browsers play them (H.264, yuv420p).
+
+Clips are chosen by rule, not by taste: units sorted by how far they drifted, taken at even distances from the most
+drifted to the least. Video files go in byte for byte while they fit; where they are too large for one page, previews are
+encoded and said to be such. The difference is always encoded here: |quantized - original| x AMPLIFY, black where equal.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import av
+import numpy as np
+
+from ptq import ui
+from ptq.errors import DamagedFileError
+from ptq.evaluation.frames import VIDEO, frames_of
+from ptq.evaluation.runs import Unit, verify_video
+from ptq.generation.video import CODEC, ENCODER_OPTIONS, PIXEL_FORMAT
+from ptq.report.cells import plain
+from ptq.report.facts import Facts
+
+AMPLIFY = 8
+PREVIEW_WIDTH = 416
+#: Raw bytes of all videos of a page; base64 adds a third.
+BUDGET_BYTES = 10_000_000
+DEFAULT_CLIPS = 6
+_PREVIEW_CRF = "28"
+_DRIFT = (("ssim", "SSIM"), ("psnr", "PSNR"), ("latent_relative_l2", "latent error"))
+
+
+@dataclass(frozen=True)
+class Movie:
+    """One playable video and a still of its middle frame. `role`: original, quantized or difference."""
+
+    role: str
+    mp4: bytes
+    poster: bytes
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One unit's three movies. `preview`: the files themselves were too large; these are re-encoded and smaller."""
+
+    unit: str
+    prompt: str
+    drift: str
+    width: int
+    height: int
+    fps: float
+    movies: tuple[Movie, ...]
+    preview: bool
+
+
+def make_clips(facts: Facts, limit: int = DEFAULT_CLIPS) -> list[Clip]:
+    """Up to `limit` clips of the evaluated units.
+
+    Raises:
+        DamagedFileError: a video is not the one that was generated.
+    """
+    chosen = choose_units(facts, limit)
+    sizes = [sum(unit.video.stat().st_size for unit in pair) for pair, _ in chosen]
+    # Differences are not made yet; they are smaller than the two videos, so half of the budget is theirs at most.
+    preview = sum(sizes) > BUDGET_BYTES * 2 // 3
+    clips: list[Clip] = []
+    total = 0
+    if not chosen:
+        return clips
+    with ui.progress("Embedding videos", len(chosen)) as bar:
+        for (reference, candidate), drift in chosen:
+            clip = _clip(reference, candidate, drift, preview)
+            total += sum(len(movie.mp4) for movie in clip.movies)
+            bar.advance(note=clip.unit)
+            if clips and total > BUDGET_BYTES:
+                ui.info(f"Only {len(clips)} of {len(chosen)} clips fit in {BUDGET_BYTES / 1e6:.0f} MB; the rest is left out.")
+                return clips
+            clips.append(clip)
+    return clips
+
+
+def choose_units(facts: Facts, limit: int) -> list[tuple[tuple[Unit, Unit], str]]:
+    """Pairs at even ranks of drift, the most drifted first, with the drift in words."""
+    by_name = {pair[0].name: pair for pair in facts.pairs}
+    lines = [line for line in facts.units if line["unit"] in by_name]
+    ranked, words = _ranked(lines)
+    if len(ranked) > limit:
+        ranked = [ranked[i] for i in np.linspace(0, len(ranked) - 1, limit).round().astype(int)] if limit > 1 else ranked[:limit]
+    return [(by_name[line["unit"]], words(line)) for line in ranked]
+
+
+def _ranked(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
+    for key, name in _DRIFT:
+        if lines and all(line["paired"].get(key) is not None for line in lines):
+            sign = -1 if key == "latent_relative_l2" else 1
+            ordered = sorted(lines, key=lambda line: (sign * line["paired"][key], line["unit"]))
+            return ordered, lambda line: f"{name} {plain(line['paired'][key], 3)}"
+    return sorted(lines, key=lambda line: line["unit"]), lambda line: ""
+
+
+def _clip(reference: Unit, candidate: Unit, drift: str, preview: bool) -> Clip:
+    for unit in (reference, candidate):
+        verify_video(unit)
+    record = reference.record
+    width, height, fps = int(record["width"]), int(record["height"]), float(record.get("fps") or 8)
+    shown = _preview_size(width, height) if preview else (width, height)
+    movies = []
+    for role, unit in (("original", reference), ("quantized", candidate)):
+        poster = _poster(frames_of(unit, VIDEO), int(record["frames"]), shown)
+        data = encode(frames_of(unit, VIDEO), fps, shown) if preview else unit.video.read_bytes()
+        movies.append(Movie(role, data, poster))
+    data = encode(difference(reference, candidate), fps, shown)
+    movies.append(Movie("difference", data, _poster(difference(reference, candidate), int(record["frames"]), shown)))
+    return Clip(reference.name, str(record["prompt"]), drift, width, height, fps, tuple(movies), preview)
+
+
+def difference(reference: Unit, candidate: Unit) -> Iterator[np.ndarray]:
+    """|quantized - original| x AMPLIFY of the two video files, uint8 [H, W, 3] frame by frame."""
+    for ours, theirs in zip(frames_of(reference, VIDEO), frames_of(candidate, VIDEO), strict=True):
+        gap = np.abs(theirs.astype(np.int16) - ours) * AMPLIFY
+        yield np.minimum(gap, 255).astype(np.uint8)
+
+
+def encode(frames: Iterator[np.ndarray], fps: float, size: tuple[int, int]) -> bytes:
+    """A small mp4 of RGB frames, scaled to (width, height); the same frames give the same bytes."""
+    buffer = io.BytesIO()
+    try:
+        with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact", "movflags": "+faststart"}) as container:
+            stream = container.add_stream(CODEC, rate=round(fps), options={**ENCODER_OPTIONS, "crf": _PREVIEW_CRF})
+            stream.width, stream.height, stream.pix_fmt = *size, PIXEL_FORMAT
+            stream.thread_count = 1
+            for frame in frames:
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                container.mux(stream.encode(picture.reformat(*size, format=PIXEL_FORMAT)))
+            container.mux(stream.encode())
+    except av.FFmpegError as error:
+        raise DamagedFileError(f"A video for the report could not be encoded ({error}).") from error
+    return buffer.getvalue()
+
+
+def _preview_size(width: int, height: int) -> tuple[int, int]:
+    scale = min(1.0, PREVIEW_WIDTH / width)
+    return max(2, round(width * scale / 2) * 2), max(2, round(height * scale / 2) * 2)
+
+
+def _poster(frames: Iterator[np.ndarray], num_frames: int, size: tuple[int, int]) -> bytes:
+    """The middle frame as JPEG."""
+    from PIL import Image
+
+    middle = next(frame for index, frame in enumerate(frames) if index == num_frames // 2)
+    buffer = io.BytesIO()
+    Image.fromarray(middle).resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()

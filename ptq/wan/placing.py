@@ -1,0 +1,32 @@
+"""Where a pipeline's weights are while it runs: all on the device, or on the CPU between uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ptq.errors import UsageError
+
+OFFLOAD_MODES = ("none", "model", "sequential")
+
+
+def place_pipeline(pipe: Any, device: str, offload: str = "none") -> Any:
+    """Put a pipeline that lies on the CPU where it is to compute; returns it.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:<n>".
+        offload: none: every weight on the device. model: one component at a time. sequential: one layer at a time.
+
+    Raises:
+        UsageError: unknown mode, or offloading without a GPU.
+    """
+    if offload not in OFFLOAD_MODES:
+        raise UsageError(f"--offload must be one of {', '.join(OFFLOAD_MODES)}, found {offload!r}.")
+    if offload == "none":
+        return pipe.to(device)
+    if device == "cpu":
+        raise UsageError(f"--offload {offload} moves weights between a GPU and the CPU; without a GPU use none.")
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.enable_sequential_cpu_offload(device=device)
+    return pipe

@@ -1,0 +1,195 @@
+"""Tables of the GPU suite: linears, a block, quantizer bandwidth, fused feed-forward, a denoiser step, tile candidates.
+
+Weights are random: speed and memory do not depend on their values. Every time includes input quantization and weight
+expansion.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ptq.runtime import QuantSpec
+from ptq.runtime.bench_linear import median_seconds, quantized_layer
+from ptq.runtime.exactness import place
+from ptq.runtime.kernels import ffn_fused, gemm_fp8
+from ptq.runtime.kernels.expand_weight import expand_weight
+from ptq.runtime.kernels.hadamard_quantize import hadamard_quantize
+from ptq.runtime.kernels.tiles import Tile
+
+A14B = {"heads": 40, "ffn": 13824, "layers": 40, "channels": 16, "latent": (21, 60, 104)}
+TI2V_5B = {"heads": 24, "ffn": 14336, "layers": 30, "channels": 48, "latent": (31, 44, 80)}
+"""Geometry of one denoiser call: 832 x 480 x 81 frames and 1280 x 704 x 121 frames."""
+TEXT_TOKENS, TEXT_DIM = 512, 4096
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+SPECS = {"mxfp4": QuantSpec("mxfp4", 32), "hif4": QuantSpec("hif4", 64)}
+TILE_CANDIDATES = tuple(
+    Tile(m, n, k, warps, stages)
+    for m, n, warps in ((64, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8))
+    for k in (64, 128)
+    for stages in (3, 4, 5)
+)
+
+
+def block_linears(rows: int, width: int, ffn: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """The ten Linears of one block in order; query, key and value share their input, keys and values the text."""
+    x = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
+    text = torch.randn(TEXT_TOKENS, width, device=device, dtype=torch.bfloat16)
+    hidden = torch.randn(rows, ffn, device=device, dtype=torch.bfloat16)
+    shapes = [(width, width)] * 8 + [(ffn, width), (width, ffn)]
+    inputs = [0, 0, 0, 1, 2, 3, 3, 4, 5, 6]
+
+    def call(layers: list[nn.Module]) -> Tensor:
+        # One fresh tensor for each distinct input, as a model has them: sharing works by identity.
+        tensors = [x.view_as(x), x.view_as(x), x.view_as(x), text.view_as(text), x.view_as(x), x.view_as(x)]
+        tensors.append(hidden.view_as(hidden))
+        return [layer(tensors[index]) for layer, index in zip(layers, inputs, strict=True)][-1]
+
+    weights = [torch.randn(shape, device=device, dtype=torch.bfloat16) / shape[1] ** 0.5 for shape in shapes]
+    models = {"bf16": [_plain(weight) for weight in weights]}
+    models |= {name: [quantized_layer(weight, spec) for weight in weights] for name, spec in SPECS.items()}
+    with torch.no_grad():
+        runs = {name: (lambda layers=layers: call(layers)) for name, layers in models.items()}
+        seconds = median_seconds(runs, device, repeats)
+    nbytes = {name: sum(_bytes(layer) for layer in layers) for name, layers in models.items()}
+    return _relative_rows("block Linears", seconds, nbytes)
+
+
+def quantizer_bandwidth(rows: int, width: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """Bytes read and written a second by each output of the quantizer, beside a copy of the input."""
+    x = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
+    smooth = torch.ones(width, device=device, dtype=torch.bfloat16)
+    jobs = {"copy": (lambda: x.clone(), 4.0)}
+    for name, outs in (("mxfp4", {"fp8": 3.0, "packed": 2.53, "bf16": 4.0}), ("hif4", {"packed": 2.56, "bf16": 4.0})):
+        for out, nbytes in outs.items():
+            spec = QuantSpec(name, 32, True)
+            run = lambda spec=spec, out=out: hadamard_quantize(x, smooth, spec, out).values  # noqa: E731
+            jobs[f"{name} {out}"] = (run, nbytes)
+    seconds = median_seconds({name: run for name, (run, _) in jobs.items()}, device, repeats)
+    rate = {name: x.numel() * nbytes / seconds[name] / 1e9 for name, (_, nbytes) in jobs.items()}
+    return [
+        {"job": name, "us": seconds[name] * 1e6, "GB/s": rate[name], "of copy": rate[name] / rate["copy"]}
+        for name in jobs
+    ]
+
+
+def fused_ffn(rows: int, width: int, ffn: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """Up projection, GELU and quantization of the down projection's input: one kernel against three."""
+    spec = SPECS["mxfp4"]
+    layer = quantized_layer(torch.randn(ffn, width, device=device) / width**0.5, spec)
+    placement = place(layer.weight_packed, layer.weight_scale)
+    w = expand_weight(layer.weight_packed, layer.weight_scale, "mxfp4", placement)
+    a = hadamard_quantize(torch.randn(rows, width, device=device).bfloat16(), None, spec, "fp8").values
+
+    def unfused() -> Tensor:
+        y = gemm_fp8.gemm_fp8(a, w, placement.exponent, None, None, torch.bfloat16)
+        return hadamard_quantize(F.gelu(y, approximate="tanh"), None, spec, "fp8").values
+
+    def fused() -> Tensor:
+        return ffn_fused.ffn_up_quantized(a, w, placement.exponent, None, None, None, spec).values
+
+    return _relative_rows("ffn up + quantize", median_seconds({"unfused": unfused, "fused": fused}, device, repeats))
+
+
+def denoiser_step(geometry: dict[str, Any], device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """One forward of a random-weight WanTransformer3DModel, bfloat16 and quantized, with its peak memory."""
+    results: dict[str, float] = {}
+    memory: dict[str, int] = {}
+    for name, spec in {"bf16": None, **SPECS}.items():
+        model, inputs = _denoiser(geometry, device)
+        if spec is not None:
+            quantize_blocks(model, spec)
+        _reset_peak(device)
+        with torch.no_grad():
+            run = lambda model=model, inputs=inputs: model(**inputs).sample  # noqa: E731
+            results |= median_seconds({name: run}, device, repeats)
+        memory[name] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        del model
+    return _relative_rows("denoiser step", results, memory)
+
+
+def quantize_blocks(model: nn.Module, spec: QuantSpec) -> int:
+    """Replace the attention and feed-forward Linears of every block by round-to-nearest layers; returns how many."""
+    count = 0
+    for parent_name, parent in model.named_modules():
+        if ".attn" not in f".{parent_name}" and ".ffn" not in f".{parent_name}":
+            continue
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and f"{parent_name}.{name}".endswith(TARGETS):
+                setattr(parent, name, quantized_layer(child.weight.detach(), spec, _detached(child.bias)))
+                count += 1
+    return count
+
+
+def tile_candidates(rows: int, n: int, k: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """TFLOP/s of gemm_fp8 for each candidate tile that runs, fastest first: entries for kernels/tiles.py."""
+    from triton.runtime.errors import OutOfResources
+
+    layer = quantized_layer(torch.randn(n, k, device=device) / k**0.5, SPECS["mxfp4"])
+    placement = place(layer.weight_packed, layer.weight_scale)
+    w = expand_weight(layer.weight_packed, layer.weight_scale, "mxfp4", placement)
+    a = hadamard_quantize(torch.randn(rows, k, device=device).bfloat16(), None, SPECS["mxfp4"], "fp8").values
+    found = []
+    for tile in TILE_CANDIDATES:
+        run = lambda tile=tile: gemm_fp8.gemm_fp8(a, w, placement.exponent, None, None, torch.bfloat16, tile=tile)  # noqa: E731
+        try:
+            seconds = median_seconds({"tile": run}, device, repeats)["tile"]
+        except OutOfResources:
+            continue
+        found.append({"shape": [rows, n, k], "tile": str(tile), "TFLOP/s": 2 * rows * n * k / seconds / 1e12})
+    return sorted(found, key=lambda row: -row["TFLOP/s"])
+
+
+def _denoiser(geometry: dict[str, Any], device: torch.device) -> tuple[nn.Module, dict[str, Tensor]]:
+    from diffusers import WanTransformer3DModel
+
+    with torch.device(device):
+        model = WanTransformer3DModel(
+            num_attention_heads=geometry["heads"],
+            attention_head_dim=128,
+            ffn_dim=geometry["ffn"],
+            num_layers=geometry["layers"],
+            in_channels=geometry["channels"],
+            out_channels=geometry["channels"],
+            text_dim=TEXT_DIM,
+        )
+        model = model.to(torch.bfloat16).eval()
+        latent = torch.randn(1, geometry["channels"], *geometry["latent"], dtype=torch.bfloat16)
+        text = torch.randn(1, TEXT_TOKENS, TEXT_DIM, dtype=torch.bfloat16)
+        inputs = {"hidden_states": latent, "timestep": torch.tensor([500.0]), "encoder_hidden_states": text}
+    return model, inputs
+
+
+def _plain(weight: Tensor) -> nn.Module:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def _bytes(layer: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in layer.parameters())
+
+
+def _detached(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach()
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _relative_rows(job: str, seconds: dict[str, float], nbytes: dict[str, int] | None = None) -> list[dict[str, Any]]:
+    """Table rows; the first candidate is the baseline."""
+    baseline = next(iter(seconds))
+    rows = []
+    for name, value in seconds.items():
+        row: dict[str, Any] = {"job": job, "candidate": name, "ms": value * 1e3, "speedup": seconds[baseline] / value}
+        if nbytes is not None:
+            row |= {"GB": nbytes[name] / 1e9, "memory ratio": nbytes[name] / max(nbytes[baseline], 1)}
+        rows.append(row)
+    return rows

@@ -1,0 +1,1 @@
+"""Stages of scripts/train_tiny.py. Not part of the installed package."""

@@ -1,0 +1,57 @@
+"""Stage ``figures``: the loss curves and the contact sheet of docs/tiny.md, from the logs and the last evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def read(path: Path, key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of ``key`` in a JSONL log; a resumed run's lines replace those it repeats."""
+    points: dict[int, float] = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if key in row and "step" in row:
+                points[row["step"]] = row[key]
+    steps = sorted(points)
+    return steps, [points[s] for s in steps]
+
+
+def curves(work: Path, image: Path) -> None:
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    left.plot(*read(work / "vae.jsonl", "psnr"))
+    left.set(title="VAE, training clips", xlabel="step", ylabel="PSNR (dB)")
+    offset = max(read(work / "trunk.jsonl", "loss")[0], default=0)
+    for stage in ("trunk", "high", "low"):
+        steps, losses = read(work / f"{stage}.jsonl", "loss")
+        right.plot([s + (0 if stage == "trunk" else offset) for s in steps], losses, label=stage)
+    right.set(title="Denoisers", xlabel="step", ylabel="flow-matching loss", ylim=(0, 1))
+    right.legend()
+    image.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(image, dpi=90)
+    plt.close(fig)
+
+
+def contact(work: Path, image: Path, rows: int = 12) -> None:
+    """First ``rows`` evaluated clips, every second frame, each under its prompt."""
+    data = np.load(work / "evaluate.npz")
+    clips, prompts = data["clips"][:rows], data["prompts"][:rows]
+    columns = 2
+    lines = -(-len(clips) // columns)
+    fig, axes = plt.subplots(lines, columns, figsize=(9, 1.22 * lines), layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, clip, prompt in zip(axes.flat, clips, prompts, strict=False):
+        shown = [np.pad(f, ((1, 1), (1, 1), (0, 0)), constant_values=255) for f in clip[::2]]
+        axis.imshow(np.concatenate(shown, 1), interpolation="nearest")
+        axis.set_title(str(prompt), fontsize=7, pad=2)
+    image.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(image, dpi=100)
+    plt.close(fig)

@@ -1,0 +1,109 @@
+"""Exports: what another tool reads back is what our runtime computes with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptq import formats
+from ptq.checkpoint.export import export_pipeline, msmodelslim_words
+from ptq.checkpoint.shards import ShardSet
+from ptq.errors import UsageError
+from ptq.fs import read_json
+from ptq.wan.structure import read_layout
+
+LAYER = "blocks.0.ffn.net.0.proj"
+
+
+@pytest.fixture(scope="module")
+def plain(random_pipelines, tmp_path_factory, quantize_with) -> dict[str, Path]:
+    """Checkpoints without rotation and smoothing, which foreign tools can run."""
+    root = tmp_path_factory.mktemp("plain")
+    model = random_pipelines["TI2V-5B"]
+    return {name: quantize_with(model, root, name, ("rotation=0",), {}) for name in ("mxfp4", "hif4")}
+
+
+def decoded(checkpoint: Path, name: str) -> torch.Tensor:
+    shards = ShardSet(checkpoint / "transformer")
+    fmt = formats.get(read_json(checkpoint / "transformer/config.json")["quantization_config"]["format"])
+    return fmt.dequantize(fmt.unpack(shards.read(f"{name}.weight_packed"), shards.read(f"{name}.weight_scale")))
+
+
+def test_compressed_tensors_reads_the_same_weights(plain, tmp_path):
+    compressed = pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    assert compressed
+    out = tmp_path / "ct"
+    export_pipeline(plain["mxfp4"], read_layout(plain["mxfp4"]).experts, out, "compressed-tensors")
+    config = read_json(out / "transformer/config.json")["quantization_config"]
+    scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
+    shards = ShardSet(out / "transformer")
+    state = {key: shards.read(f"{LAYER}.{key}") for key in ("weight_packed", "weight_scale")}
+    compressor = BaseCompressor.get_value_from_registry("mxfp4-pack-quantized")
+    weight = compressor.decompress(state, scheme)["weight"]
+    assert torch.equal(weight.float(), decoded(plain["mxfp4"], LAYER))
+
+
+def test_ignore_lists_every_dense_linear(plain, tmp_path):
+    out = tmp_path / "ct"
+    export_pipeline(plain["mxfp4"], read_layout(plain["mxfp4"]).experts, out, "compressed-tensors")
+    ignored = set(read_json(out / "transformer/config.json")["quantization_config"]["ignore"])
+    assert "proj_out" in ignored and "condition_embedder.time_proj" in ignored
+    assert not any(name.startswith("blocks.") for name in ignored)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "hif4"])
+def test_bf16_equals_runtime_weights_and_loads_without_us(plain, tmp_path, name):
+    from diffusers import WanTransformer3DModel
+
+    out = tmp_path / "bf16"
+    export_pipeline(plain[name], read_layout(plain[name]).experts, out, "bf16")
+    model = WanTransformer3DModel.from_pretrained(out / "transformer", torch_dtype=torch.float32)
+    weight = model.get_submodule(LAYER).weight
+    assert torch.equal(weight, decoded(plain[name], LAYER))
+
+
+def test_bf16_undoes_rotation_and_smoothing(packed, tmp_path):
+    from ptq.wan.loading import load_pipeline
+
+    out = tmp_path / "bf16"
+    export_pipeline(packed["hif4"], read_layout(packed["hif4"]).experts, out, "bf16")
+    layer = load_pipeline(packed["hif4"]).transformer.get_submodule(LAYER)
+    exported = ShardSet(out / "transformer").read(f"{LAYER}.weight")
+    assert torch.equal(exported, layer.dequantize().to(torch.bfloat16))
+
+
+def test_msmodelslim_word_by_hand():
+    # e6m2 byte 0xA5; e8 lanes 0 and 7 set; e16 lanes 0 and 14 set.
+    word = 0xA5 | (1 << 8) | (1 << 15) | (1 << 16) | (1 << 30)
+    expected = (0xA5 << 24) | (0b10000001 << 16) | 0b1000000000000010
+    result = msmodelslim_words(torch.tensor([[word]], dtype=torch.int32))
+    assert result.item() & 0xFFFFFFFF == expected
+
+
+def test_msmodelslim_export_keeps_elements(plain, tmp_path):
+    out = tmp_path / "ms"
+    export_pipeline(plain["hif4"], read_layout(plain["hif4"]).experts, out, "msmodelslim")
+    ours, theirs = ShardSet(plain["hif4"] / "transformer"), ShardSet(out / "transformer")
+    assert torch.equal(ours.read(f"{LAYER}.weight_packed"), theirs.read(f"{LAYER}.weight_packed"))
+    words = ours.read(f"{LAYER}.weight_scale")
+    assert torch.equal(theirs.read(f"{LAYER}.weight_scale"), msmodelslim_words(words))
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "words"),
+    [
+        ("hif4", "compressed-tensors", "takes mxfp4"),
+        ("hif4", "msmodelslim", "rotation=0"),
+        ("hif4", "gguf", "takes one of"),
+    ],
+)
+def test_refusals_leave_nothing(packed, tmp_path, name, target, words):
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match=words):
+        export_pipeline(packed[name], read_layout(packed[name]).experts, out, target)
+    assert not out.exists()

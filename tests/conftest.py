@@ -1,0 +1,120 @@
+"""Fixtures of the whole suite: small random Wan pipelines and packed checkpoints that the real stages made from them.
+
+Session-scoped and read-only: a test that changes files works on a copy (`copy_of`). Steps and sizes are the smallest that
+still reach both experts.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+STEPS = 6
+GENERATE = {
+    "prompt": "a red ball",
+    "negative_prompt": "bad",
+    "height": 64,
+    "width": 64,
+    "num_frames": 9,
+    "num_inference_steps": STEPS,
+    "guidance_scale": 4.0,
+    "max_sequence_length": 64,
+    "output_type": "latent",
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny models run faster on one thread, and results do not depend on the machine's core count."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def random_pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Variant -> a random pipeline directory: 2 blocks of width 128, bf16 transformers in several shards."""
+    from ptq.wan.random_model import make_random_pipeline
+
+    root = tmp_path_factory.mktemp("pipelines")
+    return {
+        variant: make_random_pipeline(root / variant, variant, max_shard_bytes=600_000)
+        for variant in ("T2V-A14B", "I2V-A14B", "TI2V-5B")
+    }
+
+
+@pytest.fixture(scope="session")
+def packed(random_pipelines: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Format -> packed checkpoint in many shards, made with the real calibrate and quantize stages.
+
+    hif4: two experts (T2V-A14B), rotated and smoothed. mxfp4: one expert (TI2V-5B), rotated, block 1 kept in bf16.
+    """
+    root = tmp_path_factory.mktemp("packed")
+    (root / "prompts.txt").write_text("a red ball rolls over the grass\na dog runs along the beach\n", encoding="utf-8")
+    return {
+        "hif4": _quantize(random_pipelines["T2V-A14B"], root, "hif4", ("rotation=64", "smoothing=[0.5]"), {}),
+        "mxfp4": _quantize(
+            random_pipelines["TI2V-5B"], root, "mxfp4", ("rotation=32",), {"transformer": {1: "kept for the test"}}
+        ),
+    }
+
+
+@pytest.fixture(scope="session")
+def quantize_with() -> Callable[..., Path]:
+    """A function: (model, folder, format, recipe overrides, protected blocks) -> packed checkpoint."""
+
+    def run(model: Path, root: Path, format_name: str, overrides: tuple[str, ...], protected: dict) -> Path:
+        (root / "prompts.txt").write_text("a red ball rolls over the grass\na dog runs\n", encoding="utf-8")
+        return _quantize(model, root, format_name, overrides, protected)
+
+    return run
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    """A function that copies a checkpoint directory to a place where a test may damage it."""
+
+    def copy(source: Path) -> Path:
+        return Path(shutil.copytree(source, tmp_path / "copy"))
+
+    return copy
+
+
+def _quantize(model: Path, root: Path, format_name: str, overrides: tuple[str, ...], protected: dict) -> Path:
+    from ptq.calibration.records import CalibrationSet
+    from ptq.calibration.run import CalibrationPlan, calibrate
+    from ptq.cli.common import quiet_libraries
+    from ptq.config import load_recipe
+    from ptq.prompts import read_prompts
+    from ptq.quantization.run import QuantizeOptions, quantize
+    from ptq.quantization.settings import QuantizeSettings
+    from ptq.wan.loading import load_pipeline, resolve_model
+
+    quiet_libraries()
+    layout = resolve_model(str(model))
+    found = read_prompts(root / "prompts.txt")
+    preset = layout.preset.model_copy(update={"steps": STEPS})
+    prompts = {"name": found.path.name, "sha256": found.sha256}
+    plan = CalibrationPlan(layout, preset, found.samples, 4, 0, prompts)
+    records = root / f"{format_name}-records"
+    calibrate(plan, lambda: load_pipeline(model), records)
+    settings = QuantizeSettings(format_name, load_recipe("rtn", format_name, overrides), "rtn", protected)
+    out = root / format_name
+    quantize(layout, CalibrationSet(records), settings, out, QuantizeOptions(max_shard_bytes=120_000))
+    return out
+
+
+@pytest.fixture(scope="session")
+def generate() -> Callable[[Any], Any]:
+    """A function: pipeline -> latents [1, C, T, H, W] of one short seeded run."""
+    import torch
+
+    def run(pipeline: Any) -> torch.Tensor:
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline(**GENERATE, generator=torch.Generator().manual_seed(0)).frames
+
+    return run

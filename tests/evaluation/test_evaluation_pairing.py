@@ -1,0 +1,137 @@
+"""Reading generation directories and refusing unfair comparisons."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from evaluation_runs import edit_manifest, make_run
+
+from ptq.errors import DamagedFileError, PtqError
+from ptq.evaluation.runs import PAIRED_KEYS, pair_runs, read_run, verify_video
+
+CLIPS = {f"set/{name}/{k}": np.full((2, 16, 16, 3), 40 * k + 20, np.uint8) for name in ("a", "b") for k in (0, 1)}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return make_run(tmp_path / "ref", CLIPS), make_run(tmp_path / "cand", CLIPS)
+
+
+def pair(runs, **options):
+    return pair_runs(read_run(runs[0]), read_run(runs[1]), **options)
+
+
+def test_units_pair_by_name_and_know_their_prompt(runs):
+    pairing = pair(runs)
+    assert [ours.name for ours, _ in pairing.pairs] == sorted(CLIPS) and not pairing.excluded
+    assert all(ours.name == theirs.name and ours.directory != theirs.directory for ours, theirs in pairing.pairs)
+    assert {ours.cluster for ours, _ in pairing.pairs} == {"set/a", "set/b"}
+
+
+def test_last_line_of_a_unit_wins(runs):
+    manifest = runs[0] / "manifest-0of1.jsonl"
+    first = json.loads(manifest.read_text().splitlines()[0])
+    with open(manifest, "a") as handle:
+        handle.write(json.dumps({**first, "seed": 77}) + "\n")
+    assert read_run(runs[0]).units[first["unit"]].record["seed"] == 77
+    with open(manifest, "a") as handle:
+        handle.write(json.dumps({"unit": first["unit"], "status": "failed", "error": "NaN latents"}) + "\n")
+    assert "NaN latents" in read_run(runs[0]).unusable[first["unit"]]
+
+
+def test_a_failure_in_one_shard_does_not_hide_success_in_another(runs):
+    for shard in ("0of2", "1of2"):
+        (runs[0] / f"manifest-{shard}.jsonl").write_text(
+            json.dumps({"unit": "set/a/0", "status": "failed", "error": "out of memory"}) + "\n"
+        )
+    assert "set/a/0" in read_run(runs[0]).units
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("damage", ["no line", "failed", "no video"])
+def test_a_missing_unit_is_refused_or_left_out(runs, side, damage):
+    if damage == "no video":
+        (runs[side] / "videos" / "set_b-1.mp4").unlink()
+    else:
+        edit_manifest(runs[side], lambda line: line if line["unit"] != "set/b/1" else
+                      None if damage == "no line" else {"unit": "set/b/1", "status": "failed", "error": "boom"})  # fmt: skip
+    with pytest.raises(PtqError, match=r"set/b/1.*--allow-missing") as raised:
+        pair(runs)
+    assert ("reference", "candidate")[side] in str(raised.value)
+    pairing = pair(runs, allow_missing=True)
+    assert len(pairing.pairs) == 3 and list(pairing.excluded) == ["set/b/1"]
+
+
+def test_units_that_failed_in_both_runs_are_refused_too(runs):
+    for run in runs:
+        edit_manifest(run, lambda line: line if line["unit"] != "set/b/1" else
+                      {"unit": "set/b/1", "status": "failed", "error": "boom"})  # fmt: skip
+    with pytest.raises(PtqError, match="boom"):
+        pair(runs)
+
+
+@pytest.mark.parametrize("key", PAIRED_KEYS)
+@pytest.mark.parametrize("allow_missing", [False, True])
+def test_other_conditions_are_never_paired(runs, key, allow_missing):
+    edit_manifest(runs[1], lambda line: {**line, key: "other"} if line["unit"] == "set/a/1" else line)
+    with pytest.raises(PtqError, match="not paired") as raised:
+        pair(runs, allow_missing=allow_missing)
+    assert key in str(raised.value) and "set/a/1" in str(raised.value)
+
+
+def test_disjoint_runs_have_nothing_to_compare(tmp_path, runs):
+    other = make_run(tmp_path / "other", {"other/a/0": CLIPS["set/a/0"]})
+    with pytest.raises(PtqError, match="no unit in common"):
+        pair_runs(read_run(runs[0]), read_run(other), allow_missing=True)
+
+
+def test_an_edited_video_is_noticed(runs):
+    unit = read_run(runs[0]).units["set/a/0"]
+    verify_video(unit)
+    unit.video.write_bytes(unit.video.read_bytes()[:-1] + b"x")
+    with pytest.raises(DamagedFileError, match=r"set_a-0\.mp4"):
+        verify_video(unit)
+
+
+def test_other_directories_are_refused(tmp_path):
+    with pytest.raises(PtqError, match=r"no run\.json"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(PtqError, match="no finished unit"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda line: {**line, "video": "../elsewhere.mp4"},
+        lambda line: {**line, "seed": None},
+        lambda line: {"status": "done"},
+    ],
+)
+def test_damaged_manifest_lines_are_refused(runs, change):
+    edit_manifest(runs[0], change)
+    with pytest.raises(DamagedFileError, match=r"manifest-0of1\.jsonl"):
+        read_run(runs[0])
+
+
+def test_format_and_digest_come_from_run_json(tmp_path):
+    run = read_run(make_run(tmp_path / "q", CLIPS, info={"checkpoint": {"format": "mxfp4", "digest": "abc"}}))
+    assert run.format() == "mxfp4" and run.checkpoint_digest() == "abc"
+    plain = read_run(make_run(tmp_path / "p", CLIPS))
+    assert plain.format() is None and plain.checkpoint_digest() is None
+
+
+def test_a_run_that_was_stopped_early_is_refused_although_both_have_the_same_units(tmp_path):
+    runs = [make_run(tmp_path / name, CLIPS, info={"plan": {"units": 6}}) for name in ("a", "b")]
+    with pytest.raises(PtqError, match=r"2 units of the reference.*never started"):
+        pair(runs)
+    assert len(pair(runs, allow_missing=True).pairs) == 4
+
+
+def test_another_negative_prompt_is_not_paired(tmp_path):
+    runs = [make_run(tmp_path / name, CLIPS, info={"settings": {"negative_prompt": name}}) for name in ("a", "b")]
+    with pytest.raises(PtqError, match="not paired: negative_prompt"):
+        pair(runs, allow_missing=True)

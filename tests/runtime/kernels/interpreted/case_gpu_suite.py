@@ -1,0 +1,79 @@
+"""The GPU suite's own code on small shapes: its checks pass, notice a wrong kernel, and its tables have the right rows."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[4] / "scripts"))
+import gpu_correctness
+import gpu_measure
+import gpu_suite
+
+from ptq.runtime.kernels.tiles import Tile
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+CPU = torch.device("cpu")
+CASE = gpu_correctness.Case(70, 128, 256)
+
+
+def test_every_check_passes():
+    checks = list(gpu_correctness.run(CPU, [CASE], rows=(1, 7)))
+    assert len(checks) > 15
+    assert [one for one in checks if not one.passed] == []
+
+
+@pytest.mark.parametrize(
+    ("function", "spoil"),
+    [
+        ("gemm_fp8", lambda y: y * 1.01),
+        ("gemm_packed", lambda y: y + 1e-3 * y.abs().max()),
+        ("expand_weight", lambda w: torch.where(w.float() == w.float().max(), 0.0, w.float()).to(w.dtype)),
+        ("hadamard_quantize", lambda q: dataclasses.replace(q, values=q.values.flip(0))),
+        ("ffn_up_quantized", lambda q: dataclasses.replace(q, values=q.values.flip(0))),
+    ],
+)
+def test_a_wrong_kernel_fails_its_check(monkeypatch, function, spoil):
+    kernel = getattr(gpu_correctness, function)
+    monkeypatch.setattr(gpu_correctness, function, lambda *args, **kwargs: spoil(kernel(*args, **kwargs)))
+    assert not all(one.passed for one in gpu_correctness.run(CPU, [CASE], rows=()))
+
+
+def test_nan_never_passes():
+    assert not gpu_correctness.Check("x", float("nan"), 1.0).passed
+
+
+def test_tables_of_kernels(monkeypatch):
+    monkeypatch.setattr(gpu_measure, "TILE_CANDIDATES", (Tile(16, 32, 64), Tile(32, 32, 64)))
+    bandwidth = gpu_measure.quantizer_bandwidth(16, 128, CPU, 1)
+    assert {"copy", "mxfp4 fp8", "hif4 bf16"} <= {row["job"] for row in bandwidth}
+    assert bandwidth[0]["of copy"] == 1.0 and all(row["GB/s"] > 0 for row in bandwidth)
+    assert [row["candidate"] for row in gpu_measure.fused_ffn(16, 64, 128, CPU, 1)] == ["unfused", "fused"]
+    tiles = gpu_measure.tile_candidates(16, 64, 64, CPU, 1)
+    assert len(tiles) == 2 and tiles[0]["TFLOP/s"] >= tiles[1]["TFLOP/s"]
+
+
+def test_table_of_a_block_shows_the_memory_saved():
+    rows = {row["candidate"]: row for row in gpu_measure.block_linears(64, 128, 256, CPU, 1)}
+    assert rows["mxfp4"]["memory ratio"] == pytest.approx(4.25 / 16)
+    assert rows["hif4"]["memory ratio"] == pytest.approx(4.5 / 16)
+
+
+def test_denoiser_step_quantizes_ten_linears_a_block():
+    geometry = {"heads": 1, "ffn": 256, "layers": 2, "channels": 16, "latent": (1, 4, 4)}
+    assert [row["candidate"] for row in gpu_measure.denoiser_step(geometry, CPU, 1)] == ["bf16", "mxfp4", "hif4"]
+    model, inputs = gpu_measure._denoiser(geometry, CPU)
+    before = model(**inputs).sample
+    assert gpu_measure.quantize_blocks(model, gpu_measure.SPECS["hif4"]) == 20
+    after = model(**inputs).sample
+    assert 0 < (after - before).norm() / before.norm() < 0.3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_suite_refuses(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--out", str(tmp_path / "results")])
+    assert gpu_suite.main() == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()

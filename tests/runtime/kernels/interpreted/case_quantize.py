@@ -1,0 +1,137 @@
+"""hadamard_quantize under the interpreter: codes equal to the torch reference, element by element."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ptq import formats
+from ptq.runtime.exactness import count_outside
+from ptq.runtime.kernels.hadamard_quantize import hadamard_quantize, hadamard_quantize_reference
+from ptq.runtime.spec import QuantSpec
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+GOLDEN = Path(__file__).parents[3] / "golden"
+OUTPUTS = {"mxfp4": ("packed", "bf16", "fp8"), "hif4": ("packed", "bf16")}
+EVERY_OUTPUT = [(name, out) for name, outs in OUTPUTS.items() for out in outs]
+
+
+def exact_input(rows, k, dtype=torch.bfloat16, seed=0):
+    """Values whose rotated sums are exact in float32 in any order: 7 bits over 7 binades, times 4 bits of smoothing."""
+    generator = torch.Generator().manual_seed(seed)
+    mantissa = torch.randint(-127, 128, (rows, k), generator=generator)
+    exponent = torch.randint(-3, 4, (rows, k), generator=generator)
+    smooth = torch.randint(4, 16, (k,), generator=generator) / 8
+    return torch.ldexp(mantissa.float(), exponent).to(dtype), smooth.to(torch.bfloat16)
+
+
+def assert_equal(found, expected):
+    assert found.values.dtype == expected.values.dtype
+    assert torch.equal(found.values.float().nan_to_num(12345.0), expected.values.float().nan_to_num(12345.0))
+    assert (found.scales is None) == (expected.scales is None)
+    if found.scales is not None:
+        assert torch.equal(found.scales, expected.scales)
+
+
+def check(x, smooth, spec, out, **options):
+    assert_equal(
+        hadamard_quantize(x, smooth, spec, out, **options), hadamard_quantize_reference(x, smooth, spec, out, **options)
+    )
+
+
+@pytest.mark.parametrize(("name", "out"), EVERY_OUTPUT)
+@pytest.mark.parametrize("rotation", [0, 16, 32, 64, 128])
+def test_rotations_with_smoothing(name, out, rotation):
+    x, smooth = exact_input(7, 256)
+    x[0, :64] = 0
+    check(x, smooth, QuantSpec(name, rotation, True), out)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "hif4"])
+def test_every_rule_and_tie(name):
+    x, smooth = exact_input(5, 128, seed=1)
+    for rule in formats.get(name).scale_rules:
+        for ties in formats.get(name).ties_options:
+            spec = QuantSpec(name, 0, True, rule, ties)
+            check(x, smooth, spec, "packed")
+            check(x, smooth, spec, "bf16")
+
+
+@pytest.mark.parametrize(("name", "out"), EVERY_OUTPUT)
+@pytest.mark.parametrize("rows", [0, 1, 7, 63, 512])
+def test_row_counts(name, out, rows):
+    x, _ = exact_input(rows, 64)
+    check(x, None, QuantSpec(name, 32), out)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_input_dtypes(dtype):
+    x, smooth = exact_input(9, 192, dtype)
+    check(x / 64, smooth, QuantSpec("mxfp4", 32, True), "packed")
+    check(x / 64, smooth, QuantSpec("hif4", 64, True), "packed")
+
+
+def test_strided_and_transposed_input():
+    x, smooth = exact_input(12, 256)
+    for view, vector in ((x[:, 64:192], smooth[64:192]), (x[::3], smooth), (x[:, ::2], smooth[::2].contiguous())):
+        check(view, vector, QuantSpec("mxfp4", 32, True), "packed")
+    check(x.T.contiguous().T, smooth, QuantSpec("hif4", 64, True), "bf16")
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "hif4"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_groups_that_are_not_finite(name, bad):
+    x, _ = exact_input(4, 128)
+    x[1, 70] = bad
+    for out in ("packed", "bf16"):
+        check(x, None, QuantSpec(name, 0), out)
+        check(x, None, QuantSpec(name, 32), out)
+
+
+def test_nan_becomes_the_fp8_nan():
+    x, _ = exact_input(2, 64)
+    x[1, 40] = float("nan")
+    bits = hadamard_quantize(x, None, QuantSpec("mxfp4", 0), "fp8").values.view(torch.uint8)
+    assert (bits[1, 32:] == 0x7F).all() and (bits[0] != 0x7F).all() and (bits[1, :32] != 0x7F).all()
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "hif4"])
+def test_golden_vectors(name):
+    golden = load_file(GOLDEN / f"{name}.safetensors")
+    cases = [key.removesuffix(".input") for key in golden if key.endswith(".input")]
+    assert len(cases) >= 9
+    for case in cases:
+        x = golden[f"{case}.input"].flatten(0, -2)[:16]
+        found = hadamard_quantize(x, None, QuantSpec(name, 0), "packed")
+        assert torch.equal(found.values, golden[f"{case}.weight_packed"].flatten(0, -2)[:16]), case
+        assert torch.equal(found.scales, golden[f"{case}.weight_scale"].flatten(0, -2)[:16]), case
+
+
+def test_gaussian_input_differs_only_where_sums_round():
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    smooth = (torch.rand(512, generator=torch.Generator().manual_seed(4)) + 0.5).to(torch.bfloat16)
+    for name in ("mxfp4", "hif4"):
+        spec = QuantSpec(name, 32, True)
+        found = hadamard_quantize(x, smooth, spec, "bf16").values.float()
+        expected = hadamard_quantize_reference(x, smooth, spec, "bf16").values.float()
+        assert (found != expected).sum() <= 3  # of 32768: a sum within one float32 ulp of a rounding threshold
+
+
+@pytest.mark.parametrize("e_ref", [-3, 0, 4])
+def test_fp8_outside_its_exact_range(e_ref):
+    """Blocks beyond 29 binades saturate or round as the reference does, and are counted."""
+    x, _ = exact_input(40, 64)
+    x = x.float() * torch.ldexp(torch.ones(40, 1), torch.arange(-26, 14).unsqueeze(1))
+    spec = QuantSpec("mxfp4", 0)
+    check(x, None, spec, "fp8", e_ref=e_ref)
+    counters = torch.zeros(2, dtype=torch.int32)
+    hadamard_quantize(x, None, spec, "fp8", e_ref=e_ref, counters=counters)
+    packed = hadamard_quantize(x, None, spec, "packed")
+    assert tuple(counters.tolist()) == count_outside(packed.values, packed.scales, e_ref)
+    assert min(counters.tolist()) > 0 or e_ref == 4
+
+
+def test_fp8_is_refused_for_hif4():
+    with pytest.raises(formats.FormatError, match="not exact in FP8"):
+        hadamard_quantize(torch.zeros(1, 64), None, QuantSpec("hif4"), "fp8")

@@ -1,0 +1,152 @@
+"""Every shipped configuration compiled for sm_90, sm_100 and sm_120 without a GPU.
+
+Asserts what silently goes wrong otherwise: FP8 products that become float16 ones, block scaling that is emulated,
+registers spilled to memory, more shared memory than a block may have, contraction where rounding must be kept.
+"""
+
+import re
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton exists on Linux only")
+from aot import SHARED_LIMIT, compile_for
+
+from ptq.runtime.kernels import expand_weight, ffn_fused, gemm_dot_scaled, gemm_fp8, gemm_packed
+from ptq.runtime.kernels import hadamard_quantize as quantize
+from ptq.runtime.kernels.tiles import TILES
+from ptq.runtime.spec import QuantSpec
+
+K = 5120
+MXFP4 = QuantSpec("mxfp4", 32, True)
+FP8_INSTRUCTION = {90: r"\bQGMMA", 100: r"\bUTCQMMA", 120: r"\bQMMA"}
+SCALES = {"mxfp4": "*u8", "hif4": "*i32"}
+
+
+def entries(kernel):
+    """Distinct (family, tile) of the table that can be compiled here (80 shares its code with 90)."""
+    found = {(family, tile) for (name, family, _, _), tile in TILES.items() if name == kernel and family >= 90}
+    return sorted(found, key=str)
+
+
+def named(parameter):
+    family, tile = parameter
+    return f"sm{family}-{tile.m}x{tile.n}x{tile.k}"
+
+
+def descriptors(tile, a, w, per_byte=1):
+    k = tile.k // per_byte
+    return {"a_desc": f"tensordesc<{a}[{tile.m},{k}]>", "w_desc": f"tensordesc<{w}[{tile.n},{k}]>"}
+
+
+def check_resources(binary, family):
+    assert binary.stack == 0 and binary.instructions(r"\bSTL") == 0, "registers spill"
+    assert binary.shared <= SHARED_LIMIT[family]
+
+
+def compile_gemm_fp8(family, tile, accurate, weight="fp8e4nv"):
+    signature = descriptors(tile, "fp8e5", weight) | {"out_ptr": "*bf16", "bias_ptr": "*bf16", "factor": "fp32"}
+    signature |= {"row_exponents_ptr": "*i32", "M": "i32", "N": "i32"}
+    aligned = ("out_ptr", "bias_ptr", "row_exponents_ptr", "N")
+    constants = gemm_fp8.constants(tile, K, accurate)
+    return compile_for(family, gemm_fp8.gemm_fp8_kernel, signature, constants, aligned, tile.options)
+
+
+@pytest.mark.parametrize("entry", entries("gemm_fp8"), ids=named)
+def test_gemm_fp8(entry):
+    family, tile = entry
+    binary = compile_gemm_fp8(family, tile, accurate=False)
+    check_resources(binary, family)
+    assert binary.instructions(FP8_INSTRUCTION[family]) > 0
+    assert binary.instructions(r"\b(HMMA|HGMMA|UTCHMMA)") == 0
+    assert "cp.async.bulk.tensor" in binary.ptx  # operands come through TMA descriptors
+
+
+@pytest.mark.parametrize("entry", entries("gemm_fp8_accurate"), ids=named)
+def test_gemm_fp8_accurate(entry):
+    family, tile = entry
+    binary = compile_gemm_fp8(family, tile, accurate=True)
+    check_resources(binary, family)
+    assert binary.instructions(FP8_INSTRUCTION[family]) > 0
+    assert binary.instructions(r"\b(HMMA|HGMMA|UTCHMMA)") == 0
+
+
+def test_gemm_fp8_takes_e5m2_weights():
+    family, tile = entries("gemm_fp8")[0]
+    binary = compile_gemm_fp8(family, tile, accurate=False, weight="fp8e5")
+    assert binary.instructions(FP8_INSTRUCTION[family]) > 0 and binary.instructions(r"\b(HMMA|HGMMA)") == 0
+
+
+@pytest.mark.parametrize("entry", entries("ffn_fused"), ids=named)
+def test_ffn_fused(entry):
+    family, tile = entry
+    signature = descriptors(tile, "fp8e5", "fp8e4nv") | {"values_ptr": "*fp8e5", "bias_ptr": "*bf16"}
+    signature |= {"smooth_ptr": "*bf16", "factor": "fp32", "M": "i32", "N": "i32"}
+    aligned = ("values_ptr", "bias_ptr", "smooth_ptr", "N")
+    constants = ffn_fused.constants(tile, K, 13824, MXFP4, True, 0)
+    binary = compile_for(family, ffn_fused.ffn_fused_kernel, signature, constants, aligned, tile.options)
+    check_resources(binary, family)
+    assert binary.instructions(FP8_INSTRUCTION[family]) > 0
+    assert "cvt.rn.satfinite.e5m2x2.f32" in binary.ptx and "fma.rn.f32" not in binary.ptx
+
+
+@pytest.mark.parametrize("entry", entries("gemm_dot_scaled"), ids=named)
+def test_gemm_dot_scaled(entry):
+    family, tile = entry
+    signature = descriptors(tile, "u8", "u8", per_byte=2) | {"a_scale_ptr": "*u8", "w_scale_ptr": "*u8"}
+    signature |= {"out_ptr": "*bf16", "bias_ptr": "*bf16", "M": "i32", "N": "i32"}
+    aligned = ("a_scale_ptr", "w_scale_ptr", "out_ptr", "bias_ptr", "N")
+    constants = gemm_dot_scaled.constants(tile, K)
+    binary = compile_for(family, gemm_dot_scaled.gemm_dot_scaled_kernel, signature, constants, aligned, tile.options)
+    check_resources(binary, family)
+    instruction = {100: r"tcgen05\.mma\S*kind::mxf4\S*block_scale", 120: r"mma\.sync\S*kind::mxf4\S*block_scale"}
+    assert re.search(instruction[family], binary.ptx)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "hif4"])
+@pytest.mark.parametrize("entry", entries("gemm_packed"), ids=named)
+def test_gemm_packed(entry, name):
+    family, tile = entry
+    if name == "mxfp4" and tile.m > 16 and family == 100:
+        pytest.skip("the same code as on sm_90 but for the instruction, which the other entries cover")
+    signature = {"x_ptr": "*bf16", "packed_ptr": "*u8", "scale_ptr": SCALES[name], "out_ptr": "*bf16"}
+    signature |= {"bias_ptr": "*bf16", "M": "i32", "N": "i32"}
+    aligned = ("x_ptr", "packed_ptr", "scale_ptr", "out_ptr", "bias_ptr", "N")
+    constants = gemm_packed.constants(tile, name, K)
+    binary = compile_for(family, gemm_packed.gemm_packed_kernel, signature, constants, aligned, tile.options)
+    check_resources(binary, family)
+    assert binary.instructions(r"\b(HGMMA|HMMA|UTCHMMA)") > 0
+
+
+@pytest.mark.parametrize(("name", "out"), [("mxfp4", "fp8"), ("mxfp4", "packed"), ("hif4", "bf16"), ("hif4", "packed")])
+@pytest.mark.parametrize("family", [90, 100, 120])
+def test_hadamard_quantize(family, name, out):
+    values = {"fp8": "*fp8e5", "packed": "*u8", "bf16": "*bf16"}[out]
+    scales = SCALES[name] if out == "packed" else None
+    signature = {"x_ptr": "*bf16", "smooth_ptr": "*bf16", "values_ptr": values, "scales_ptr": scales}
+    signature |= {"counters_ptr": None, "units": "i32", "stride_m": "i32"}
+    aligned = [name for name in ("x_ptr", "smooth_ptr", "values_ptr", "scales_ptr", "stride_m") if signature[name]]
+    constants = quantize.constants(QuantSpec(name, 32, True), out, torch.bfloat16, True, K, 0)
+    options = quantize.COMPILE_OPTIONS
+    binary = compile_for(family, quantize.quantize_kernel, signature, constants, aligned, options)
+    check_resources(binary, family)
+    assert binary.instructions(r"\b(HGMMA|HMMA|UTCHMMA)") > 0  # the rotation runs on tensor cores
+    assert "fma.rn.f32" not in binary.ptx  # rounding happens where the reference rounds
+    if out == "fp8":
+        assert "cvt.rn.satfinite.e5m2x2.f32" in binary.ptx
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("mxfp4", "fp8e4nv"), ("mxfp4", "bf16"), ("hif4", "bf16")])
+@pytest.mark.parametrize("family", [90, 120])
+def test_expand_weight(family, name, dtype):
+    signature = {"packed_ptr": "*u8", "scale_ptr": SCALES[name], "out_ptr": f"*{dtype}", "exponent": "i32", "N": "i32"}
+    constants = {"HIF4": name == "hif4", "K": K, "L": expand_weight.tile_length(K), "ROWS": expand_weight.TILE_ROWS}
+    aligned = ("packed_ptr", "scale_ptr", "out_ptr")
+    kernel = expand_weight.expand_kernel
+    check_resources(compile_for(family, kernel, signature, constants, aligned, expand_weight.OPTIONS), family)
+
+
+def test_interpreter_is_off_here():
+    """These tests mean nothing if triton was imported for interpretation."""
+    assert not sys.modules["triton"].knobs.runtime.interpret

@@ -1,0 +1,162 @@
+"""QuantLinear against the fake-quant reference, written here in float64 from the codes and the definition.
+
+Stated difference: the layer computes the product in float32, so it may differ from the float64 reference by accumulation
+error, at most 2^-22 of sum_k |x_k w_nk| for K = 256 (measured: 2^-25.4), plus the rounding to the input's dtype.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptq import formats
+from ptq.runtime import QuantLinear, QuantSpec, cpu
+from ptq.transforms import hadamard_matrix
+
+FORMATS = pytest.mark.parametrize("name", ["hif4", "mxfp4"])
+K, N = 256, 24
+ACCUMULATION = 2.0**-22
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make(spec: QuantSpec, bias: bool = True, k: int = K, n: int = N) -> tuple[QuantLinear, Tensor]:
+    """(layer, the original weight)"""
+    weight = randn(n, k, seed=1)
+    smooth = (0.5 + randn(k, seed=2).abs()).to(torch.bfloat16) if spec.smooth else None
+    codes = formats.get(spec.format).quantize(spec.transform_weight(weight, smooth))
+    return QuantLinear.from_codes(codes, spec, randn(n, seed=3) if bias else None, smooth), weight
+
+
+def block_hadamard(k: int, size: int) -> Tensor:
+    """The orthonormal block-diagonal rotation, float64 [k, k]."""
+    return torch.block_diag(*[hadamard_matrix(size).double()] * (k // size)) if size else torch.eye(k).double()
+
+
+def reference(layer: QuantLinear, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(output in float64, sum of the absolute products): dequantized weight, fake-quantized input."""
+    fmt = formats.get(layer.spec.format)
+    quantized = layer.spec.quantize_input(x, layer.smooth).double()
+    weight = fmt.dequantize(layer.codes()).double()
+    y = quantized @ weight.T
+    return y if layer.bias is None else y + layer.bias.double(), quantized.abs() @ weight.abs().T
+
+
+def assert_close(layer: QuantLinear, x: Tensor) -> None:
+    y = layer(x)
+    expected, magnitude = reference(layer, x)
+    assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], layer.out_features)
+    # One unit in the last place of the output's dtype, at the size of the expected value.
+    rounding = 0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps * expected.abs()
+    assert ((y.double() - expected).abs() <= ACCUMULATION * magnitude + rounding).all()
+
+
+@FORMATS
+@pytest.mark.parametrize("rotation", [0, 16, 32, 64, 128])
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_it_is_the_fake_quant_reference(name: str, rotation: int, smooth: bool, bias: bool) -> None:
+    layer, _ = make(QuantSpec(name, rotation, smooth), bias)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert_close(layer, randn(5, K, seed=4).to(dtype))
+
+
+@FORMATS
+@pytest.mark.parametrize("rotation", [0, 16, 32, 64, 128])
+def test_input_is_quantized_in_the_transformed_basis(name: str, rotation: int) -> None:
+    """The input's basis, from the definition: x * smooth, times the orthonormal rotation up to a power of two."""
+    layer, _ = make(QuantSpec(name, rotation, True))
+    x = randn(7, K, seed=5)
+    basis = (x.double() * layer.smooth.double()) @ block_hadamard(K, rotation)
+    found = layer.spec.transform_input(x, layer.smooth).double()
+    ratio = found.norm() / basis.norm()
+    assert torch.allclose(found, basis * ratio, atol=1e-5)
+    quantized = formats.get(name).fake_quantize(found.float())
+    assert torch.equal(layer.spec.quantize_input(x, layer.smooth), quantized)
+    assert not torch.equal(quantized, found.float())
+
+
+@FORMATS
+@pytest.mark.parametrize("shape", [(K,), (1, K), (2, 3, K), (2, 1, 3, K), (0, K), (2, 0, K)])
+def test_leading_shapes(name: str, shape: tuple[int, ...]) -> None:
+    layer, _ = make(QuantSpec(name, 32, True))
+    assert_close(layer, randn(*shape, seed=6))
+
+
+def test_non_contiguous_input() -> None:
+    layer, _ = make(QuantSpec("hif4", 64))
+    x = randn(K, 6, seed=7).T
+    assert torch.equal(layer(x), layer(x.contiguous()))
+
+
+@FORMATS
+@pytest.mark.parametrize("rows", [1, 7, N])
+def test_tiles_equal_the_cached_weight(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of output rows change the order of accumulation at most: within the stated difference."""
+    layer, _ = make(QuantSpec(name, 32, True))
+    x = randn(2, 9, K, seed=8)
+    monkeypatch.setattr(cpu.decoded_cache, "limit_bytes", 0)
+    monkeypatch.setattr(cpu, "TILE_BYTES", 4 * K * rows)
+    decoded: list[int] = []
+    decode = cpu.decode
+    monkeypatch.setattr(cpu, "decode", lambda packed, *rest: decoded.append(len(packed)) or decode(packed, *rest))
+    assert_close(layer, x)
+    assert max(decoded) == rows and sum(decoded) == N
+
+
+@FORMATS
+@pytest.mark.parametrize("rotation", [0, 16, 32, 64, 128])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_dequantize_undoes_the_transforms(name: str, rotation: int, smooth: bool) -> None:
+    """Back in the original basis the weight is the original one up to quantization noise, and no closer than that.
+
+    Smoothing with these random factors spreads the noise unevenly and so adds to it; a wrong basis would give above 1.
+    """
+    layer, weight = make(QuantSpec(name, rotation, smooth), n=64)
+    error = ((layer.dequantize() - weight).norm() / weight.norm()).item()
+    assert 0.05 < error < 0.2
+    # And exactly: with W' the decoded weight, dequantize() = W' B diag(s) up to float32.
+    transformed = formats.get(name).dequantize(layer.codes()).double()
+    basis = transformed @ block_hadamard(K, rotation)
+    exact = basis * (layer.smooth.double() if smooth else 1)
+    found = layer.dequantize().double()
+    assert torch.allclose(found, exact * (found.norm() / exact.norm()), atol=1e-5)
+    assert (found.norm() / weight.double().norm()).item() == pytest.approx(1, abs=0.03)
+
+
+@FORMATS
+def test_quality_of_the_whole_layer(name: str) -> None:
+    """The layer approximates the original Linear: a wrong basis on either side would give an error above 1."""
+    layer, weight = make(QuantSpec(name, 64, True))
+    x = randn(64, K, seed=9)
+    exact = x @ weight.T + layer.bias
+    error = ((layer(x) - exact).norm() / exact.norm()).item()
+    assert 0.05 < error < 0.25
+
+
+@pytest.mark.parametrize(
+    ("spec", "k"), [(QuantSpec("hif4"), 96), (QuantSpec("mxfp4"), 48), (QuantSpec("mxfp4", 128), 64)]
+)
+def test_k_that_does_not_fit_is_refused(spec: QuantSpec, k: int) -> None:
+    with pytest.raises(formats.FormatError, match=f"K = {k}"):
+        QuantLinear(k, 8, False, spec)
+
+
+def test_state_is_the_checkpoint_layout() -> None:
+    layer, _ = make(QuantSpec("hif4", 64, True))
+    state = {name: (value.dtype, tuple(value.shape)) for name, value in layer.to(torch.bfloat16).state_dict().items()}
+    assert state == {
+        "weight_packed": (torch.uint8, (N, K // 2)),
+        "weight_scale": (torch.int32, (N, K // 64)),
+        "bias": (torch.bfloat16, (N,)),
+        "smooth": (torch.bfloat16, (K,)),
+    }
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    empty = QuantLinear(K, N, False, QuantSpec("mxfp4", 32), device="meta")
+    assert {name: tuple(value.shape) for name, value in empty.state_dict().items()} == {
+        "weight_packed": (N, K // 2),
+        "weight_scale": (N, K // 32),
+    }

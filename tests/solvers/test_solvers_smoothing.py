@@ -1,0 +1,91 @@
+"""Smoothing factors and the search for their exponent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ptq import formats
+from ptq.solvers import search_smoothing, smoothing_factors
+from ptq.solvers.basis import Basis
+from ptq.solvers.smooth_search import LIMIT, column_size
+
+sizes = st.lists(st.floats(0, 1e30, width=32), min_size=8, max_size=8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes, sizes, st.floats(0, 1))
+def test_factors_are_positive_finite_bfloat16(x: list[float], w: list[float], alpha: float) -> None:
+    factors = smoothing_factors(torch.tensor(x), torch.tensor(w), alpha)
+    assert factors.dtype == torch.bfloat16
+    assert torch.isfinite(factors).all()
+    assert ((factors >= 1 / LIMIT) & (factors <= LIMIT)).all()
+
+
+def test_half_balances_energy_of_input_and_weight() -> None:
+    x, w = torch.tensor([1.0, 100.0, 4.0, 0.0]), torch.tensor([1.0, 1.0, 9.0, 5.0])
+    s = smoothing_factors(x, w, 0.5).float()
+    ratio = (s * x / (w / s))[:3]
+    torch.testing.assert_close(ratio, ratio[:1].expand(3), rtol=0.02, atol=0)
+    assert s[3] == 1, "an empty channel keeps its weight"
+
+
+def test_column_size_gives_every_linear_the_same_say() -> None:
+    small = torch.tensor([[1.0, 2.0], [1.0, 2.0]])
+    assert torch.allclose(column_size([small * 1e6, small]), column_size([small, small]))
+
+
+def outliers(tokens: int, k: int, factor: float) -> Tensor:
+    x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(0))
+    x[:, ::40] *= factor
+    return x
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "hif4"])
+@pytest.mark.parametrize("rotation", [0, 32])
+def test_persistent_outliers_are_smoothed_away(name: str, rotation: int) -> None:
+    x, w_t = outliers(256, 128, 60.0), torch.ones(256)
+    weights = [torch.randn(n, 128, generator=torch.Generator().manual_seed(n)) for n in (48, 32)]
+    result = search_smoothing(
+        weights, x, w_t, x.square().mean(0).sqrt(), formats.get(name), alphas=(0.4, 0.5, 0.6), rotation=rotation
+    )
+    assert result.alpha in (0.4, 0.5, 0.6)
+    assert set(result.errors) == {"off", "0.4", "0.5", "0.6"}
+    assert result.errors[f"{result.alpha:g}"] == min(result.errors.values()) < 0.7 * result.errors["off"]
+    assert result.smooth_k is not None
+    basis = Basis(result.smooth_k, rotation)
+    for w in weights:
+        torch.testing.assert_close(basis.input(x) @ basis.weight(w).T, x @ w.T, rtol=1e-4, atol=1e-2)
+    h = x.double().T @ x.double()
+    transformed = basis.input(x).double()
+    torch.testing.assert_close(basis.hessian(h), transformed.T @ transformed, rtol=1e-4, atol=1e-3)
+
+
+def test_off_wins_where_smoothing_only_hurts() -> None:
+    # Input and weight already fit the grid; any smoothing takes them off it.
+    levels = torch.tensor([0.5, 1.0, 2.0, 6.0])
+    generator = torch.Generator().manual_seed(0)
+    x = levels[torch.randint(0, 4, (64, 64), generator=generator)]
+    x[:, 0], x[:, 32] = 6.0, 6.0
+    w = levels[torch.randint(0, 4, (16, 64), generator=generator)]
+    w[:, 0], w[:, 32] = 6.0, 6.0
+    result = search_smoothing(
+        [w], x, torch.ones(64), x.square().mean(0).sqrt(), formats.get("mxfp4"), alphas=(0.3, 0.5), rotation=0
+    )
+    assert (result.alpha, result.smooth_k, result.errors["off"]) == (None, None, 0.0)
+
+
+def test_token_weights_count() -> None:
+    x = torch.cat((outliers(64, 64, 100.0), outliers(64, 64, 1.0)))
+    w = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+    first = torch.tensor([1.0] * 64 + [0.0] * 64)
+
+    def errors(w_t: Tensor, tokens: Tensor) -> dict[str, float]:
+        size = x.square().mean(0).sqrt()
+        return search_smoothing([w], tokens, w_t, size, formats.get("hif4"), alphas=(0.5,), rotation=0).errors
+
+    assert errors(first, x) == pytest.approx(errors(torch.ones(64), x[:64]), rel=1e-5)
+    assert errors(first, x) != pytest.approx(errors(torch.ones(128), x), rel=1e-3)

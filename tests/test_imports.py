@@ -1,0 +1,156 @@
+"""The direction of imports, as docs/architecture.md states it, checked on the syntax trees of every file.
+
+Imports inside functions count too; imports under `if TYPE_CHECKING` do not (they build no dependency at run time).
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "ptq"
+
+BASE = {"errors", "version", "fs", "ui"}
+STAGES = {"calibration", "quantization", "generation", "evaluation"}
+LOWER = {"formats", "transforms", "solvers", "config", "prompts", "runtime", "checkpoint", "tiny", "wan"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "version": set(),
+    "fs": {"errors"},
+    "ui": {"errors"},
+    "formats": {"errors"},
+    "transforms": {"errors"},
+    "config": {"errors"},
+    "solvers": {"formats", "transforms", "errors"},
+    "prompts": {"config", *BASE},
+    "runtime": {"formats", "transforms", *BASE},
+    "checkpoint": {"runtime", "formats", "config", *BASE},
+    "tiny": BASE,
+    "wan": {"checkpoint", "runtime", "config", "tiny", *BASE},
+    "calibration": {*LOWER, *BASE},
+    "quantization": {*LOWER, *BASE},
+    "generation": {*LOWER, *BASE},
+    "evaluation": {*LOWER, *BASE},
+    "report": {*STAGES, *LOWER, *BASE},
+    "submission": {*STAGES, *LOWER, *BASE, "report"},
+}
+"""Top-level name below ptq -> the others that it may import. cli, demo and __init__ are the top: they may import all."""
+
+TOP = {"cli", "demo", "__init__"}
+SCHEMAS = {("quantization", "ptq.calibration.records")}
+"""A stage may read the records that the stage before it wrote."""
+
+DIFFUSERS_ONLY_IN = ("wan/", "checkpoint/diffusers_quantizer.py", "cli/common.py")
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def layer_of(relative: Path) -> str:
+    """ptq/wan/replay.py -> wan; ptq/fs.py -> fs."""
+    return relative.parts[0].removesuffix(".py")
+
+
+def is_type_checking(node: ast.If) -> bool:
+    return "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, dotted module) of every import that runs; `from a import b` gives both a and a.b."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and is_type_checking(node):
+            for other in node.orelse:
+                yield from imported_modules(other)
+        elif isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}: imports are absolute here"
+            assert node.module is not None
+            yield node.lineno, node.module
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+        else:
+            yield from imported_modules(node)
+
+
+def imports_of(file: Path) -> list[tuple[int, str]]:
+    return list(imported_modules(ast.parse(file.read_text(encoding="utf-8"))))
+
+
+def violations(file: Path, relative: Path) -> list[str]:
+    layer = layer_of(relative)
+    if layer in TOP:
+        return []
+    found = []
+    for line, module in imports_of(file):
+        parts = module.split(".")
+        if parts[0] != "ptq" or len(parts) < 2 or parts[1] == layer:
+            continue
+        schema = any(layer == reader and f"{module}.".startswith(f"{name}.") for reader, name in SCHEMAS)
+        if parts[1] not in MAY_IMPORT[layer] and not schema:
+            found.append(f"{relative}:{line} imports {module}")
+    return found
+
+
+def test_every_folder_has_a_place_in_the_table() -> None:
+    layers = {layer_of(file.relative_to(PACKAGE)) for file in FILES}
+    assert len(layers) > 10
+    assert layers - TOP - set(MAY_IMPORT) == set()
+
+
+def test_the_table_has_no_cycle() -> None:
+    order = list(MAY_IMPORT)
+    for layer, allowed in MAY_IMPORT.items():
+        later = [name for name in allowed if name in order and order.index(name) >= order.index(layer)]
+        assert not (set(later) - {"errors", "fs", "ui", "version"}), (layer, later)
+        assert layer not in allowed
+
+
+def test_imports_point_down() -> None:
+    found = [text for file in FILES for text in violations(file, file.relative_to(PACKAGE))]
+    assert not found, "\n".join(sorted(set(found)))
+
+
+def test_only_the_adapter_knows_diffusers() -> None:
+    found = []
+    for file in FILES:
+        relative = file.relative_to(PACKAGE).as_posix()
+        if relative.startswith(DIFFUSERS_ONLY_IN):
+            continue
+        found += [f"{relative}:{line}" for line, module in imports_of(file) if module.split(".")[0] == "diffusers"]
+    assert not found, "\n".join(sorted(set(found)))
+
+
+def test_the_command_line_imports_stages_inside_its_functions() -> None:
+    """At the top of ptq/cli/*.py only light modules: `ptq --help` answers at once."""
+    light = {"ptq.errors", "ptq.version", "ptq.cli", "ptq.ui"}
+    found = []
+    for file in sorted((PACKAGE / "cli").glob("*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            for line, module in (
+                imported_modules(ast.Module([node], [])) if isinstance(node, (ast.Import, ast.ImportFrom)) else ()
+            ):
+                if module.startswith("ptq.") and ".".join(module.split(".")[:2]) not in light:
+                    found.append(f"{file.name}:{line} imports {module}")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "bad"),
+    [
+        ("formats/x.py", "from ptq.solvers import rtn", True),
+        ("formats/x.py", "from ptq import solvers", True),
+        ("formats/x.py", "def f():\n    import ptq.wan.loading", True),
+        ("formats/x.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ptq.wan import loading", False),
+        ("quantization/x.py", "from ptq.calibration.records import Record", False),
+        ("quantization/x.py", "from ptq.calibration.run import calibrate", True),
+        ("generation/x.py", "from ptq.evaluation import runs", True),
+        ("wan/x.py", "from ptq.checkpoint import shards\nimport torch", False),
+    ],
+)
+def test_the_check_itself_finds_what_it_should(tmp_path: Path, path: str, source: str, bad: bool) -> None:
+    file = tmp_path / "x.py"
+    file.write_text(source)
+    assert bool(violations(file, Path(path))) == bad
