@@ -65,22 +65,6 @@ class CalibrationPlan:
         """Chosen steps of each prompt."""
         return max(1, self.records_per_prompt // len(self.branches))
 
-    def describe(self) -> dict[str, str]:
-        """The plan for --dry-run."""
-        preset = self.preset
-        records = len(self.samples) * self.steps_per_prompt * len(self.branches)
-        channels = next(iter(self.layout.experts.values()))["in_channels"]
-        # Latent bytes in float32 with the VAE strides of the A14B models, an upper limit for TI2V-5B.
-        latent = 4 * channels * ((preset.num_frames - 1) // 4 + 1) * (preset.height // 8) * (preset.width // 8)
-        return {
-            "model": f"{self.layout.path} ({preset.variant})",
-            "prompts": f"{len(self.samples)} of {self.prompts_file['name']}",
-            "video": f"{preset.width}x{preset.height}, {preset.num_frames} frames, {preset.steps} steps",
-            "records": f"{records} ({self.steps_per_prompt} steps of each prompt, {' and '.join(self.branches)})",
-            "disk": f"at most {records * latent / 1e9:.2f} GB",
-            "denoiser calls": f"at most {len(self.samples) * preset.steps * len(self.branches)}",
-        }
-
     def settings(self) -> dict[str, Any]:
         """The part of calibration.json that must agree before two runs may share a directory."""
         captions = [

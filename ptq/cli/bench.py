@@ -1,4 +1,7 @@
-"""`ptq bench quantize`: throughput of quantize + pack and fake-quant. Parses and shows; the measuring is in ptq.runtime."""
+"""`ptq bench`: speed of quantize + pack and fake-quant here, of linear layers in bench_linear.py.
+
+Parses and shows; the measuring is in ptq.runtime.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from ptq.cli.bench_linear import linear
 from ptq.errors import UsageError
 
 bench_app = typer.Typer(help="Measure the speed of quantization and of quantized layers on this machine.")
@@ -16,6 +20,9 @@ bench_app = typer.Typer(help="Measure the speed of quantization and of quantized
 @bench_app.callback()
 def bench() -> None:
     """Measure the speed of quantization and of quantized layers on this machine."""
+
+
+bench_app.command()(linear)
 
 
 @bench_app.command()

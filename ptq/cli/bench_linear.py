@@ -54,22 +54,24 @@ def linear(
     if as_json:
         print_json(result.as_json())
         return
-    ui.table(
-        f"{result.device}, {result.threads} threads, torch {result.torch}; M x N x K, weights kept between calls",
-        ("shape", "candidate", "ms", "TFLOP/s", f"x {BASELINE[kind]}", "weight", "error"),
-        [
-            (
-                "x".join(map(str, one.shape)),
-                one.candidate,
-                f"{one.seconds * 1e3:.3f}",
-                f"{one.tflops:.3f}",
-                f"{one.speedup:.2f}",
-                format_bytes(one.weight_bytes),
-                "-" if one.error is None else f"{one.error:.1e}",
-            )
-            for one in result.measurements
-        ],
-    )
+    where = f"{result.device}, {result.threads} threads, torch {result.torch}"
+    for chosen_shape in chosen:
+        ui.table(
+            f"{'x'.join(map(str, chosen_shape))} (rows x outputs x inputs), {where}",
+            ("candidate", "ms", "TFLOP/s", f"x {BASELINE[kind]}", "weight kept", "error"),
+            [
+                (
+                    one.candidate,
+                    f"{one.seconds * 1e3:.3f}",
+                    f"{one.tflops:.3f}",
+                    f"{one.speedup:.2f}",
+                    format_bytes(one.weight_bytes),
+                    "-" if one.error is None else f"{one.error:.1e}",
+                )
+                for one in result.measurements
+                if one.shape == chosen_shape
+            ],
+        )
 
 
 def _parse_shape(text: str) -> tuple[int, int, int]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ptq.wan.structure import ModelLayout
 
 
 def calibrate(
@@ -29,23 +32,39 @@ def calibrate(
         bool, typer.Option("--skip-missing", help="Leave out prompts without their image.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Base seed of the initial latents.")] = 0,
-    shard: Annotated[str, typer.Option("--shard", help="Record only part i of N (i/N).")] = "0/1",
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    shard: Annotated[
+        str | None,
+        typer.Option("--shard", help="Record part i of N, from 0, as i/N. Default: what torchrun or SLURM says."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cuda, cuda:1, cpu. Default: the process's GPU, else the CPU.")
+    ] = None,
+    offload: Annotated[
+        str, typer.Option("--offload", help="Weights to the CPU between uses: none, model or sequential.")
+    ] = "none",
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw an earlier run in --out away.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    check: Annotated[
+        bool, typer.Option("--preflight/--no-preflight", help="Check weights, disk and memory before starting.")
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with estimates and stop.")] = False,
 ) -> None:
     """Run the original model on calibration prompts and record denoiser inputs. Resumes where it stopped.
 
     Example: ptq calibrate tiny --prompts prompts.txt --num-prompts 8 --out calibration
     """
     from ptq import ui
+    from ptq.calibration.plan import describe_plan, estimate
     from ptq.calibration.run import CalibrationPlan
     from ptq.calibration.run import calibrate as run
-    from ptq.cli.common import parse_shard, quiet_libraries
+    from ptq.cli.common import default_device, quiet_libraries, resolve_shard
     from ptq.prompts import read_prompts, require_media
-    from ptq.wan.loading import load_pipeline, resolve_model
+    from ptq.wan.loading import resolve_model
+    from ptq.wan.placing import check_offload
+    from ptq.wan.preflight import preflight
 
-    index, count = parse_shard(shard)
+    device = device or default_device()
+    check_offload(device, offload)
+    part = resolve_shard(shard)
     layout = resolve_model(model)
     overrides = {"steps": steps, "height": height, "width": width, "num_frames": num_frames}
     preset = layout.preset.model_copy(update={key: value for key, value in overrides.items() if value is not None})
@@ -54,14 +73,16 @@ def calibrate(
     )
     needs_images = layout.pipeline_class == "WanImageToVideoPipeline"
     samples = require_media(found, skip_missing=skip_missing) if needs_images else found.samples
-    plan = CalibrationPlan(
-        layout, preset, samples, records_per_prompt, seed, {"name": found.path.name, "sha256": found.sha256}
-    )
+    source = {"name": found.path.name, "sha256": found.sha256}
+    plan = CalibrationPlan(layout, preset, samples, records_per_prompt, seed, source)
     if dry_run:
-        ui.table("Calibration plan", ("", "value"), plan.describe().items())
+        ui.facts("Calibration plan", describe_plan(plan, out, part, device, offload))
         return
     quiet_libraries()
-    settings = run(plan, lambda: load_pipeline(model, device=device), out, shard=(index, count), fresh=fresh)
+    needed = estimate(plan, out, part, device, offload, timed=False)
+    if check and needed.prompts:
+        preflight(layout, needed.needs, out, device)
+    settings = run(plan, lambda: _load(layout, device, offload), out, shard=part, fresh=fresh)
     records = len(samples) * len(plan.branches) * plan.steps_per_prompt
     if settings["complete"]:
         ui.info(
@@ -69,3 +90,13 @@ def calibrate(
         )
     else:
         ui.info(f"This shard is done; records of other shards are still missing in {out}.")
+
+
+def _load(layout: ModelLayout, device: str, offload: str) -> Any:
+    import torch
+
+    from ptq.wan.loading import load_pipeline
+    from ptq.wan.placing import place_pipeline
+
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    return place_pipeline(load_pipeline(layout.path, dtype=dtype), device, offload)

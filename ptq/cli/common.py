@@ -1,13 +1,14 @@
-"""What several commands share: quiet libraries, shard options, printing JSON."""
+"""What several commands share: quiet libraries, shard and device of this process, printing JSON."""
 
 from __future__ import annotations
 
 import json
-import re
+import os
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ptq.errors import UsageError
+if TYPE_CHECKING:
+    from ptq.sharding import Shard
 
 
 def quiet_libraries() -> None:
@@ -22,16 +23,26 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|transformers|huggingface_hub)")
 
 
-def parse_shard(text: str) -> tuple[int, int]:
-    """ "i/N" -> (i, N), 0 <= i < N.
+def resolve_shard(text: str | None) -> Shard:
+    """`--shard i/N`, or what the launcher says; with several shards, say which this is."""
+    from ptq import ui
+    from ptq.sharding import detect_shard, parse_shard
 
-    Raises:
-        UsageError: anything else.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if match is None or not int(match[1]) < int(match[2]):
-        raise UsageError(f"--shard takes i/N with 0 <= i < N, for example 0/4; found {text!r}.")
-    return int(match[1]), int(match[2])
+    shard = parse_shard(text) if text is not None else detect_shard(os.environ)
+    if shard.count > 1:
+        ui.info(f"Shard {shard.index}/{shard.count} (from {shard.source}).")
+    return shard
+
+
+def default_device() -> str:
+    """The GPU of this process's local rank, or the CPU."""
+    import torch
+
+    from ptq.sharding import local_rank
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{local_rank(os.environ) % torch.cuda.device_count()}"
 
 
 def print_json(value: Any) -> None:

@@ -25,10 +25,13 @@ def doctor(
     facts = machine_facts()
     if checkpoint is not None:
         from ptq.checkpoint.manifest import verify_files
+        from ptq.checkpoint.placements import describe_placements
 
-        verify_files(checkpoint)
+        manifest = verify_files(checkpoint)
         facts[f"checkpoint {checkpoint}"] = "complete, every file as recorded in its manifest"
+        if manifest.format == "mxfp4":
+            facts |= describe_placements(checkpoint, {row.expert for row in manifest.layers})
     if as_json:
         print_json(facts)
     else:
-        ui.table("This machine", ("", "value"), facts.items())
+        ui.facts("This machine", facts)

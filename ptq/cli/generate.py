@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ptq.generation import Plan, Settings, Shard, Summary
+    from ptq.generation import Plan, Settings, Summary
     from ptq.prompts import Sample
     from ptq.wan.structure import ModelLayout
 
@@ -60,9 +60,15 @@ def generate(
     device: Annotated[
         str | None, typer.Option(help="cuda, cuda:1, cpu. Default: the process's GPU, else the CPU.")
     ] = None,
+    context_parallel: Annotated[
+        int, typer.Option("--context-parallel", min=1, help="GPUs that make each video together, under torchrun.")
+    ] = 1,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: bfloat16 on a GPU.")] = None,
     offload: Annotated[str, typer.Option(help="Weights to the CPU between uses: none, model or sequential.")] = "none",
     attention_backend: Annotated[str | None, typer.Option(help="Attention backend of diffusers.")] = None,
+    check: Annotated[
+        bool, typer.Option("--preflight/--no-preflight", help="Check weights, disk and memory before starting.")
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and estimates, do nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -70,13 +76,13 @@ def generate(
 
     Example: ptq generate out/hif4 --prompts prompts.txt --out runs/hif4 --samples-per-prompt 5
     """
-    from ptq.cli.common import quiet_libraries
+    from ptq.cli.common import default_device, quiet_libraries, resolve_shard
     from ptq.generation import identify_model, plan_run, run_generation
     from ptq.wan.loading import resolve_model
 
     layout = resolve_model(model)
     from_image = _starts_from_image(layout, image_to_video or image is not None)
-    device = device or _default_device()
+    device = device or default_device()
     overrides = {
         "steps": steps,
         "height": height,
@@ -97,16 +103,21 @@ def generate(
         image_to_video=from_image,
         save_frames=save_frames,
         attention_backend=attention_backend,
+        context_parallel=context_parallel,
     )
     reading = {"prompt_format": prompt_format, "limit": num_prompts, "exclude": exclude, "media_root": media_root or ()}
     samples, source = _resolve_samples(prompt, prompts, image, from_image, skip_missing, reading)
-    part = _resolve_shard(shard)
+    part = resolve_shard(shard if context_parallel == 1 else shard or "0/1")
     identity = identify_model(model, layout.path)
+    plan = plan_run(samples, settings, out, shard=part, samples_per_prompt=samples_per_prompt, fresh=fresh)
     if dry_run:
-        plan = plan_run(samples, settings, out, shard=part, samples_per_prompt=samples_per_prompt, fresh=fresh)
         _show_plan(plan, settings, identity.weight_bytes, as_json)
         return
     quiet_libraries()
+    if check and plan.to_make:
+        _preflight(layout, settings, plan.bytes_needed, out, device, offload)
+    if context_parallel > 1 and not _lead_group(layout, settings, device, offload):
+        return
     summary = run_generation(
         lambda: _load(layout, settings),
         samples,
@@ -123,9 +134,39 @@ def generate(
         device=device,
         offload=offload,
     )
+    if context_parallel > 1:
+        from ptq.generation.group import dismiss_group
+
+        dismiss_group()
     _show_summary(summary, out, as_json)
     if summary.remaining:
         raise typer.Exit(1)
+
+
+def _lead_group(layout: ModelLayout, settings: Settings, device: str, offload: str) -> bool:
+    """Join the group; True in its leader. The others follow and come back when the leader is done."""
+    import os
+
+    from ptq.generation.group import follow, join_group
+    from ptq.generation.sampling import Sampler
+
+    if join_group(settings, os.environ, device, offload) == 0:
+        return True
+    follow(lambda: Sampler(_load(layout, settings), settings, device))
+    return False
+
+
+def _preflight(layout: ModelLayout, settings: Settings, disk: int, out: Path, device: str, offload: str) -> None:
+    """Check weights, disk, memory and a trial checkpoint before the model is loaded."""
+    from ptq.wan.estimates import sampling_memory
+    from ptq.wan.placing import check_offload
+    from ptq.wan.preflight import Needs, preflight
+
+    check_offload(device, offload)
+    names = ("height", "width", "num_frames", "max_sequence_length")
+    preset = layout.preset.model_copy(update={name: getattr(settings, name) for name in names})
+    memory = sampling_memory(layout, preset, device, offload, decode=True)
+    preflight(layout, Needs(disk, memory["ram"], memory["vram"]), out, device)
 
 
 def _load(layout: ModelLayout, settings: Settings) -> Any:
@@ -134,19 +175,6 @@ def _load(layout: ModelLayout, settings: Settings) -> Any:
     from ptq.wan.loading import load_pipeline
 
     return load_pipeline(layout.path, dtype=getattr(torch, settings.dtype))
-
-
-def _resolve_shard(text: str | None) -> Shard:
-    """`--shard`, or what the launcher says; with several shards, say which this is."""
-    import os
-
-    from ptq import ui
-    from ptq.generation import detect_shard, parse_shard
-
-    shard = parse_shard(text) if text is not None else detect_shard(os.environ)
-    if shard.count > 1:
-        ui.info(f"Shard {shard.index}/{shard.count} (from {shard.source}).")
-    return shard
 
 
 def _starts_from_image(layout: ModelLayout, asked: bool) -> bool:
@@ -158,19 +186,6 @@ def _starts_from_image(layout: ModelLayout, asked: bool) -> bool:
     if asked and layout.preset.variant != "TI2V-5B":
         raise UsageError(f"{layout.path} is a text-to-video model; it cannot start from an image.")
     return asked
-
-
-def _default_device() -> str:
-    """The GPU of this process's local rank, or the CPU."""
-    import os
-
-    import torch
-
-    from ptq.sharding import local_rank
-
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{local_rank(os.environ) % torch.cuda.device_count()}"
 
 
 def _resolve_dtype(dtype: str | None, device: str) -> str:
@@ -263,4 +278,4 @@ def _show_plan(plan: Plan, settings: Settings, weight_bytes: int, as_json: bool)
         ("weights on disk", f"{format_bytes(weight_bytes)}; loading takes as much memory"),
         ("time, estimated", "known after the first video" if plan.seconds is None else format_seconds(plan.seconds)),
     ]
-    ui.table("Plan", ("", "value"), rows)
+    ui.facts("Plan", dict(rows))

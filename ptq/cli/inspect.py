@@ -30,7 +30,7 @@ def inspect(
     if as_json:
         print_json({"summary": summary(manifest), "layers": [row.model_dump(mode="json") for row in rows]})
         return
-    ui.table(f"{checkpoint}", ("", "value"), summary(manifest).items())
+    ui.facts(f"{checkpoint}", summary(manifest))
     ui.table(
         "Layers (relative output error on calibration tokens, inputs quantized)",
         ("layer", "shape", "weight SQNR", "rtn error", "error"),

@@ -25,13 +25,18 @@ def quantize(
     ] = "none",
     budget_scope: Annotated[str, typer.Option("--budget-scope", help="total or per-expert")] = "total",
     seed: Annotated[int, typer.Option("--seed", help="Of token subsamples.")] = 0,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option("--device", help="cuda, cuda:1, cpu. Default: the process's GPU, else the CPU.")
+    ] = None,
     max_memory: Annotated[
         float | None, typer.Option("--max-memory", help="GB for hidden states; more goes to disk.")
     ] = None,
     link: Annotated[bool, typer.Option("--link", help="Link unchanged components instead of copying them.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw an unfinished run away.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    check: Annotated[
+        bool, typer.Option("--preflight/--no-preflight", help="Check weights, disk and memory before starting.")
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with estimates and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Quantize the block Linears of every expert to 4 bits and write a checkpoint that diffusers loads.
@@ -40,16 +45,18 @@ def quantize(
     """
     from ptq import formats, ui
     from ptq.calibration.records import CalibrationSet
-    from ptq.cli.common import print_json, quiet_libraries
+    from ptq.cli.common import default_device, print_json, quiet_libraries
     from ptq.config import load_recipe
     from ptq.errors import UsageError
-    from ptq.quantization.plan import describe_plan
-    from ptq.quantization.run import QuantizeOptions
+    from ptq.quantization.plan import describe_plan, estimate_needs
+    from ptq.quantization.run import QuantizeOptions, check_inputs
     from ptq.quantization.run import quantize as run
     from ptq.quantization.settings import QuantizeSettings, parse_high_precision
     from ptq.wan.loading import resolve_model
+    from ptq.wan.preflight import preflight
 
     formats.get(format_name)
+    device = device or default_device()
     if budget_scope not in ("total", "per-expert"):
         raise UsageError(f"--budget-scope takes total or per-expert, found {budget_scope!r}.")
     layout = resolve_model(model)
@@ -66,16 +73,19 @@ def quantize(
     )
     records = CalibrationSet(calibration)
     if dry_run:
-        ui.table("Quantization plan", ("", "value"), describe_plan(layout, records, settings).items())
+        ui.facts("Quantization plan", describe_plan(layout, records, settings, device))
         return
     quiet_libraries()
+    check_inputs(layout, records, settings)
+    if check:
+        preflight(layout, estimate_needs(layout, records, settings, device, link=link), out, device, format_name)
     limit = None if max_memory is None else int(max_memory * 1e9)
     options = QuantizeOptions(device=device, max_memory=limit, link=link, fresh=fresh)
     manifest = run(layout, records, settings, out, options)
     if as_json:
         print_json(summary(manifest))
     else:
-        ui.table(f"{out}", ("", "value"), summary(manifest).items())
+        ui.facts(f"{out}", summary(manifest))
 
 
 def summary(manifest: Manifest) -> dict[str, object]:

@@ -15,10 +15,10 @@ LISTED_FAILURES = 5
 
 
 def status(
-    directory: Annotated[Path, typer.Argument(help="Directory of the run (--out of `ptq generate`).")],
+    directory: Annotated[Path, typer.Argument(help="--out of `ptq generate` or of `ptq calibrate`.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Show the state of a generation run: units done, failed and remaining, rates, time left.
+    """Show the state of a generation run (units, rates, time left) or of a calibration directory.
 
     Example: ptq status runs/hif4
     """
@@ -26,6 +26,9 @@ def status(
     from ptq.cli.common import print_json
     from ptq.generation import read_status
 
+    if (directory / "calibration.json").is_file():
+        _show_calibration(directory, as_json)
+        return
     state = read_status(directory)
     if as_json:
         print_json(state.as_json())
@@ -37,6 +40,18 @@ def status(
         ui.console.print(f"failed: {name}: {error}", highlight=False, markup=False)
     if len(state.failed) > LISTED_FAILURES:
         ui.console.print(f"... and {len(state.failed) - LISTED_FAILURES} more (--json lists all)", markup=False)
+
+
+def _show_calibration(directory: Path, as_json: bool) -> None:
+    from ptq import ui
+    from ptq.calibration.status import read_status
+    from ptq.cli.common import print_json
+
+    state = read_status(directory)
+    if as_json:
+        print_json(state.as_json())
+    else:
+        ui.console.print(state.describe(), highlight=False, markup=False)
 
 
 def _row(shard: ShardStatus) -> tuple[object, ...]:

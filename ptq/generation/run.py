@@ -162,6 +162,10 @@ def _make_worker(
     from ptq.generation.worker import Worker
 
     def load_sampler() -> Sampler:
+        if settings.context_parallel > 1:
+            from ptq.generation.group import LeadingSampler
+
+            return LeadingSampler(pipe_loader, settings, device)
         return Sampler(pipe_loader(), settings, device, offload)
 
     return Worker(directory, manifests, claims, model, load_sampler, device)

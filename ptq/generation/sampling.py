@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,19 +61,33 @@ class Sampler:
         for module in self._experts.values():
             _set_attention(module, settings.attention_backend)
         place_pipeline(self.pipe, device, offload)
+        if settings.context_parallel > 1:
+            from ptq.generation.group import split_tokens
+
+            split_tokens(self._experts, settings, self._tokens())
         self.pipe.set_progress_bar_config(disable=True)
 
-    def initial_latents(self, seed: int) -> torch.Tensor:
-        """The noise that the pipeline itself would draw from a CPU generator: float32 [1, C, T, H, W]."""
+    def _latent_shape(self) -> tuple[int, ...]:
+        """[1, C, T, H, W]."""
         pipe, settings = self.pipe, self.settings
-        shape = (
+        return (
             1,
             pipe.vae.config.z_dim,
             (settings.num_frames - 1) // pipe.vae_scale_factor_temporal + 1,
             settings.height // pipe.vae_scale_factor_spatial,
             settings.width // pipe.vae_scale_factor_spatial,
         )
+
+    def initial_latents(self, seed: int) -> torch.Tensor:
+        """The noise that the pipeline itself would draw from a CPU generator: float32 [1, C, T, H, W]."""
+        shape = self._latent_shape()
         return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
+
+    def _tokens(self) -> int:
+        """Tokens of one video in the experts."""
+        patch = next(iter(self._experts.values())).config.patch_size
+        sizes = self._latent_shape()[2:]
+        return math.prod(size // side for size, side in zip(sizes, patch, strict=True))
 
     def make(self, prompt: str, seed: int, image: np.ndarray | None, on_step: StepCallback) -> Sampled:
         """Make one video.
@@ -96,7 +111,7 @@ class Sampler:
 
             def after_step(_: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
                 if not torch.isfinite(tensors["latents"]).all():
-                    where = find_nonfinite(self._experts, recorder.calls)
+                    where = self._diagnose(recorder)
                     raise BrokenOutputError(
                         f"Step {step + 1} of {settings.steps} (timestep {float(timestep):.0f}) gave latents that are not "
                         f"finite: {where}."
@@ -124,6 +139,11 @@ class Sampler:
         check_frames(frames, settings.steps)
         latents = final[0].to("cpu", torch.float32).contiguous()
         return Sampled(hashlib.sha256(initial[0].numpy().tobytes()).hexdigest(), latents, frames)
+
+    def _diagnose(self, recorder: CallRecorder) -> str:
+        if self.settings.context_parallel > 1:  # processes would stop at different layers and wait for each other
+            return "run without --context-parallel to have the layer named"
+        return find_nonfinite(self._experts, recorder.calls)
 
 
 @torch.no_grad()

@@ -26,7 +26,8 @@ class Settings:
     height, width: pixels. fps: frames a second of the video file. guidance_scale: of the high-noise expert (or the only
     one); guidance_scale_2: of the low-noise expert, None with one expert. seed: base of the unit seeds. dtype: of the
     loaded weights ("float32" or "bfloat16"). image_to_video: units start from their sample's image.
-    attention_backend: name for diffusers' `set_attention_backend`, None for its default.
+    attention_backend: name for diffusers' `set_attention_backend`, None for its default. context_parallel: processes that
+    make each video together.
     """
 
     height: int
@@ -44,9 +45,10 @@ class Settings:
     image_to_video: bool = False
     save_frames: bool = False
     attention_backend: str | None = None
+    context_parallel: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "num_frames", "fps", "steps", "max_sequence_length"):
+        for name in ("height", "width", "num_frames", "fps", "steps", "max_sequence_length", "context_parallel"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, found {getattr(self, name)}.")
         if self.flow_shift <= 0:

@@ -22,6 +22,7 @@ from ptq import ui
 from ptq.errors import DamagedFileError, PtqError
 from ptq.fs import sha256_file, write_bytes
 from ptq.generation.claims import Claims
+from ptq.generation.group import LostGroupError
 from ptq.generation.manifest import Line, Manifests
 from ptq.generation.rundir import RunDirectory
 from ptq.generation.sampling import BrokenOutputError, Sampled, Sampler, StepCallback
@@ -168,6 +169,8 @@ class Worker:
         self.manifests.append({**line, "finished": _now(), "status": "failed", "error": text})
         self.manifests.refresh()
         ui.warn(f"Unit {unit.name} failed: {text}")
+        if isinstance(error, LostGroupError):
+            raise error
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
         elif isinstance(error, torch.AcceleratorError):

@@ -1,18 +1,42 @@
-"""What `ptq quantize --dry-run` prints: sizes, records, memory and disk, before anything is spent."""
+"""What `ptq quantize` will take: sizes, records, memory, disk, time, before anything is spent."""
 
 from __future__ import annotations
+
+import psutil
+import torch
 
 from ptq import formats
 from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.shards import ShardSet
+from ptq.quantization.block import needs_hessian
 from ptq.quantization.coverage import measure_coverage, tokens_of
 from ptq.quantization.run import check_inputs
 from ptq.quantization.settings import QuantizeSettings
+from ptq.ui.progress import format_seconds
+from ptq.wan.estimates import (
+    EFFICIENCY,
+    CallSize,
+    denoiser_activation_bytes,
+    forward_flops,
+    hessian_flops,
+    input_widths,
+    measure_rate,
+    solve_flops,
+    width,
+)
+from ptq.wan.preflight import Needs, gigabytes
 from ptq.wan.structure import ModelLayout
 
+STREAM_BYTES = 4
+"""Hidden states of both streams are counted in float32."""
+SOLVER_COPIES = 3
+"""Matrices of the widest input's size alive while it is solved: Hessian, its transform, the factor."""
 
-def describe_plan(layout: ModelLayout, calibration: CalibrationSet, settings: QuantizeSettings) -> dict[str, str]:
-    """Name -> value. Checks the inputs as the run would.
+
+def describe_plan(
+    layout: ModelLayout, calibration: CalibrationSet, settings: QuantizeSettings, device: str
+) -> dict[str, str]:
+    """Name -> value for --dry-run. Checks the inputs as the run would.
 
     Raises:
         PtqError: whatever would stop the run before its first block.
@@ -21,23 +45,100 @@ def describe_plan(layout: ModelLayout, calibration: CalibrationSet, settings: Qu
     shards = {expert: ShardSet(layout.path / expert) for expert in layout.experts}
     coverage = measure_coverage(layout, shards, calibration, settings)
     plan = {"model": f"{layout.path} ({layout.preset.variant})", "format": formats.get(settings.format).name}
-    for expert, config in layout.experts.items():
-        records = calibration.of_expert(expert)
-        width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-        tokens = tokens_of(calibration, records[0], config)
-        streams = 2 * 4 * width * tokens * len(records)
+    for expert in layout.experts:
+        records = len(calibration.of_expert(expert))
         plan[expert] = (
-            f"{layout.num_blocks(expert)} blocks, {len(records)} records of {tokens} tokens, "
-            f"hidden states {streams / 1e9:.2f} GB"
+            f"{layout.num_blocks(expert)} blocks, {records} records of {_size(layout, calibration, expert).tokens} "
+            f"tokens, hidden states {gigabytes(stream_bytes(layout, calibration, expert))}"
         )
-    unchanged = coverage.original_bytes - sum(
-        entry.nbytes
-        for shard in shards.values()
-        for name, entry in shard.entries.items()
-        if name.endswith(".weight") and ".blocks." in f".{name}" and len(entry.shape) == 2
-    )
+    needs = estimate_needs(layout, calibration, settings, device)
     plan["recipe"] = f"{settings.recipe_name}: {settings.recipe.description}"
-    plan["weights before"] = f"{coverage.original_bytes / 1e9:.3f} GB"
-    plan["weights after"] = f"{(coverage.quantized_bytes + unchanged) / 1e9:.3f} GB"
+    plan["experts before"] = gigabytes(coverage.original_bytes)
+    plan["experts after"] = gigabytes(packed_bytes(layout, settings))
     plan["W4A4 share of Linear parameters"] = f"{coverage.parameter_share:.2%}"
+    plan["disk while it runs, estimated"] = gigabytes(needs.disk)
+    plan["RAM, estimated"] = gigabytes(needs.ram)
+    if device != "cpu":
+        plan["GPU memory, estimated"] = gigabytes(needs.vram)
+    auto = ", without the search of --high-precision auto" if settings.auto_protect else ""
+    seconds = estimate_seconds(layout, calibration, settings, device)
+    plan["time, estimated"] = f"{format_seconds(seconds)} on {device}{auto}"
     return plan
+
+
+def _size(layout: ModelLayout, calibration: CalibrationSet, expert: str) -> CallSize:
+    record = calibration.of_expert(expert)[0]
+    c, t, h, w = calibration.shape(record)
+    tokens = tokens_of(calibration, record, layout.experts[expert])
+    return CallSize(tokens, calibration.text_tokens(record), (c, t, h, w))
+
+
+def stream_bytes(layout: ModelLayout, calibration: CalibrationSet, expert: str) -> int:
+    """Bytes of both streams of hidden states of an expert's records."""
+    tokens = _size(layout, calibration, expert).tokens
+    return 2 * STREAM_BYTES * width(layout.experts[expert]) * tokens * len(calibration.of_expert(expert))
+
+
+def packed_bytes(layout: ModelLayout, settings: QuantizeSettings) -> int:
+    """Bytes of all experts after quantization."""
+    bits = formats.get(settings.format).bits_per_value
+    total = 0.0
+    for expert in layout.experts:
+        per_block = sum(n * k for n, k in layout.linear_shapes(expert).values())
+        quantized = per_block * (layout.num_blocks(expert) - len(settings.high_precision.get(expert, ())))
+        entries = ShardSet(layout.path / expert).entries.values()
+        itemsize = max(entry.torch_dtype.itemsize for entry in entries)
+        total += sum(entry.nbytes for entry in entries) - quantized * itemsize + quantized * bits / 8
+    return int(total)
+
+
+def estimate_needs(
+    layout: ModelLayout, calibration: CalibrationSet, settings: QuantizeSettings, device: str, *, link: bool = False
+) -> Needs:
+    """Disk, RAM and GPU memory of a whole run.
+
+    Disk: finished blocks and the final shards at the same time, the copied components, and the streams where they do not
+    fit into half of the RAM. Memory: the streams (in RAM, or paged from disk), one block, its statistics, one forward.
+    """
+    streams = max(stream_bytes(layout, calibration, expert) for expert in layout.experts)
+    in_ram = streams <= psutil.virtual_memory().available // 2
+    others = sum(
+        file.stat().st_size
+        for folder in layout.path.iterdir()
+        if folder.name not in layout.experts and folder.is_dir()
+        for file in folder.rglob("*")
+        if file.is_file()
+    )
+    disk = 2 * packed_bytes(layout, settings) + (0 if link else others) + (0 if in_ram else streams)
+    work = max(_working_bytes(layout, calibration, settings, expert, device) for expert in layout.experts)
+    ram = streams if in_ram else 0
+    return Needs(disk, ram + work, 0) if device == "cpu" else Needs(disk, ram, work)
+
+
+def _working_bytes(
+    layout: ModelLayout, calibration: CalibrationSet, settings: QuantizeSettings, expert: str, device: str
+) -> int:
+    config = layout.experts[expert]
+    float_bytes = 4 if device == "cpu" else 2
+    block = sum(n * k for n, k in layout.linear_shapes(expert).values()) * float_bytes
+    widths = input_widths(config).values()
+    hessians = sum(4 * k * k for k in widths) + SOLVER_COPIES * 4 * max(widths) ** 2 if needs_hessian(settings) else 0
+    return block + hessians + denoiser_activation_bytes(config, _size(layout, calibration, expert), float_bytes)
+
+
+def estimate_seconds(
+    layout: ModelLayout, calibration: CalibrationSet, settings: QuantizeSettings, device: str
+) -> float:
+    """Time of a whole run: each record through each block twice (three times with propagated inputs), Hessians, solves."""
+    rate = measure_rate(device, torch.float32 if device == "cpu" else torch.bfloat16)
+    rate32 = rate if device == "cpu" else measure_rate(device, torch.float32)
+    passes = 3 if settings.recipe.records.inputs == "propagated" else 2
+    seconds = 0.0
+    for expert, config in layout.experts.items():
+        size, records = _size(layout, calibration, expert), len(calibration.of_expert(expert))
+        seconds += passes * records * forward_flops(config, size) / (rate * EFFICIENCY)
+        if needs_hessian(settings):
+            seconds += records * hessian_flops(config, size) / (rate32 * EFFICIENCY)
+        if settings.recipe.rounding == "gptq":
+            seconds += solve_flops(config) / (rate32 * EFFICIENCY)
+    return seconds

@@ -104,7 +104,7 @@ def points(estimate: Estimate | None) -> Cell:
 
 def _interval(estimate: Estimate | None, scale: float, unit: str) -> Cell:
     if estimate is None:
-        return Cell("undefined")
+        return Cell("no ratio to 0")
     value = scale * estimate.value
     if estimate.low is None or estimate.high is None:
         return Cell(f"{signed(value, 2)}{unit} [no interval]", (estimate.value,))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 
 from ptq.evaluation.statistics import AGGREGATES
 from ptq.report.facts import Facts
@@ -22,17 +23,17 @@ from ptq.report.schema import Estimate, Evaluation
 
 BLUE, ORANGE, GREY = "#1f4e79", "#c55a11", "#8a8a8a"
 WIDTH = 7.2
-_LOWEST_DB = -120.0
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn figure; `alt` says in words what it shows."""
+    """A drawn figure; `alt` says in words what it shows; `wide`: small screens scroll it instead of shrinking it."""
 
     key: str
     title: str
     svg: bytes
     alt: str
+    wide: bool = False
 
 
 def draw_figures(facts: Facts) -> list[Figure]:
@@ -86,9 +87,8 @@ def _loss(evaluation: Evaluation) -> Figure:
 
 
 def _decibel(error: float | None) -> float:
-    if error is None:
-        return math.nan
-    return max(10 * math.log10(error), _LOWEST_DB) if error > 0 else _LOWEST_DB
+    """NaN (drawn as a gap) where there is no error or no figure: a zero would swallow the colour scale."""
+    return 10 * math.log10(error) if error else math.nan
 
 
 def _heatmaps(facts: Facts, expert: str) -> list[Figure]:
@@ -107,15 +107,16 @@ def _heatmaps(facts: Facts, expert: str) -> list[Figure]:
     indices = [row.block for row in blocks]
     drawn = _svg(f"heat-{expert}", 4.0, lambda canvas: _draw_heat(canvas, error, stream, names, indices))
     protected = [str(row.block) for row in blocks if row.high_precision]
-    words = f" Hatched: blocks {', '.join(protected)} in high precision." if protected else ""
+    words = f" Hatched: high precision (blocks {', '.join(protected)})." if protected else ""
+    mark = "; hatched: high precision" if protected else ""
     figures = []
     if names:
         alt = f"Relative output error in dB of every layer and, below, of the hidden states after each block of {expert}.{words}"
-        figures.append(Figure(f"heat-{expert}", f"{expert}: error of each layer and block (dB, lower is better)", drawn, alt))
+        figures.append(Figure(f"heat-{expert}", f"{expert}: error of each layer and block (dB, lower is better{mark})", drawn, alt, True))
     if np.nanmax(np.abs(gain), initial=0.0) > 0.005:
         svg = _svg(f"gain-{expert}", 3.2, lambda canvas: _draw_gain(canvas, gain, names, indices))
         alt = f"How many dB lower the output error of every layer of {expert} is than with plain rounding in the same basis.{words}"
-        figures.append(Figure(f"gain-{expert}", f"{expert}: gain over plain rounding (dB, higher is better)", svg, alt))
+        figures.append(Figure(f"gain-{expert}", f"{expert}: gain over plain rounding (dB, higher is better{mark})", svg, alt, True))
     return figures
 
 
@@ -134,11 +135,11 @@ def _cells(axes: Any, values: np.ndarray, names: list[str], blocks: list[int], *
 
 
 def _draw_heat(canvas: Canvas, error: np.ndarray, stream: np.ndarray, names: list[str], blocks: list[int]) -> None:
-    top, bottom = canvas.subplots(2, 1, height_ratios=[max(len(names), 1), 1.3])
+    top, bottom = canvas.subplots(2, 1, height_ratios=[max(len(names), 1), 2.0])
     mesh = _cells(top, error, names, blocks, cmap="cividis")
     canvas.colorbar(mesh, ax=top, label="layer output error, dB", pad=0.01)
     mesh = _cells(bottom, stream, ["hidden states"], blocks, cmap="cividis")
-    canvas.colorbar(mesh, ax=bottom, label="dB", pad=0.01)
+    canvas.colorbar(mesh, ax=bottom, label="dB", pad=0.01, ticks=MaxNLocator(2))
     bottom.set_xlabel("block")
 
 
@@ -161,7 +162,7 @@ def _sensitivity(sensitivity: Any) -> Figure:
             colours = [ORANGE if (expert, row["block"]) in picked else BLUE for row in rows]
             hatches = ["//" if (expert, row["block"]) in picked else "" for row in rows]
             axes.bar([row["block"] for row in rows], [row["error"] for row in rows], color=colours, hatch=hatches, edgecolor="white")
-            axes.set_title(expert, loc="left", fontsize=9)
+            axes.set_title(expert, loc="right", fontsize=9)
             axes.set_ylabel("denoiser error")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))

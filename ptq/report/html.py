@@ -44,7 +44,7 @@ def build_html(facts: Facts, clips: list[Clip]) -> bytes:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     environment.filters["exact"] = repr
-    template = environment.from_string(read_template("report.html.j2"))
+    template = environment.from_string(read_template("report.html"))
     figures = draw_figures(facts)
     steps = reproduction(facts)
     return template.render(

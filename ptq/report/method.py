@@ -14,6 +14,7 @@ from typing import Any
 from ptq.checkpoint.manifest import Manifest
 from ptq.config import Recipe
 from ptq.report.cells import flatten, plain
+from ptq.report.facts import FORMAT_NAMES
 
 FORMAT_TEXT = {
     "mxfp4": "MXFP4 (OCP Microscaling v1.0): groups of 32 values along the input dimension share one power-of-two scale; each "
@@ -119,7 +120,7 @@ def _scales(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
             "scales",
             "Searched group scales",
             f"The scale of each weight group is the one with the smallest weighted error ({tried}). The stored numbers are plain "
-            f"{manifest.format.upper()}.",
+            f"{FORMAT_NAMES[manifest.format]}.",
         )
     rule = recipe.get("weight_scale_rule")
     return Step("", "Weight scales", f"Weight scales follow the rule {rule}.") if rule else None

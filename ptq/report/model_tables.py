@@ -66,7 +66,7 @@ def _size(manifest: Manifest, checkpoint: Path) -> Table:
         ("transformers, original weight files", size(c.original_bytes)),
         ("transformers, packed weight files", size(on_disk)),
         ("blocks kept in high precision", protected),
-        ("allowed by the rules", f"{BUDGET[manifest.format]}, counted {manifest.budget_scope.replace('-', ' ')}"),
+        ("allowed by the rules", f"{BUDGET[manifest.format]} {'in each expert' if manifest.budget_scope == 'per-expert' else 'in total'}"),
         ("quantization took", Cell(f"{manifest.seconds:.0f} s", (manifest.seconds,))),
         ("peak memory", size(manifest.peak_memory_bytes)),
     ]

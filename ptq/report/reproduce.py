@@ -45,7 +45,7 @@ class Steps:
 
 def reproduction(facts: Facts) -> Steps:
     """Every command from the original model to this report."""
-    commands, missing = [f"pip install wan-ptq=={facts.evaluation.ptq_version}"], []
+    commands, missing = [f"pip install .  # in the source directory of wan-ptq {facts.evaluation.ptq_version}"], []
     model = facts.evaluation.reference.model
     if model is None:
         missing.append("The original model's name was not recorded.")
@@ -75,7 +75,7 @@ def join(*parts: str | int | float) -> str:
 
 
 def _plain_recipe(manifest: Manifest) -> dict[str, Any]:
-    return {key: value for key, value in manifest.recipe.items() if value is not None}
+    return {key: value for key, value in manifest.recipe.items() if value is not None and key != "description"}
 
 
 def _quantize(
@@ -114,6 +114,8 @@ def _generate(model: str, prompts: str, out: str, settings: Mapping[str, Any], f
     flags: dict[str, str | int | float] = {
         flag: settings[name] for name, flag in _GENERATE_FLAGS.items() if settings.get(name) is not None
     }
+    if settings.get("negative_prompt") == _default_negative_prompt(facts):
+        flags.pop("--negative-prompt", None)
     if plan.get("samples_per_prompt", 1) != 1:
         flags["--samples-per-prompt"] = plan["samples_per_prompt"]
     samples = (plan.get("prompts") or {}).get("samples")
@@ -121,6 +123,11 @@ def _generate(model: str, prompts: str, out: str, settings: Mapping[str, Any], f
         flags["--num-prompts"] = samples
     switches = [f"--{name.replace('_', '-')}" for name in ("save_frames", "image_to_video") if settings.get(name)]
     return join("ptq", "generate", model, "--prompts", prompts, "--out", out, *_listed(flags), *switches)
+
+
+def _default_negative_prompt(facts: Facts) -> str | None:
+    """What `ptq generate` takes without the option, where the model's variant is known."""
+    return load_preset(facts.manifest.variant).negative_prompt if facts.manifest else None
 
 
 def _evaluate(facts: Facts) -> str:

@@ -37,15 +37,15 @@ def _gate(evaluation: Evaluation) -> Table:
     rows = [
         (
             name.replace("_", " "),
-            count(value.units),
+            percent(value.relative_loss),
             number(value.reference),
             number(value.candidate),
             points(value.points),
-            percent(value.relative_loss),
+            count(value.units),
         )
         for name, value in evaluation.dimensions.items()
     ]
-    columns = ("dimension", "videos", "original", "quantized", "loss in points", "loss, 95 % interval")
+    columns = ("dimension", "loss, 95 % interval", "original", "quantized", "loss in points", "videos")
     return Table.of("gate", "Loss by dimension", columns, rows, "Positive: the quantized model is worse.")
 
 

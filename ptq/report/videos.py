@@ -127,7 +127,7 @@ def encode(frames: Iterator[np.ndarray], fps: float, size: tuple[int, int]) -> b
     """A small mp4 of RGB frames, scaled to (width, height); the same frames give the same bytes."""
     buffer = io.BytesIO()
     try:
-        with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact", "movflags": "+faststart"}) as container:
+        with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
             stream = container.add_stream(CODEC, rate=round(fps), options={**ENCODER_OPTIONS, "crf": _PREVIEW_CRF})
             stream.width, stream.height, stream.pix_fmt = *size, PIXEL_FORMAT
             stream.thread_count = 1

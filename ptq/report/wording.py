@@ -47,7 +47,7 @@ def headline(facts: Facts) -> str:
         what = f"{facts.format_name} scores {percent} % above the original"
     else:
         what = f"{facts.format_name} loses {percent} % of the original's score"
-    return f"{what}{_interval_words(evaluation)} on {videos}: {ending}"
+    return f"{what}{_interval_words(evaluation)} on {videos}: {ending}".replace(" %", "\u00a0%")
 
 
 def _interval_words(evaluation: Evaluation) -> str:
@@ -55,7 +55,7 @@ def _interval_words(evaluation: Evaluation) -> str:
     if loss is None or loss.low is None or loss.high is None:
         return " (no interval could be computed)"
     # An interval of the loss: a negative loss is a gain.
-    low, high = signed(100 * loss.low, 2), signed(100 * loss.high, 2)
+    low, high = (signed(100 * bound, 2).lstrip("+") for bound in (loss.low, loss.high))
     return f" (loss between {low} and {high} % with {100 * evaluation.bootstrap.confidence:g} % confidence)"
 
 

@@ -22,7 +22,7 @@ import torch
 
 from ptq import ui
 from ptq.errors import UsageError
-from ptq.runtime.exactness import Placement
+from ptq.runtime.exactness import BF16_DECODED, Placement
 from ptq.runtime.spec import QuantSpec
 
 BACKENDS = ("triton-fp8", "scaled-mm", "dot-scaled", "bf16-decode", "cpu")
@@ -148,6 +148,19 @@ def _mxfp4_obstacle(backend: str, shape: Shape, placement: Placement, machine: M
     if shape.n % 16 or shape.k % 16:
         return f"torch._scaled_mm needs N and K to be multiples of 16, found {shape.n} and {shape.k}"
     return None
+
+
+def preview(machine: Machine) -> dict[str, str]:
+    """Format -> "backend: reason" for a large layer on this machine, for `ptq doctor`; what is forced counts."""
+    found = {}
+    for name, placement in (("mxfp4", Placement("e4m3", 0, None, "a usual weight")), ("hif4", BF16_DECODED)):
+        try:
+            choice = choose(QuantSpec(name), Shape(32760, 5120, 5120), placement, machine, forced_backend())
+        except UsageError as error:
+            found[name] = str(error)
+        else:
+            found[name] = f"{choice.backend}: {choice.reason}"
+    return found
 
 
 def machine_of(device: torch.device) -> Machine:

@@ -40,7 +40,7 @@ class Measurement:
         seconds: median of a call, input quantization and weight expansion included.
         tflops: 2 M N K / seconds / 1e12.
         speedup: seconds of the baseline (float32 on a CPU, bf16 on a GPU) / seconds.
-        weight_bytes: what the candidate keeps of the weight between calls.
+        weight_bytes: what the candidate keeps of the weight between calls (ours on a CPU: codes and decoded cache).
         error: largest difference to the float64 product of what was multiplied, relative to its largest value (None for
             candidates that quantize to another format).
     """
@@ -115,11 +115,17 @@ def measure_shape(shape: tuple[int, int, int], device: torch.device, repeats: in
 
 
 def median_seconds(runs: dict[str, Run], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median seconds of each candidate; they take turns in every round, two warm-up rounds first."""
+    """Median seconds of each candidate, two warm-up rounds first.
+
+    All take a turn in every round, each time in a shifted order: on a busy machine the scheduler's time slices would
+    otherwise keep hitting the same candidate.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
     for round_index in range(repeats + 2):
-        for name, run in runs.items():
-            elapsed = _timed(run, device)
+        names = [*names[1:], names[0]]
+        for name in names:
+            elapsed = _timed(runs[name], device)
             if round_index >= 2:
                 times[name].append(elapsed)
     return {name: statistics.median(values) for name, values in times.items()}
@@ -153,10 +159,12 @@ def _candidates(x: Tensor, weight: Tensor) -> dict[str, tuple[Run, int, QuantSpe
         decoded = cpu.decode(layer.weight_packed, layer.weight_scale, name).to(x.dtype)
         fake = _fake_quant(x, decoded, spec)
         packed = layer.weight_packed.nbytes + layer.weight_scale.nbytes
+        cached = decoded.numel() * 4 if x.device.type == "cpu" else 0
+        kept = packed + (cached if cached <= cpu.decoded_cache.limit_bytes else 0)
         found[f"{name} fake-quant"] = (fake, decoded.nbytes, spec)
         if name == "mxfp4" and x.device.type == "cuda":
             found["mxfp4 plain dot_scaled"] = (_plain_dot_scaled(x, layer), packed, spec)
-        found[f"{name} ptq"] = (_layer_call(layer, x), packed, spec)
+        found[f"{name} ptq"] = (_layer_call(layer, x), kept, spec)
     return found
 
 

@@ -13,6 +13,8 @@ HiF4 scales have mantissas: its values need six significant bits and fit bfloat1
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +35,7 @@ E_REF = 0
 to 65536. Saturation is the harmful side and would need activations that float16 cannot hold either."""
 FACTOR_LIMIT = 100
 """Largest |exponent| of a placement: beyond it the product of factors could leave float32's normal range."""
-DTYPES = {
+DTYPES: dict[Kind, torch.dtype] = {
     "e4m3": torch.float8_e4m3fn,
     "e4m3-row": torch.float8_e4m3fn,
     "e5m2": torch.float8_e5m2,
@@ -112,6 +114,14 @@ def nonzero_blocks(packed: Tensor) -> Tensor:
     """Packed MXFP4 codes uint8 [..., K/2] -> bool [..., K/32]: which blocks have a non-zero magnitude."""
     blocks = packed.reshape(*packed.shape[:-1], packed.shape[-1] // 16, 16)
     return ((blocks & 0x77) != 0).any(-1)
+
+
+def summarize(placements: Mapping[str, Placement]) -> list[str]:
+    """Layer name -> placement, as lines for `ptq doctor`: a count of each kind, then every layer below the top step."""
+    counts = Counter(placement.kind for placement in placements.values())
+    lines = [f"{kind}: {counts[kind]} of {len(placements)} layers" for kind in DTYPES if counts[kind]]
+    lower = {name: one for name, one in placements.items() if one.kind != "e4m3"}
+    return lines + [f"{name}: {one.kind}, {one.reason}" for name, one in lower.items()]
 
 
 def count_outside(values_packed: Tensor, scales: Tensor, e_ref: int = E_REF) -> tuple[int, int]:

@@ -11,6 +11,9 @@ from ptq.solvers.bias import weighted_mean
 from ptq.solvers.stats import InputStats
 from ptq.transforms import rotate_hessian, rotate_input, rotate_weight, smooth_hessian, smooth_input, smooth_weight
 
+NEGLIGIBLE = 1e-4
+"""Share of a Hessian's mean diagonal below which a negative entry is rounding, not an error."""
+
 
 @dataclass(frozen=True)
 class Basis:
@@ -29,7 +32,13 @@ class Basis:
 
     def hessian(self, h_kk: Tensor) -> Tensor:
         """Sum of x x^T of raw inputs -> the same sum of inputs in this basis, in the dtype of `h_kk`."""
-        return rotate_hessian(smooth_hessian(h_kk, self.smooth_k), self.rotation)
+        rotated = rotate_hessian(smooth_hessian(h_kk, self.smooth_k), self.rotation)
+        if self.rotation:
+            # Few tokens leave directions without energy; rounding may put them a little below zero.
+            diagonal = rotated.diagonal()
+            negligible = (diagonal < 0) & (diagonal > -NEGLIGIBLE * diagonal.mean())
+            diagonal.masked_fill_(negligible, 0.0)
+        return rotated
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,10 @@ def factorize(
     h = h_kk.to(dtype)[reverse][:, reverse]
     live = int((~dead).sum())
     mean = float(diagonal.double().sum()) / max(live, 1)
-    # A dead column is decoupled from all others: a unit pivot keeps it so.
+    # A dead column is decoupled from all others, up to rounding: an average pivot and exact zeros keep it so.
+    if live < len(h):
+        h[dead[reverse]] = 0
+        h[:, dead[reverse]] = 0
     h.diagonal().add_(dead[reverse].to(dtype) * (mean or 1.0))
     original = h.diagonal().clone()
     retries = 0

@@ -5,7 +5,7 @@ Rich live display on a terminal, plain lines otherwise (a log file gets a line a
 appended to a JSONL file for machines.
 """
 
-from ptq.ui.console import console, info, set_events, stderr, table, warn
+from ptq.ui.console import console, facts, info, set_events, stderr, table, warn
 from ptq.ui.progress import Progress, progress
 
-__all__ = ["Progress", "console", "info", "progress", "set_events", "stderr", "table", "warn"]
+__all__ = ["Progress", "console", "facts", "info", "progress", "set_events", "stderr", "table", "warn"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,14 @@ def warn(message: str) -> None:
     """One paragraph the user should not miss; the work goes on."""
     stderr.print(f"[yellow]Warning:[/yellow] {escape(message)}", soft_wrap=True)
     emit("warning", message=message)
+
+
+def facts(title: str, values: Mapping[str, object]) -> None:
+    """Print named values to stdout, one a line."""
+    result = Table(title=title, title_justify="left", show_header=False)
+    for name, value in values.items():
+        result.add_row(escape(name), escape(str(value)))
+    console.print(result)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptq.errors import PtqError, UsageError
+from ptq.wan.original import refuse_original
 from ptq.wan.structure import ModelLayout, read_layout
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def resolve_model(model: str, revision: str | None = None) -> ModelLayout:
         PtqError: it is there but not a Wan pipeline.
     """
     if Path(model).exists():
+        refuse_original(Path(model))
         return read_layout(model)
     embedded = _embedded(model)
     if embedded is not None:

@@ -19,14 +19,23 @@ def place_pipeline(pipe: Any, device: str, offload: str = "none") -> Any:
     Raises:
         UsageError: unknown mode, or offloading without a GPU.
     """
-    if offload not in OFFLOAD_MODES:
-        raise UsageError(f"--offload must be one of {', '.join(OFFLOAD_MODES)}, found {offload!r}.")
+    check_offload(device, offload)
     if offload == "none":
         return pipe.to(device)
-    if device == "cpu":
-        raise UsageError(f"--offload {offload} moves weights between a GPU and the CPU; without a GPU use none.")
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.enable_sequential_cpu_offload(device=device)
     return pipe
+
+
+def check_offload(device: str, offload: str) -> None:
+    """Refuse an offload mode that this device cannot have.
+
+    Raises:
+        UsageError: unknown mode, or offloading without a GPU.
+    """
+    if offload not in OFFLOAD_MODES:
+        raise UsageError(f"--offload must be one of {', '.join(OFFLOAD_MODES)}, found {offload!r}.")
+    if offload != "none" and device == "cpu":
+        raise UsageError(f"--offload {offload} moves weights between a GPU and the CPU; without a GPU use none.")

@@ -166,7 +166,12 @@ def run_block(block: nn.Module, hidden: Tensor, context: BlockContext) -> Tensor
 
 def state_names(config: dict[str, Any], packed: PackedConfig | None) -> list[str]:
     """Tensor names of an expert in state-dict order, original (None) or packed."""
-    return list(_skeleton(config, packed).state_dict())
+    return list(expected_shapes(config, packed))
+
+
+def expected_shapes(config: dict[str, Any], packed: PackedConfig | None) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of an expert in state-dict order, original (None) or packed."""
+    return {name: tuple(tensor.shape) for name, tensor in _skeleton(config, packed).state_dict().items()}
 
 
 def _skeleton(config: dict[str, Any], packed: PackedConfig | None) -> nn.Module:

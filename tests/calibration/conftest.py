@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from calibration_helpers import record
 from PIL import Image
 

@@ -141,7 +141,7 @@ def test_equal_values_in_other_tensors_are_not_shared():
 def test_little_memory_means_more_passes_and_the_same_codes(bert):
     model, batches, _ = bert
     results = []
-    for limit in (2**32, 100_000, 0):
+    for limit in (2**32, 400_000, 0):
         quantized = copy.deepcopy(model)
         report = ptq.quantize_module(quantized, batches, "mxfp4", recipe("mxfp4", *FULL), statistics_bytes=limit)
         results.append((report.passes, quantized.state_dict()))

@@ -82,6 +82,15 @@ def test_no_backend_at_all_is_an_error_with_every_reason(machine):
     assert "bf16-decode" in str(error.value)
 
 
+def test_preview_for_doctor():
+    assert backends.preview(HOPPER)["mxfp4"].startswith("triton-fp8: ")
+    assert backends.preview(HOPPER)["hif4"].startswith("bf16-decode: ")
+    assert "No backend" in backends.preview(VOLTA)["mxfp4"]
+    backends.use_backend("scaled-mm")
+    assert backends.preview(ADA)["mxfp4"] == "scaled-mm: asked for"
+    assert "exact in bfloat16 only" in backends.preview(ADA)["hif4"]
+
+
 def make_layer(name="mxfp4", smooth=True, k=128, n=48):
     generator = torch.Generator().manual_seed(0)
     codes = formats.get(name).quantize(torch.randn(n, k, generator=generator))

@@ -15,6 +15,7 @@ from ptq.runtime.exactness import (
     FACTOR_LIMIT,
     count_outside,
     place,
+    summarize,
 )
 
 E2M1 = torch.tensor(MAGNITUDES + tuple(-value for value in MAGNITUDES), dtype=torch.float64)
@@ -119,6 +120,13 @@ def test_a_nan_scale_is_refused():
     scale[0, 1] = 0xFF
     with pytest.raises(formats.FormatError, match="NaN"):
         place(packed, scale)
+
+
+def test_summary_counts_kinds_and_names_the_lower_ones():
+    wide = place(*weight([[0, 20]], ALL_NIBBLES))
+    narrow = place(*weight([[0, 2]], ALL_NIBBLES))
+    lines = summarize({"a": narrow, "b": wide, "c": narrow})
+    assert lines == ["e4m3: 2 of 3 layers", "e5m2: 1 of 3 layers", f"b: e5m2, {wide.reason}"]
 
 
 def test_empty_weight():

@@ -159,6 +159,17 @@ def test_dead_channels_are_rounded_to_nearest_and_leave_the_others_alone(name: s
     assert torch.equal(again[:, live], result.codes.elements[:, live])
 
 
+def test_rounding_noise_beside_a_dead_diagonal_is_ignored() -> None:
+    x = correlated(512, 64)
+    x[:, 7] = 0
+    h = x.T @ x
+    noisy = h.clone()
+    noisy[7, 8], noisy[8, 7] = 1e-3, 1e-3
+    exact, ignored = factorize(h), factorize(noisy)
+    assert torch.equal(exact.feedback_kk, ignored.feedback_kk)
+    assert torch.equal(exact.pivots_k, ignored.pivots_k)
+
+
 def test_all_channels_dead_is_rounding_to_nearest() -> None:
     fmt, w = formats.get("mxfp4"), weight(4, 64)
     scales = round_to_nearest(w, fmt).scales

@@ -1,0 +1,138 @@
+"""Checks before long work: weights complete and fitting their configuration, disk, memory, and a trial checkpoint.
+
+Every problem is found in one go and told in one paragraph each, so that a machine is made right once. What is needed is
+estimated (`estimates.py`), so memory can be refused wrongly: `--no-preflight` skips the checks.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from ptq.checkpoint.quantization_config import PackedConfig
+from ptq.checkpoint.shards import ShardSet
+from ptq.errors import PtqError, UsageError
+from ptq.wan.replay import expected_shapes
+from ptq.wan.structure import ModelLayout
+from ptq.wan.trial import run_trial
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Estimated bytes: on the disk of the output, of RAM, and of the GPU (0 on a CPU)."""
+
+    disk: int = 0
+    ram: int = 0
+    vram: int = 0
+
+
+def preflight(layout: ModelLayout, needs: Needs, out: Path, device: str, format_name: str = "hif4") -> None:
+    """Check everything that can be checked in a few seconds.
+
+    Args:
+        layout: the model.
+        needs: estimates of the work to come.
+        out: where results go; the trial checkpoint is written beside it.
+        device: where the work runs.
+        format_name: format of the trial checkpoint.
+
+    Raises:
+        PtqError: one or more problems, a paragraph each.
+    """
+    problems = [*check_device(device), *check_weights(layout), *check_room(needs, out)]
+    if device != "cpu" and not problems:
+        problems += check_gpu(needs, device)
+    if not problems:
+        try:
+            run_trial(existing_parent(out.absolute().parent), format_name, device)
+        except PtqError as error:
+            problems.append(str(error))
+    if problems:
+        count = "One problem" if len(problems) == 1 else f"{len(problems)} problems"
+        text = "\n\n".join(problems)
+        raise PtqError(f"{count} found before starting (--no-preflight skips these checks).\n\n{text}")
+
+
+def check_device(device: str) -> list[str]:
+    """Whether torch can use the device."""
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"--device takes cpu, cuda or cuda:<n>, found {device!r}.") from error
+    if kind.type == "cpu":
+        return []
+    if kind.type != "cuda":
+        raise UsageError(f"--device takes cpu, cuda or cuda:<n>, found {device!r}.")
+    if not torch.cuda.is_available():
+        return ["A GPU was asked for, but torch sees none. Check the driver and the torch build with `ptq doctor`."]
+    if (kind.index or 0) >= torch.cuda.device_count():
+        return [f"{device} does not exist: torch sees {torch.cuda.device_count()} GPU(s), counted from 0."]
+    return []
+
+
+def check_weights(layout: ModelLayout) -> list[str]:
+    """Every expert: files complete, and the tensors that its config.json asks for, of the right shapes."""
+    problems = []
+    for expert, config in layout.experts.items():
+        try:
+            entries = ShardSet(layout.path / expert).entries
+            packed = config.get("quantization_config")
+            parsed = None if packed is None else PackedConfig.parse(packed, f"{layout.path / expert}/config.json")
+        except PtqError as error:
+            problems.append(str(error))
+            continue
+        wanted = expected_shapes(config, parsed)
+        wrong = [name for name, shape in wanted.items() if name not in entries or entries[name].shape != shape]
+        if wrong:
+            found = entries.get(wrong[0])
+            problems.append(
+                f"{layout.path / expert}: {len(wrong)} of {len(wanted)} tensors do not fit its config.json, first "
+                f"{wrong[0]}: expected {list(wanted[wrong[0]])}, found "
+                f"{'none' if found is None else list(found.shape)}. Download or copy the model again."
+            )
+    return problems
+
+
+def check_room(needs: Needs, out: Path) -> list[str]:
+    """Disk and RAM."""
+    problems = []
+    folder = existing_parent(out.absolute())
+    free = shutil.disk_usage(folder).free
+    if needs.disk > free:
+        problems.append(
+            f"About {gigabytes(needs.disk)} will be written to {out}, and {gigabytes(free)} are free there. Free some "
+            "space or choose another --out."
+        )
+    available = psutil.virtual_memory().available
+    if needs.ram > available:
+        problems.append(
+            f"About {gigabytes(needs.ram)} of RAM are needed, and {gigabytes(available)} are available. Close other "
+            "programs, start fewer processes on this machine, or use one with more memory."
+        )
+    return problems
+
+
+def check_gpu(needs: Needs, device: str) -> list[str]:
+    """GPU memory."""
+    free, total = torch.cuda.mem_get_info(device)
+    if needs.vram <= free:
+        return []
+    return [
+        f"About {gigabytes(needs.vram)} of GPU memory are needed on {device}, and {gigabytes(free)} of "
+        f"{gigabytes(total)} are free. Choose --offload model or --offload sequential, a smaller --height, --width or "
+        "--num-frames, or another GPU."
+    ]
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself, or its nearest ancestor that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def gigabytes(count: float) -> str:
+    """Bytes as "12.3 GB"."""
+    return f"{count / 1e9:.1f} GB"

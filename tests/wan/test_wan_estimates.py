@@ -1,0 +1,106 @@
+"""Estimates against what torch counts, what the recorder sees, and what the loader allocates."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ptq.config import load_preset
+from ptq.quantization.collect import InputCollector
+from ptq.wan.estimates import (
+    CallSize,
+    call_size,
+    component_bytes,
+    forward_flops,
+    hessian_flops,
+    input_widths,
+    measure_rate,
+    sampling_memory,
+)
+from ptq.wan.loading import load_pipeline
+from ptq.wan.structure import ModelLayout, read_layout
+
+CONFIG = {"num_attention_heads": 4, "attention_head_dim": 16, "ffn_dim": 192, "num_layers": 2, "text_dim": 32}
+LATENT, TEXT = (16, 3, 8, 8), 24
+
+
+def counted(layers: int) -> int:
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(**{**CONFIG, "num_layers": layers}).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(1, *LATENT), torch.tensor([500]), torch.randn(1, TEXT, 32))
+    return counter.get_total_flops()
+
+
+def test_forward_operations_equal_what_torch_counts_for_a_block():
+    size = CallSize(3 * 4 * 4, TEXT, LATENT)
+    one_block = counted(3) - counted(2)
+    assert forward_flops({**CONFIG, "num_layers": 1}, size) == pytest.approx(one_block, rel=1e-6)
+    assert forward_flops({**CONFIG, "num_layers": 5}, size) == pytest.approx(5 * one_block, rel=1e-6)
+
+
+def test_hessian_operations_equal_what_the_collector_does():
+    size = CallSize(48, TEXT, LATENT)
+    with FlopCounterMode(display=False) as counter:
+        for name, k in input_widths(CONFIG).items():
+            tokens = TEXT if name == "attn2.context" else size.tokens
+            InputCollector(1, hessian=True).update(torch.randn(tokens, k), 1.0)
+    assert hessian_flops({**CONFIG, "num_layers": 1}, size) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("variant", ["T2V-A14B", "I2V-A14B", "TI2V-5B"])
+def test_call_size_is_what_the_denoiser_gets(random_pipelines: dict[str, Path], variant: str):
+    layout = read_layout(random_pipelines[variant])
+    pipe = load_pipeline(random_pipelines[variant])
+    seen = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((kwargs["hidden_states"].shape, kwargs["encoder_hidden_states"].shape)),
+        with_kwargs=True,
+    )
+    preset = layout.preset.model_copy(update={"num_frames": 5, "height": 32, "width": 64})
+    arguments = {"prompt": "a", "height": 32, "width": 64, "num_frames": 5, "num_inference_steps": 1}
+    if variant == "I2V-A14B":
+        from PIL import Image
+
+        arguments["image"] = Image.new("RGB", (64, 32))
+    pipe.set_progress_bar_config(disable=True)
+    pipe(**arguments, max_sequence_length=preset.max_sequence_length, output_type="latent")
+    size = call_size(layout, preset)
+    assert (size.latent, size.text) == (tuple(seen[0][0][1:]), seen[0][1][1])
+
+
+def test_tokens_of_the_real_variants():
+    """Without vae/config.json the A14B strides are taken; numbers from the Wan documentation."""
+    preset = load_preset("T2V-A14B")
+    layout = ModelLayout(
+        Path("nowhere"), {"transformer": {"in_channels": 16, "patch_size": [1, 2, 2]}}, "", preset, 0.875
+    )
+    assert call_size(layout, preset).tokens == 32760
+    big = preset.model_copy(update={"height": 720, "width": 1280})
+    assert call_size(layout, big).tokens == 75600
+
+
+def test_component_bytes_equal_the_loaded_pipeline(packed: dict[str, Path]):
+    pipe = load_pipeline(packed["hif4"], dtype=torch.bfloat16)
+    for name in ("transformer", "transformer_2", "vae", "text_encoder"):
+        module = getattr(pipe, name)
+        loaded = sum(parameter.nbytes for parameter in module.state_dict().values())
+        # Norms and modulation stay float32, and tied text embeddings are stored once.
+        assert component_bytes(packed["hif4"], 2)[name] == pytest.approx(loaded, rel=0.25)
+
+
+def test_memory_follows_device_and_offload(random_pipelines: dict[str, Path]):
+    layout = read_layout(random_pipelines["T2V-A14B"])
+    need = {
+        mode: sampling_memory(layout, layout.preset, "cuda", mode, decode=True)
+        for mode in ("none", "model", "sequential")
+    }
+    assert need["none"]["vram"] > need["model"]["vram"] > need["sequential"]["vram"] > 0
+    on_cpu = sampling_memory(layout, layout.preset, "cpu", "none", decode=True)
+    assert on_cpu["vram"] == 0 and on_cpu["ram"] > need["none"]["ram"]
+
+
+def test_the_rate_of_this_machine_is_positive():
+    assert measure_rate("cpu", torch.float32, seconds=0.01) > 1e6

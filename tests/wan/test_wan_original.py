@@ -1,0 +1,137 @@
+"""Original-layout experts become diffusers pipelines with the same bytes, by the names that diffusers maps."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from ptq.checkpoint.shards import ShardSet
+from ptq.errors import PtqError, UsageError
+from ptq.wan.loading import load_pipeline, resolve_model
+from ptq.wan.original import EXPERT_FOLDERS, convert_original, find_original
+
+# Written from the names of the authors' code, independently of diffusers' table.
+TO_ORIGINAL = [
+    (r"^condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
+    (r"^condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),
+    (r"^condition_embedder\.text_embedder\.linear_1", "text_embedding.0"),
+    (r"^condition_embedder\.text_embedder\.linear_2", "text_embedding.2"),
+    (r"^condition_embedder\.time_proj", "time_projection.1"),
+    (r"^proj_out", "head.head"),
+    (r"^scale_shift_table", "head.modulation"),
+    (r"^(blocks\.\d+)\.scale_shift_table", r"\1.modulation"),
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_out\.0\.", ".o."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+    (r"\.ffn\.net\.2\.", ".ffn.2."),
+    (r"(blocks\.\d+)\.norm2\.", r"\1.norm3."),
+]
+
+
+def original_name(name: str) -> str:
+    for pattern, replacement in TO_ORIGINAL:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def state_of(pipeline: Path, expert: str) -> dict[str, torch.Tensor]:
+    shards = ShardSet(pipeline / expert)
+    return {name: shards.read(name) for name in shards.entries}
+
+
+@pytest.fixture(scope="module")
+def release(random_pipelines, tmp_path_factory) -> Path:
+    """A release directory as the authors publish it, made from the random T2V pipeline."""
+    root = tmp_path_factory.mktemp("release") / "Wan2.2-T2V-A14B"
+    for expert, folder in EXPERT_FOLDERS.items():
+        (root / folder).mkdir(parents=True)
+        state = state_of(random_pipelines["T2V-A14B"], expert)
+        renamed = {original_name(name): tensor for name, tensor in state.items()}
+        assert len(renamed) == len(state)
+        save_file(renamed, root / folder / "diffusion_pytorch_model.safetensors")
+        (root / folder / "config.json").write_text(json.dumps({"_class_name": "WanModel", "in_dim": 16}))
+    (root / "Wan2.1_VAE.pth").write_bytes(b"never opened")
+    return root
+
+
+def test_a_release_converts_to_the_same_tensors(release, random_pipelines, tmp_path):
+    base = random_pipelines["T2V-A14B"]
+    out = convert_original(find_original(release), base, tmp_path / "out")
+    for expert in EXPERT_FOLDERS:
+        wanted, found = state_of(base, expert), state_of(out, expert)
+        assert list(found) and all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert set(found) == set(wanted)
+    load_pipeline(out)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_single_file_with_a_prefix_equals_diffusers_own_conversion(release, random_pipelines, tmp_path):
+    base = random_pipelines["T2V-A14B"]
+    files = {}
+    for expert, folder in EXPERT_FOLDERS.items():
+        state = load_file(release / folder / "diffusion_pytorch_model.safetensors")
+        files[expert] = tmp_path / f"{expert}.safetensors"
+        save_file({f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}, files[expert])
+    out = convert_original(files, base, tmp_path / "out")
+    for expert, file in files.items():
+        model = WanTransformer3DModel.from_single_file(
+            str(file), config=str(base), subfolder=expert, dtype=torch.bfloat16
+        )
+        ours = state_of(out, expert)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(ours[name].to(tensor.dtype), tensor), name
+
+
+def test_a_release_is_recognised_and_the_command_is_named(release):
+    with pytest.raises(PtqError) as caught:
+        resolve_model(str(release))
+    text = str(caught.value)
+    assert "original layout" in text and "scripts/convert_original_wan.py" in text
+    assert "--base Wan-AI/Wan2.2-T2V-A14B-Diffusers" in text
+
+
+def test_a_pipeline_is_no_release(random_pipelines):
+    assert find_original(random_pipelines["TI2V-5B"]) == {}
+    resolve_model(str(random_pipelines["TI2V-5B"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            lambda state: state.pop("blocks.1.self_attn.q.weight"),
+            r"1 tensors are missing .*blocks\.1\.attn1\.to_q\.weight",
+        ),
+        (lambda state: state.update({"blocks.0.ffn.0.scale_weight": torch.ones(1)}), r"1 are unknown .*scale_weight"),
+        (lambda state: state.update({"head.head.bias": torch.ones(3)}), r"head\.head\.bias has shape \[3\]"),
+    ],
+)
+def test_other_checkpoints_are_refused_by_tensor(release, random_pipelines, tmp_path, change, text):
+    experts = find_original(release)
+    state = load_file(experts["transformer"] / "diffusion_pytorch_model.safetensors")
+    change(state)
+    save_file(state, tmp_path / "changed.safetensors")
+    with pytest.raises(PtqError, match=text):
+        convert_original(
+            {**experts, "transformer": tmp_path / "changed.safetensors"}, random_pipelines["T2V-A14B"], tmp_path / "out"
+        )
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_wrong_requests(release, random_pipelines, tmp_path):
+    experts = find_original(release)
+    with pytest.raises(UsageError, match="has transformer, but found transformer, transformer_2"):
+        convert_original(experts, random_pipelines["TI2V-5B"], tmp_path / "out")
+    with pytest.raises(PtqError, match=r"patch_embedding\.weight has shape"):
+        convert_original(experts, random_pipelines["I2V-A14B"], tmp_path / "out")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(UsageError, match="exists already"):
+        convert_original(experts, random_pipelines["T2V-A14B"], tmp_path / "taken")
+    with pytest.raises(PtqError, match="never opened"):
+        convert_original({**experts, "transformer": release}, random_pipelines["T2V-A14B"], tmp_path / "out")
