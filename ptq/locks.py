@@ -56,6 +56,34 @@ def directory_mutex(state: Path) -> Iterator[None]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def exclusive(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file while the block runs; it is removed afterwards.
+
+    Args:
+        path: the lock file. what: what it stands for, for the message.
+
+    Raises:
+        PtqError: another process holds it; says which.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if not _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            os.close(handle)
+            raise PtqError(f"{what} is in use by {_describe(path)}. Wait for it, stop it, or choose another --out.")
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            break
+        os.close(handle)  # the former owner removed the file between our two calls
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(owner()).encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
 class ShardLock:
     """The exclusive right to one shard of a directory, from `acquire` until `release` or the end of the process."""
 

@@ -23,17 +23,22 @@ from ptq.prompts import read_prompts
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.sweep import SweepRow, sweep
 from ptq.tiny.grammar import calibration_prompts, held_out_prompts
+from ptq.transforms import BLOCK_SIZES
 from ptq.wan.loading import load_pipeline, resolve_model
 from ptq.wan.structure import ModelLayout
 
-OFF = {"rounding": "rtn", "rotation": 0, "smoothing": (), "clip_search": False, "bias_correction": False}
-INGREDIENTS = ("rotation", "smoothing", "rounding", "clip_search", "bias_correction")
+OFF = {"rounding": "rtn", "rotation": 0, "smoothing": (), "clip_search": False, "bias_correction": False, "input_noise": False}
+INGREDIENTS = ("rotation", "smoothing", "rounding", "clip_search", "bias_correction", "input_noise")
 LABELS = {"rounding": "gptq", "clip_search": "clip", "bias_correction": "bias"}
 ACTIVATION_RULES = {"mxfp4": ("floor", "ceil", "even", "qmax7.25", "mse"), "hif4": ()}
 
 
-def variants(default: Recipe, format_name: str) -> dict[str, Recipe]:
-    """Name -> recipe: the ladder, each ingredient alone, the default without each, rotation sizes, activation rules."""
+def variants(default: Recipe, format_name: str, widths: set[int]) -> dict[str, Recipe]:
+    """Name -> recipe: the ladder, each ingredient alone, the default without each, rotation sizes, activation rules.
+
+    Args:
+        widths: every K of the model; only rotations that divide them all are tried.
+    """
     plain = default.model_copy(update=OFF | {"activations": Recipe().activations})
     chosen: dict[str, Recipe] = {"rtn": plain}
     recipe = plain
@@ -44,7 +49,7 @@ def variants(default: Recipe, format_name: str) -> dict[str, Recipe]:
     for key in INGREDIENTS:
         chosen[f"only {LABELS.get(key, key)}"] = plain.model_copy(update={key: getattr(default, key)})
         chosen[f"all without {LABELS.get(key, key)}"] = default.model_copy(update={key: OFF[key]})
-    for size in (16, 32, 64, 128):
+    for size in (size for size in BLOCK_SIZES if all(k % size == 0 for k in widths)):
         chosen[f"all, rotation {size}"] = default.model_copy(update={"rotation": size})
     for rule in ACTIVATION_RULES[format_name]:
         activations = default.activations.model_copy(update={"scale_rule": rule})
@@ -111,7 +116,8 @@ def main() -> None:
     own = record(args.model, layout, args.work, "calibration", calibration_prompts(args.calibration_prompts))
     other = record(args.model, layout, args.work, "held-out", held_out_prompts(args.held_out_prompts))
     for name in args.formats:
-        recipes = variants(load_recipe(name, name), name)
+        widths = {k for expert in layout.experts for _, k in layout.linear_shapes(expert).values()}
+        recipes = variants(load_recipe(name, name), name, widths)
         settings = {label: QuantizeSettings(name, recipe, label, {}) for label, recipe in recipes.items()}
         table = as_table(sweep(layout, own, other, settings))
         write_json(args.out / f"quality-{args.model}-{name}.json", table)

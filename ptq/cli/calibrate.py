@@ -53,7 +53,7 @@ def calibrate(
     Example: ptq calibrate tiny --prompts prompts.txt --num-prompts 8 --out calibration
     """
     from ptq import ui
-    from ptq.calibration.plan import describe_plan, estimate
+    from ptq.calibration.plan import describe_plan, estimate_needs, prompts_left
     from ptq.calibration.run import CalibrationPlan
     from ptq.calibration.run import calibrate as run
     from ptq.cli.common import default_device, quiet_libraries, resolve_shard
@@ -79,9 +79,8 @@ def calibrate(
         ui.facts("Calibration plan", describe_plan(plan, out, part, device, offload))
         return
     quiet_libraries()
-    needed = estimate(plan, out, part, device, offload, timed=False)
-    if check and needed.prompts:
-        preflight(layout, needed.needs, out, device)
+    if check and (fresh or prompts_left(plan, out, part)):
+        preflight(layout, lambda: estimate_needs(plan, out, part, device, offload), out, device)
     settings = run(plan, lambda: _load(layout, device, offload), out, shard=part, fresh=fresh)
     records = len(samples) * len(plan.branches) * plan.steps_per_prompt
     if settings["complete"]:

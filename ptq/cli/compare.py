@@ -26,7 +26,11 @@ def compare(
     if as_json:
         content = {
             table.key: [
-                {"name": name.text, "a": {"text": x.text, "values": x.values}, "b": {"text": y.text, "values": y.values}}
+                {
+                    "name": name.text,
+                    "a": {"text": x.text, "values": x.values},
+                    "b": {"text": y.text, "values": y.values},
+                }
                 for name, x, y in table.rows
             ]
             for table in tables
@@ -40,4 +44,6 @@ def compare(
             ui.info(table.note)
     for name, side in zip("AB", sides, strict=True):
         if side.manifest is None:
-            ui.warn(f"The checkpoint of {name} was not found beside {side.path}: its recipe, size and errors are not shown.")
+            ui.warn(
+                f"The checkpoint of {name} was not found beside {side.path}: its recipe, size and errors are not shown."
+            )

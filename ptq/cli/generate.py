@@ -114,9 +114,11 @@ def generate(
         _show_plan(plan, settings, identity.weight_bytes, as_json)
         return
     quiet_libraries()
+    if context_parallel > 1:
+        _check_group(settings, device, offload)
     if check and plan.to_make:
         _preflight(layout, settings, plan.bytes_needed, out, device, offload)
-    if context_parallel > 1 and not _lead_group(layout, settings, device, offload):
+    if context_parallel > 1 and not _lead_group(layout, settings, device):
         return
     summary = run_generation(
         lambda: _load(layout, settings),
@@ -143,14 +145,20 @@ def generate(
         raise typer.Exit(1)
 
 
-def _lead_group(layout: ModelLayout, settings: Settings, device: str, offload: str) -> bool:
-    """Join the group; True in its leader. The others follow and come back when the leader is done."""
+def _check_group(settings: Settings, device: str, offload: str) -> None:
     import os
 
+    from ptq.generation.group import check_group
+
+    check_group(settings, os.environ, device, offload)
+
+
+def _lead_group(layout: ModelLayout, settings: Settings, device: str) -> bool:
+    """Join the group; True in its leader. The others follow and come back when the leader is done."""
     from ptq.generation.group import follow, join_group
     from ptq.generation.sampling import Sampler
 
-    if join_group(settings, os.environ, device, offload) == 0:
+    if join_group(device) == 0:
         return True
     follow(lambda: Sampler(_load(layout, settings), settings, device))
     return False
@@ -165,8 +173,12 @@ def _preflight(layout: ModelLayout, settings: Settings, disk: int, out: Path, de
     check_offload(device, offload)
     names = ("height", "width", "num_frames", "max_sequence_length")
     preset = layout.preset.model_copy(update={name: getattr(settings, name) for name in names})
-    memory = sampling_memory(layout, preset, device, offload, decode=True)
-    preflight(layout, Needs(disk, memory["ram"], memory["vram"]), out, device)
+
+    def estimate() -> Needs:
+        memory = sampling_memory(layout, preset, device, offload, decode=True)
+        return Needs(disk, memory["ram"], memory["vram"])
+
+    preflight(layout, estimate, out, device)
 
 
 def _load(layout: ModelLayout, settings: Settings) -> Any:

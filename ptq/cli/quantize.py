@@ -78,7 +78,9 @@ def quantize(
     quiet_libraries()
     check_inputs(layout, records, settings)
     if check:
-        preflight(layout, estimate_needs(layout, records, settings, device, link=link), out, device, format_name)
+        preflight(
+            layout, lambda: estimate_needs(layout, records, settings, device, link=link), out, device, format_name
+        )
     limit = None if max_memory is None else int(max_memory * 1e9)
     options = QuantizeOptions(device=device, max_memory=limit, link=link, fresh=fresh)
     manifest = run(layout, records, settings, out, options)

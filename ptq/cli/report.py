@@ -13,8 +13,12 @@ def report(
     html: Annotated[Path | None, typer.Option("--html", help="Page to write [default: RUN/report.html].")] = None,
     pdf: Annotated[Path | None, typer.Option("--pdf", help="PDF to write [default: RUN/report.pdf].")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Packed checkpoint, where it is not found by itself.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="Generation directory of the original, if it was moved.")] = None,
-    candidate: Annotated[Path | None, typer.Option(help="Generation directory of the quantized model, if moved.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Generation directory of the original, if it was moved.")
+    ] = None,
+    candidate: Annotated[
+        Path | None, typer.Option(help="Generation directory of the quantized model, if moved.")
+    ] = None,
     ablation: Annotated[
         Path | None, typer.Option(help="JSON table of recipes to include: title, columns, rows, note.")
     ] = None,

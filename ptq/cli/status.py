@@ -51,7 +51,7 @@ def _show_calibration(directory: Path, as_json: bool) -> None:
     if as_json:
         print_json(state.as_json())
     else:
-        ui.console.print(state.describe(), highlight=False, markup=False)
+        ui.console.print(state.describe(), highlight=False, markup=False, soft_wrap=True)
 
 
 def _row(shard: ShardStatus) -> tuple[object, ...]:

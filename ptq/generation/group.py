@@ -33,8 +33,8 @@ class LostGroupError(PtqError):
     """The processes of a group are no longer in step; this run cannot go on in them."""
 
 
-def join_group(settings: Settings, environ: Mapping[str, str], device: str, offload: str) -> int:
-    """Join the processes that `torchrun` started; returns this one's rank.
+def check_group(settings: Settings, environ: Mapping[str, str], device: str, offload: str) -> None:
+    """Refuse what cannot work before anything is loaded.
 
     Raises:
         UsageError: not started with as many processes, no GPU, or offloading asked for.
@@ -49,6 +49,10 @@ def join_group(settings: Settings, environ: Mapping[str, str], device: str, offl
         raise UsageError("--context-parallel needs a CUDA GPU for each process; diffusers supports it on no CPU.")
     if offload != "none":
         raise UsageError("--context-parallel keeps the weights on every GPU; leave out --offload.")
+
+
+def join_group(device: str) -> int:
+    """Join the processes that `torchrun` started (`check_group` has passed); returns this one's rank."""
     torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT)
     return dist.get_rank()

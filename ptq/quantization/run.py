@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet
 from ptq.errors import PtqError, UsageError
 from ptq.fs import digest, free_space_hint
+from ptq.locks import exclusive
 from ptq.quantization.assemble import copy_components, write_expert
 from ptq.quantization.coverage import measure_coverage, tokens_of
 from ptq.quantization.expert import ExpertResult, ExpertRun
@@ -70,7 +72,8 @@ def quantize(
 
     Raises:
         UsageError: `out` exists, an unfinished run of other settings, records of another model, over the block budget.
-        PtqError: damaged or missing weights, NaN weights, disk full. Finished blocks are kept for the next try.
+        PtqError: another process makes `out`; damaged or missing weights, NaN weights, disk full. Finished blocks are
+            kept for the next try.
     """
     start = time.monotonic()
     check_inputs(layout, calibration, settings)
@@ -78,6 +81,22 @@ def quantize(
     shards = {expert: ShardSet(layout.path / expert) for expert in layout.experts}
     signature = run_signature(layout, shards, calibration, settings)
     processes = Processes.from_environment()
+    lock = exclusive(out.with_name(f".{out.name}.lock"), str(out)) if processes.first else contextlib.nullcontext()
+    with lock:
+        return _quantize(layout, shards, calibration, settings, signature, out, options, processes, start)
+
+
+def _quantize(
+    layout: ModelLayout,
+    shards: dict[str, ShardSet],
+    calibration: CalibrationSet,
+    settings: QuantizeSettings,
+    signature: dict[str, Any],
+    out: Path,
+    options: QuantizeOptions,
+    processes: Processes,
+    start: float,
+) -> Manifest:
     work = WorkDir(out, signature, fresh=options.fresh and processes.first)
     processes.wait()
     if not work.is_complete:

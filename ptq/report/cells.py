@@ -36,7 +36,9 @@ class Table:
     note: str = ""
 
     @classmethod
-    def of(cls, key: str, title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell | str]], note: str = "") -> Table:
+    def of(
+        cls, key: str, title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell | str]], note: str = ""
+    ) -> Table:
         """A table whose words may be given as plain strings."""
         cells = tuple(tuple(c if isinstance(c, Cell) else Cell(c) for c in row) for row in rows)
         return cls(key, title, tuple(columns), cells, note)

@@ -76,14 +76,18 @@ def _evaluations(a: Evaluation, b: Evaluation) -> Iterable[Table]:
         ("prompts", count(a.prompts), count(b.prompts)),
     ]
     rows += _union(a.aggregates, b.aggregates, percent, lambda key: AGGREGATES.get(key, key))
-    yield Table.of("gate", "Verdict", ("", "A", "B"), rows, "Losses with 95 % intervals; positive: worse than the original.")
+    yield Table.of(
+        "gate", "Verdict", ("", "A", "B"), rows, "Losses with 95 % intervals; positive: worse than the original."
+    )
 
     def loss(dimension: Dimension) -> Cell:
         return percent(dimension.relative_loss)
 
     yield Table.of("dimensions", "Loss by dimension", ("dimension", "A", "B"), _union(a.dimensions, b.dimensions, loss))
     drift = _union(a.paired, b.paired, lambda value: number(value.mean), lambda key: PAIRED_MEASURES.get(key, key))
-    yield Table.of("drift", "Mean drift from the original", ("measure", "A", "B"), drift, "Drift is no measure of quality.")
+    yield Table.of(
+        "drift", "Mean drift from the original", ("measure", "A", "B"), drift, "Drift is no measure of quality."
+    )
 
 
 def _union(

@@ -72,7 +72,9 @@ class Facts:
         if reference is None or candidate is None:
             return []
         names = [line["unit"] for line in self.units]
-        return [(reference.units[n], candidate.units[n]) for n in names if n in reference.units and n in candidate.units]
+        return [
+            (reference.units[n], candidate.units[n]) for n in names if n in reference.units and n in candidate.units
+        ]
 
     @property
     def overlap(self) -> int | None:
@@ -106,7 +108,9 @@ def gather(sources: Sources) -> Facts:
     else:
         manifest = read_manifest(checkpoint)
         if evaluation.candidate.checkpoint_digest is None:
-            omissions.append("The evaluation records no checkpoint digest: nothing proves that it judged this checkpoint.")
+            omissions.append(
+                "The evaluation records no checkpoint digest: nothing proves that it judged this checkpoint."
+            )
         sensitivity = _read_sensitivity(checkpoint, omissions)
         calibration = _read_calibration(sources.evaluation, checkpoint, manifest, omissions)
     runs = {role: _read_run(sources, getattr(evaluation, role), role, omissions) for role in ROLES}
@@ -114,7 +118,16 @@ def gather(sources: Sources) -> Facts:
     if ablation is None:
         omissions.append("No ablation table was given (--ablation): this report does not compare recipes.")
     return Facts(
-        sources.evaluation, evaluation, units, checkpoint, manifest, sensitivity, calibration, runs, ablation, tuple(omissions)
+        sources.evaluation,
+        evaluation,
+        units,
+        checkpoint,
+        manifest,
+        sensitivity,
+        calibration,
+        runs,
+        ablation,
+        tuple(omissions),
     )
 
 
@@ -136,7 +149,9 @@ def _read_sensitivity(checkpoint: Path, omissions: list[str]) -> Mapping[str, An
         return None
     content = read_json(path)
     if not isinstance(content, dict) or not {"metric", "quantize_one", "picks", "comparison"} <= set(content):
-        raise DamagedFileError(f"{path} is damaged: it lacks metric, quantize_one, picks or comparison. Quantize again.")
+        raise DamagedFileError(
+            f"{path} is damaged: it lacks metric, quantize_one, picks or comparison. Quantize again."
+        )
     return content
 
 
@@ -160,7 +175,9 @@ def _read_run(sources: Sources, info: Any, role: str, omissions: list[str]) -> R
     if directory is not None:
         return read_run(directory)
     found = info.directory or info.file or "no directory"
-    omissions.append(f"The {role} run ({found}) was not found (pass --{role}): its videos and prompts are not in this report.")
+    omissions.append(
+        f"The {role} run ({found}) was not found (pass --{role}): its videos and prompts are not in this report."
+    )
     return None
 
 

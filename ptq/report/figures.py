@@ -50,7 +50,13 @@ def draw_figures(facts: Facts) -> list[Figure]:
 
 
 def _svg(key: str, height: float, draw: Callable[[Canvas], None]) -> bytes:
-    style = {"svg.hashsalt": key, "svg.fonttype": "path", "font.size": 9, "font.family": "DejaVu Sans", "axes.linewidth": 0.6}
+    style = {
+        "svg.hashsalt": key,
+        "svg.fonttype": "path",
+        "font.size": 9,
+        "font.family": "DejaVu Sans",
+        "axes.linewidth": 0.6,
+    }
     with rc_context(style):
         canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
         draw(canvas)
@@ -75,7 +81,9 @@ def _loss(evaluation: Evaluation) -> Figure:
             decides = name == AGGREGATES.get(evaluation.gate or "")
             if loss.low is not None and loss.high is not None:
                 axes.plot([100 * loss.low, 100 * loss.high], [y, y], color=BLUE, linewidth=5 if decides else 2)
-            axes.plot([100 * loss.value], [y], marker="D" if decides else "o", color=BLUE, markersize=8 if decides else 6)
+            axes.plot(
+                [100 * loss.value], [y], marker="D" if decides else "o", color=BLUE, markersize=8 if decides else 6
+            )
         axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlabel(f"loss in percent (dashed: the limit, {limit:g} %)")
@@ -111,12 +119,22 @@ def _heatmaps(facts: Facts, expert: str) -> list[Figure]:
     mark = "; hatched: high precision" if protected else ""
     figures = []
     if names:
-        alt = f"Relative output error in dB of every layer and, below, of the hidden states after each block of {expert}.{words}"
-        figures.append(Figure(f"heat-{expert}", f"{expert}: error of each layer and block (dB, lower is better{mark})", drawn, alt, True))
+        alt = f"{expert}: relative output error of each layer and, below, of the hidden states after each block.{words}"
+        figures.append(
+            Figure(
+                f"heat-{expert}",
+                f"{expert}: error of each layer and block (dB, lower is better{mark})",
+                drawn,
+                alt,
+                True,
+            )
+        )
     if np.nanmax(np.abs(gain), initial=0.0) > 0.005:
         svg = _svg(f"gain-{expert}", 3.2, lambda canvas: _draw_gain(canvas, gain, names, indices))
-        alt = f"How many dB lower the output error of every layer of {expert} is than with plain rounding in the same basis.{words}"
-        figures.append(Figure(f"gain-{expert}", f"{expert}: gain over plain rounding (dB, higher is better{mark})", svg, alt, True))
+        alt = f"{expert}: how many dB lower each layer's error is than with plain rounding in the same basis.{words}"
+        figures.append(
+            Figure(f"gain-{expert}", f"{expert}: gain over plain rounding (dB, higher is better{mark})", svg, alt, True)
+        )
     return figures
 
 
@@ -157,18 +175,23 @@ def _sensitivity(sensitivity: Any) -> Figure:
     experts = list(dict.fromkeys(row["expert"] for row in one))
 
     def draw(canvas: Canvas) -> None:
-        for axes, expert in zip(np.atleast_1d(canvas.subplots(len(experts), 1, sharey=True)), experts, strict=True):
-            rows = [row for row in one if row["expert"] == expert]
-            colours = [ORANGE if (expert, row["block"]) in picked else BLUE for row in rows]
-            hatches = ["//" if (expert, row["block"]) in picked else "" for row in rows]
-            axes.bar([row["block"] for row in rows], [row["error"] for row in rows], color=colours, hatch=hatches, edgecolor="white")
-            axes.set_title(expert, loc="right", fontsize=9)
+        rows = np.atleast_1d(canvas.subplots(len(experts), 1, sharey=True))
+        for axes, expert in zip(rows, experts, strict=True):
+            for chosen, marker, colour in ((False, "o", BLUE), (True, "D", ORANGE)):
+                points = [
+                    row for row in one if row["expert"] == expert and ((expert, row["block"]) in picked) == chosen
+                ]
+                axes.plot([p["block"] for p in points], [p["error"] for p in points], marker, color=colour)
+            axes.set_yscale("log")
+            axes.set_title(expert, loc="left", fontsize=9)
             axes.set_ylabel("denoiser error")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+            axes.xaxis.set_major_locator(MaxNLocator(20, integer=True))
             axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlabel("block quantized alone (hatched: chosen for high precision)")
+        rows[-1].set_xlabel("block quantized alone (diamonds: chosen for high precision)")
 
     worst = max(one, key=lambda row: row["error"])
-    alt = f"Denoiser error with one block quantized at a time; the most sensitive block is {worst['expert']}:{worst['block']}."
-    return Figure("sensitivity", "Sensitivity: one block quantized", _svg("sensitivity", 0.6 + 1.7 * len(experts), draw), alt)
+    name = f"{worst['expert']}:{worst['block']}"
+    alt = f"Denoiser error with one block quantized at a time; the most sensitive block is {name}."
+    svg = _svg("sensitivity", 0.6 + 1.7 * len(experts), draw)
+    return Figure("sensitivity", "Sensitivity: error with one block quantized", svg, alt, True)

@@ -33,7 +33,9 @@ def all_tables(facts: Facts) -> dict[str, Table]:
 
 def title_of(facts: Facts) -> str:
     """What the report is about."""
-    model = f"Wan 2.2 {facts.manifest.variant}" if facts.manifest and facts.evaluation.suite != "tiny" else "the tiny model"
+    model = (
+        f"Wan 2.2 {facts.manifest.variant}" if facts.manifest and facts.evaluation.suite != "tiny" else "the tiny model"
+    )
     if facts.manifest is None and facts.evaluation.suite != "tiny":
         model = facts.evaluation.reference.model or "the original model"
     return f"{facts.format_name} W4A4 quantization of {model}"
@@ -41,7 +43,9 @@ def title_of(facts: Facts) -> str:
 
 def build_html(facts: Facts, clips: list[Clip]) -> bytes:
     """The page as UTF-8. `clips` are embedded in the order given."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     environment.filters["exact"] = repr
     template = environment.from_string(read_template("report.html"))

@@ -52,7 +52,9 @@ def describe_method(manifest: Manifest) -> list[Step]:
 
 def _format(manifest: Manifest, recipe: Mapping[str, Any]) -> Step:
     text = FORMAT_TEXT[manifest.format]
-    return Step(f"format-{manifest.format}", "Number format", f"{text} Weights and inputs of every quantized layer use it.")
+    return Step(
+        f"format-{manifest.format}", "Number format", f"{text} Weights and inputs of every quantized layer use it."
+    )
 
 
 def _records(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
@@ -69,6 +71,11 @@ def _records(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
 
 
 def _replay(manifest: Manifest, recipe: Mapping[str, Any]) -> Step:
+    if not Recipe.model_validate({k: v for k, v in recipe.items() if k in Recipe.model_fields}).needs_records:
+        text = (
+            "Blocks are converted one at a time; the recorded calls are replayed to measure the errors in this report."
+        )
+        return Step("", "Block by block", f"{text} This recipe takes nothing else from them.")
     records = recipe.get("records", {})
     stream = {
         "original": "the original model's hidden states",
@@ -79,8 +86,8 @@ def _replay(manifest: Manifest, recipe: Mapping[str, Any]) -> Step:
     return Step(
         "weighting" if weighted else "replay",
         "Block by block",
-        f"The records are replayed through the experts one block at a time. Statistics of a block's inputs are taken from {stream}; "
-        f"each record weighs {how}.",
+        "The records are replayed through the experts one block at a time, so that one block's weights are in memory. "
+        f"Statistics of a block's inputs are taken from {stream}; each record weighs {how}.",
     )
 
 
@@ -106,8 +113,8 @@ def _rotation(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
     return Step(
         "rotation",
         "Block Hadamard rotation",
-        f"Input and weight are rotated by an orthonormal Hadamard matrix in blocks of {block} channels: the layer's output stays "
-        "the same, an outlier is spread over its block. The weight is rotated once, the input at run time.",
+        f"Input and weight are rotated by an orthonormal Hadamard matrix in blocks of {block} channels: the layer's "
+        "output stays the same, an outlier is spread over its block. The weight is rotated once, the input at run time.",
     )
 
 
@@ -119,8 +126,8 @@ def _scales(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
         return Step(
             "scales",
             "Searched group scales",
-            f"The scale of each weight group is the one with the smallest weighted error ({tried}). The stored numbers are plain "
-            f"{FORMAT_NAMES[manifest.format]}.",
+            f"The scale of each weight group is the one with the smallest weighted error ({tried}). The stored "
+            f"numbers are plain {FORMAT_NAMES[manifest.format]}.",
         )
     rule = recipe.get("weight_scale_rule")
     return Step("", "Weight scales", f"Weight scales follow the rule {rule}.") if rule else None
@@ -132,8 +139,8 @@ def _input_noise(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
     return Step(
         "noise",
         "Solved against quantized inputs",
-        "The layer will see quantized inputs, so the weight is solved for them. Within a group the input quantizer is a gain and "
-        "uncorrelated noise, both measured on sample tokens; Hessian and target follow.",
+        "The layer will see quantized inputs, so the weight is solved for them. Within a group the input quantizer is a "
+        "gain and uncorrelated noise, both measured on sample tokens; Hessian and target follow.",
     )
 
 
@@ -148,10 +155,10 @@ def _rounding(manifest: Manifest, recipe: Mapping[str, Any]) -> Step:
     return Step(
         "gptq",
         "GPTQ rounding",
-        f"Columns are rounded one after another, {order}, on the format's own grid with fixed scales; each error is pushed onto "
-        f"the columns still to come (arXiv 2210.17323). Damping {plain(gptq.get('damping', 0))} of the mean diagonal, raised "
-        f"{retries} times; factorisation in {gptq.get('precision')}. Plain rounding was the better of the two in {kept} of {rows} "
-        "output rows and was kept there.",
+        f"Columns are rounded one after another, {order}, on the format's own grid with fixed scales; each error is "
+        f"pushed onto the columns still to come (arXiv 2210.17323). Damping {plain(gptq.get('damping', 0))} of "
+        f"the mean diagonal, raised {retries} times; factorisation in {gptq.get('precision')}. Plain rounding was "
+        f"the better of the two in {kept} of {rows} output rows and was kept there.",
     )
 
 
@@ -169,14 +176,14 @@ def _activations(manifest: Manifest, recipe: Mapping[str, Any]) -> Step:
     return Step(
         "activations",
         "Inputs at run time",
-        f"Every token's input is quantized when it arrives, each group with its own scale ({rule}{ties}). Nothing is calibrated "
-        "or kept in higher precision.",
+        f"Every token's input is quantized when it arrives, each group with its own scale ({rule}{ties}). Nothing is "
+        "calibrated or kept in higher precision.",
     )
 
 
 def _protection(manifest: Manifest, recipe: Mapping[str, Any]) -> Step:
     if not manifest.high_precision:
-        return Step("", "High-precision blocks", "None: every block of every expert runs in W4A4.")
+        return Step("", "High-precision blocks", "Every block of every expert runs in W4A4; none is protected.")
     reasons = {f"{row.expert}:{row.block}": row.reason for row in manifest.blocks if row.high_precision}
     listed = "; ".join(f"{name} ({reasons.get(name) or 'no reason recorded'})" for name in manifest.high_precision)
     return Step("", "High-precision blocks", f"Kept as in the original: {listed}.")

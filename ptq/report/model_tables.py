@@ -36,7 +36,9 @@ def checkpoint_tables(facts: Facts) -> Iterable[Table]:
 def provenance_tables(facts: Facts) -> Iterable[Table]:
     """How it was made: recipe, generation settings, runs, environment, hashes."""
     if facts.manifest is not None:
-        yield Table.of("recipe", f"Recipe {facts.manifest.recipe_name}, as resolved", ("key", "value"), _recipe(facts.manifest))
+        yield Table.of(
+            "recipe", f"Recipe {facts.manifest.recipe_name}, as resolved", ("key", "value"), _recipe(facts.manifest)
+        )
     if facts.ablation is not None:
         rows = [[_ablation_cell(value) for value in row] for row in facts.ablation.rows]
         yield Table.of("ablation", facts.ablation.title, facts.ablation.columns, rows, facts.ablation.note)
@@ -66,7 +68,10 @@ def _size(manifest: Manifest, checkpoint: Path) -> Table:
         ("transformers, original weight files", size(c.original_bytes)),
         ("transformers, packed weight files", size(on_disk)),
         ("blocks kept in high precision", protected),
-        ("allowed by the rules", f"{BUDGET[manifest.format]} {'in each expert' if manifest.budget_scope == 'per-expert' else 'in total'}"),
+        (
+            "allowed by the rules",
+            f"{BUDGET[manifest.format]} {'in each expert' if manifest.budget_scope == 'per-expert' else 'in total'}",
+        ),
         ("quantization took", Cell(f"{manifest.seconds:.0f} s", (manifest.seconds,))),
         ("peak memory", size(manifest.peak_memory_bytes)),
     ]
@@ -102,7 +107,9 @@ def _layer_kinds(manifest: Manifest) -> Table:
 
 
 def _worst_layers(manifest: Manifest) -> Table:
-    worst = sorted(manifest.layers, key=lambda row: (-row.output_error, row.expert, row.block, row.layer))[:SHOWN_LAYERS]
+    worst = sorted(manifest.layers, key=lambda row: (-row.output_error, row.expert, row.block, row.layer))[
+        :SHOWN_LAYERS
+    ]
     rows = [
         (
             f"{row.expert}.blocks.{row.block}.{row.layer}",
@@ -137,7 +144,9 @@ def _choices(sensitivity: Any) -> Table:
 def _picks(sensitivity: Any) -> Table:
     rows = [(f"{p['expert']}:{p['block']}", error(p["before"]), error(p["after"])) for p in sensitivity["picks"]]
     note = "" if rows else "No block was worth protecting."
-    return Table.of("picks", "Protected blocks, in the order chosen", ("block", "error before", "error after"), rows, note)
+    return Table.of(
+        "picks", "Protected blocks, in the order chosen", ("block", "error before", "error after"), rows, note
+    )
 
 
 def _recipe(manifest: Manifest) -> list[tuple[str, str]]:
@@ -186,7 +195,9 @@ def _versions(facts: Facts) -> Table:
     for role in ROLES:
         versions = getattr(facts.evaluation, role).versions
         if versions:
-            columns[f"{_ROLE_NAMES[role]} run"] = {("wan-ptq" if k == "ptq" else k): str(v) for k, v in versions.items()}
+            columns[f"{_ROLE_NAMES[role]} run"] = {
+                ("wan-ptq" if k == "ptq" else k): str(v) for k, v in versions.items()
+            }
     columns["evaluation"] = {"wan-ptq": facts.evaluation.ptq_version}
     names = sorted({name for versions in columns.values() for name in versions})
     rows = [(name, *(versions.get(name, "") for versions in columns.values())) for name in names]

@@ -13,6 +13,9 @@ from typing import Any
 import yaml
 
 from ptq.checkpoint.manifest import Manifest
+from ptq.config import load_preset
+from ptq.config.preset import PRESET_FILE
+from ptq.fs import read_json
 from ptq.report.facts import Facts
 
 RECIPE_FILE = "recipe.yaml"
@@ -59,10 +62,13 @@ def reproduction(facts: Facts) -> Steps:
     settings = facts.evaluation.candidate.settings
     prompts = _prompts(facts)
     if settings is None or prompts is None or model is None:
-        missing.append("Settings or prompt file of the generation runs are not here, so their commands cannot be listed.")
+        missing.append(
+            "Settings or prompt file of the generation runs are not here, so their commands cannot be listed."
+        )
     else:
         commands += [
-            _generate(name, prompts, out, settings, facts) for name, out in ((model, REFERENCE_OUT), (checkpoint, CANDIDATE_OUT))
+            _generate(name, prompts, out, settings, facts)
+            for name, out in ((model, REFERENCE_OUT), (checkpoint, CANDIDATE_OUT))
         ]
     commands.append(_evaluate(facts))
     commands.append("ptq report evaluation")
@@ -75,7 +81,16 @@ def join(*parts: str | int | float) -> str:
 
 
 def _plain_recipe(manifest: Manifest) -> dict[str, Any]:
-    return {key: value for key, value in manifest.recipe.items() if value is not None and key != "description"}
+    """The resolved recipe without its description and without the keys that are left to the format."""
+    return {
+        key: _without_defaults(value)
+        for key, value in manifest.recipe.items()
+        if value is not None and key != "description"
+    }
+
+
+def _without_defaults(value: Any) -> Any:
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
 def _quantize(
@@ -86,15 +101,29 @@ def _quantize(
         missing.append("The calibration directory is not here, so `ptq calibrate` cannot be listed with its settings.")
     else:
         preset = calibration["preset"]
-        flags = {"--num-prompts": len(calibration["samples"]), "--records-per-prompt": calibration["records_per_prompt"]}
+        flags = {
+            "--num-prompts": len(calibration["samples"]),
+            "--records-per-prompt": calibration["records_per_prompt"],
+        }
         flags |= {"--steps": preset["steps"], "--height": preset["height"], "--width": preset["width"]}
         flags |= {"--num-frames": preset["num_frames"], "--seed": calibration["seed"]}
         commands.append(
-            join("ptq", "calibrate", model, "--prompts", calibration["prompts"]["name"], "--out", "calibration", *_listed(flags))
+            join(
+                "ptq",
+                "calibrate",
+                model,
+                "--prompts",
+                calibration["prompts"]["name"],
+                "--out",
+                "calibration",
+                *_listed(flags),
+            )
         )
     flags = {"--format": manifest.format, "--recipe": RECIPE_FILE, "--budget-scope": manifest.budget_scope}
     flags["--high-precision"] = ",".join(manifest.high_precision) or "none"
-    commands.append(join("ptq", "quantize", model, "--calibration", "calibration", "--out", checkpoint, *_listed(flags)))
+    commands.append(
+        join("ptq", "quantize", model, "--calibration", "calibration", "--out", checkpoint, *_listed(flags))
+    )
 
 
 def _listed(flags: Mapping[str, str | int | float]) -> list[str | int | float]:
@@ -126,8 +155,13 @@ def _generate(model: str, prompts: str, out: str, settings: Mapping[str, Any], f
 
 
 def _default_negative_prompt(facts: Facts) -> str | None:
-    """What `ptq generate` takes without the option, where the model's variant is known."""
-    return load_preset(facts.manifest.variant).negative_prompt if facts.manifest else None
+    """What `ptq generate` takes without the option; a checkpoint carries its model's defaults."""
+    if facts.manifest is None or facts.checkpoint is None:
+        return None
+    own = facts.checkpoint / PRESET_FILE
+    if own.is_file():
+        return str(read_json(own).get("negative_prompt"))
+    return load_preset(facts.manifest.variant).negative_prompt
 
 
 def _evaluate(facts: Facts) -> str:
@@ -145,7 +179,8 @@ def _evaluate(facts: Facts) -> str:
             "ptq", "evaluate", "--import-vbench", evaluation.reference.file, evaluation.candidate.file, *_listed(flags)
         )
     switches = ["--allow-missing"] if evaluation.excluded else []
-    command = join("ptq", "evaluate", "--reference", REFERENCE_OUT, "--candidate", CANDIDATE_OUT, *_listed(flags), *switches)
+    command = join(
+        "ptq", "evaluate", "--reference", REFERENCE_OUT, "--candidate", CANDIDATE_OUT, *_listed(flags), *switches
+    )
     # The interpreter is a path of the machine that runs it: the reader's own, set in the environment.
     return f'{command} --vbench-python "$VBENCH_PYTHON"' if evaluation.vbench is not None else command
-

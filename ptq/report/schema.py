@@ -117,7 +117,9 @@ def read_evaluation(directory: str | Path) -> Evaluation:
     """
     path = Path(directory) / EVALUATION_FILE
     if not path.is_file():
-        raise PtqError(f"{directory} is not an evaluation directory: it has no {EVALUATION_FILE}. Make one with `ptq evaluate`.")
+        raise PtqError(
+            f"{directory} is not an evaluation directory: it has no {EVALUATION_FILE}. Make one with `ptq evaluate`."
+        )
     content = read_json(path)
     try:
         return Evaluation.model_validate(content)

@@ -67,14 +67,16 @@ def _measures(evaluation: Evaluation) -> Table:
     rows = [
         (
             RUN_DIMENSIONS.get(name, name.replace("_", " ")),
+            percent(value.relative_loss, sign=-1),
             number(value.reference),
             number(value.candidate),
-            percent(value.relative_loss, sign=-1),
         )
         for name, value in evaluation.informative.items()
     ]
-    columns = ("measure", "original", "quantized", "change, 95 % interval")
-    return Table.of("measures", "Beside the gate: both runs", columns, rows, "Shown for context; no part of the verdict.")
+    columns = ("measure", "change, 95 % interval", "original", "quantized")
+    return Table.of(
+        "measures", "Beside the gate: both runs", columns, rows, "Shown for context; no part of the verdict."
+    )
 
 
 def _drift(evaluation: Evaluation) -> Table:
@@ -84,7 +86,9 @@ def _drift(evaluation: Evaluation) -> Table:
     ]
     sources = ", ".join(f"{n} from {source}" for source, n in sorted(evaluation.sources.items()))
     note = DRIFT + (f" Frames: {sources}." if sources else "")
-    return Table.of("drift", "Drift between the paired videos", ("measure", "mean", "lowest", "highest", "videos"), rows, note)
+    return Table.of(
+        "drift", "Drift between the paired videos", ("measure", "mean", "lowest", "highest", "videos"), rows, note
+    )
 
 
 def _worst_units(facts: Facts) -> Table:

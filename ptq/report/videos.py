@@ -75,7 +75,9 @@ def make_clips(facts: Facts, limit: int = DEFAULT_CLIPS) -> list[Clip]:
             total += sum(len(movie.mp4) for movie in clip.movies)
             bar.advance(note=clip.unit)
             if clips and total > BUDGET_BYTES:
-                ui.info(f"Only {len(clips)} of {len(chosen)} clips fit in {BUDGET_BYTES / 1e6:.0f} MB; the rest is left out.")
+                ui.info(
+                    f"Only {len(clips)} of {len(chosen)} clips fit in {BUDGET_BYTES / 1e6:.0f} MB; the rest is left out."
+                )
                 return clips
             clips.append(clip)
     return clips
@@ -85,19 +87,20 @@ def choose_units(facts: Facts, limit: int) -> list[tuple[tuple[Unit, Unit], str]
     """Pairs at even ranks of drift, the most drifted first, with the drift in words."""
     by_name = {pair[0].name: pair for pair in facts.pairs}
     lines = [line for line in facts.units if line["unit"] in by_name]
-    ranked, words = _ranked(lines)
+    ranked = _ranked(lines)
     if len(ranked) > limit:
-        ranked = [ranked[i] for i in np.linspace(0, len(ranked) - 1, limit).round().astype(int)] if limit > 1 else ranked[:limit]
-    return [(by_name[line["unit"]], words(line)) for line in ranked]
+        ranked = [ranked[i] for i in np.linspace(0, len(ranked) - 1, limit).round().astype(int)]
+    return [(by_name[line["unit"]], words) for line, words in ranked]
 
 
-def _ranked(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
+def _ranked(lines: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
+    """Lines from the most drifted to the least, with the drift in words; by name where none was measured."""
     for key, name in _DRIFT:
         if lines and all(line["paired"].get(key) is not None for line in lines):
             sign = -1 if key == "latent_relative_l2" else 1
             ordered = sorted(lines, key=lambda line: (sign * line["paired"][key], line["unit"]))
-            return ordered, lambda line: f"{name} {plain(line['paired'][key], 3)}"
-    return sorted(lines, key=lambda line: line["unit"]), lambda line: ""
+            return [(line, f"{name} {plain(line['paired'][key], 3)}") for line in ordered]
+    return [(line, "") for line in sorted(lines, key=lambda line: line["unit"])]
 
 
 def _clip(reference: Unit, candidate: Unit, drift: str, preview: bool) -> Clip:

@@ -98,7 +98,8 @@ def execute(
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], n)
     weight_packed, weight_scale = weight_packed.contiguous(), weight_scale.contiguous()
-    y = RUNNERS[backend](x, weight_packed, weight_scale, bias, smooth, spec, placement)
+    with torch.cuda.device_of(x):  # kernels launch on the current device, which need not be x's
+        y = RUNNERS[backend](x, weight_packed, weight_scale, bias, smooth, spec, placement)
     return y.to(x.dtype).view(*x.shape[:-1], n)
 
 

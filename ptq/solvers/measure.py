@@ -12,8 +12,9 @@ BLOCK = 1024
 
 def sqnr_db(w_nk: Tensor, wq_nk: Tensor) -> float | None:
     """10 log10(sum w^2 / sum (w - wq)^2); None where either is zero and there is no such figure."""
-    error = float((w_nk - wq_nk).double().square().sum())
-    signal = float(w_nk.double().square().sum())
+    pairs = list(zip(w_nk.split(BLOCK), wq_nk.split(BLOCK), strict=True))  # float64 copies of a few rows, not of all
+    error = sum(float((w - wq).double().square().sum()) for w, wq in pairs)
+    signal = sum(float(w.double().square().sum()) for w, _ in pairs)
     return 10.0 * math.log10(signal / error) if signal > 0 and error > 0 else None
 
 

@@ -15,7 +15,6 @@ from ptq.tiny.world import Scene, held_out_scenes, train_scenes
 SHAPE_WORDS = {
     "circle": ("circle", "disc", "disk"),
     "triangle": ("triangle", "pyramid"),
-    "cross": ("cross", "plus"),
     "ring": ("ring", "hoop", "donut"),
 }
 COLOUR_WORDS = {

@@ -1,4 +1,4 @@
-"""The four flat shapes as signed distances, drawn anti-aliased; used by the renderer and the detectors.
+"""The three flat shapes as signed distances, drawn anti-aliased; used by the renderer and the detectors.
 
 All shapes share an origin at their centre of area and have nearly equal areas at one radius, so
 that neither position nor size tells them apart. Not a drawing library: no rotation, no outlines.
@@ -10,9 +10,8 @@ import functools
 
 import numpy as np
 
-SHAPES: tuple[str, ...] = ("circle", "triangle", "cross", "ring")
-_EXTENT = {"circle": 1.0, "triangle": 1.5, "cross": 1.12, "ring": 1.15}
-_CROSS_ARM = 0.41
+SHAPES: tuple[str, ...] = ("circle", "triangle", "ring")
+_EXTENT = {"circle": 1.0, "triangle": 1.5, "ring": 1.15}
 _RING_HOLE = 0.56
 
 
@@ -29,10 +28,6 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.nda
         # Equilateral, point up; circumradius 1.5 r, so inradius 0.75 r; the origin is the centroid.
         slanted = np.abs(x) * (3.0**0.5 / 2.0) - y / 2.0
         return np.maximum(slanted, y) - 0.75 * radius
-    if shape == "cross":
-        reach, arm = _EXTENT["cross"] * radius, _CROSS_ARM * radius
-        ax, ay = np.abs(x), np.abs(y)
-        return np.minimum(np.maximum(ax - reach, ay - arm), np.maximum(ax - arm, ay - reach))
     if shape == "ring":
         r = np.hypot(x, y)
         return np.maximum(r - _EXTENT["ring"] * radius, _RING_HOLE * radius - r)

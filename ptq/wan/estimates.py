@@ -123,8 +123,9 @@ def decoder_activation_bytes(layout: ModelLayout, preset: ModelPreset) -> int:
     vae = _vae_config(layout.path)
     channels = int(vae.get("decoder_base_dim") or vae.get("base_dim") or 96)
     frames = min(preset.num_frames, vae.get("scale_factor_temporal") or 4)
-    video = preset.num_frames * preset.height * preset.width * 3 * 4
-    return DECODER_COPIES * channels * frames * preset.height * preset.width * 4 + video
+    pixels = preset.height * preset.width
+    last_stage = pixels // int(vae.get("patch_size") or 1) ** 2  # TI2V-5B's decoder ends in patches of 2 x 2 pixels
+    return DECODER_COPIES * channels * frames * last_stage * 4 + preset.num_frames * pixels * 3 * 4
 
 
 def sampling_memory(

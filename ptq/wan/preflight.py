@@ -7,6 +7,7 @@ estimated (`estimates.py`), so memory can be refused wrongly: `--no-preflight` s
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +31,14 @@ class Needs:
     vram: int = 0
 
 
-def preflight(layout: ModelLayout, needs: Needs, out: Path, device: str, format_name: str = "hif4") -> None:
+def preflight(
+    layout: ModelLayout, estimate: Callable[[], Needs], out: Path, device: str, format_name: str = "hif4"
+) -> None:
     """Check everything that can be checked in a few seconds.
 
     Args:
         layout: the model.
-        needs: estimates of the work to come.
+        estimate: gives what the work to come needs; called only when the weights are whole.
         out: where results go; the trial checkpoint is written beside it.
         device: where the work runs.
         format_name: format of the trial checkpoint.
@@ -43,9 +46,11 @@ def preflight(layout: ModelLayout, needs: Needs, out: Path, device: str, format_
     Raises:
         PtqError: one or more problems, a paragraph each.
     """
-    problems = [*check_device(device), *check_weights(layout), *check_room(needs, out)]
-    if device != "cpu" and not problems:
-        problems += check_gpu(needs, device)
+    problems = [*check_device(device), *check_weights(layout)]
+    if not problems:
+        needs = estimate()
+        problems += check_room(needs, out)
+        problems += check_gpu(needs, device) if device != "cpu" else []
     if not problems:
         try:
             run_trial(existing_parent(out.absolute().parent), format_name, device)

@@ -53,7 +53,8 @@ def run_trial(folder: Path, format_name: str, device: str) -> None:
 def _round_trip(scratch: Path, format_name: str, device: str) -> None:
     expert = scratch / "transformer"
     written = _write(expert, QuantSpec(format_name, formats.get(format_name).group_size))
-    model = WanTransformer3DModel.from_pretrained(expert, torch_dtype=torch.float32)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = WanTransformer3DModel.from_pretrained(expert, torch_dtype=dtype)
     read = model.state_dict()
     for name, tensor in written.items():
         if not torch.equal(read[name].cpu(), tensor):
@@ -61,9 +62,8 @@ def _round_trip(scratch: Path, format_name: str, device: str) -> None:
                 f"A small test checkpoint was written to {scratch.parent} and read back, but tensor {name} came back "
                 "different. The disk or the installation is damaged; nothing long was started."
             )
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     with torch.no_grad():
-        output = model.to(device, dtype)(
+        output = model.to(device)(
             hidden_states=torch.randn(1, 16, 1, 4, 4).to(device, dtype),
             timestep=torch.tensor([500], device=device),
             encoder_hidden_states=torch.randn(1, 8, SIZE["text_dim"]).to(device, dtype),

@@ -85,7 +85,7 @@ def train(work: Path, stage: str, steps: int, seed: int, batch: int = 48, compil
     """Train ``stage`` ("trunk", "high" or "low") for ``steps`` steps in all; resumes from ``work/<stage>.pt``."""
     low, high = {"trunk": (0.0, 1.0), "high": (BOUNDARY - 0.01, 1.0), "low": (0.0, BOUNDARY + 0.005)}[stage]
     number = {"trunk": 3, "high": 4, "low": 5}[stage]
-    rate = 1.0 if stage == "trunk" else 0.9
+    rate = 1.0 if stage == "trunk" else 0.8
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     encoder = make_encoder(tokenizer, seed)
@@ -139,7 +139,7 @@ def train(work: Path, stage: str, steps: int, seed: int, batch: int = 48, compil
             pace = (time.time() - began) / (step + 1 - first)
             log(stage=stage, step=step + 1, loss=float(np.mean(losses)), per_step=pace)
             losses = []
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+        if (step + 1) % 50 == 0 or step + 1 == steps:
             saved = [opt.state_dict() for opt, _ in opts]
             state = {"model": model.state_dict(), "opts": saved, "ema": ema.shadow, "step": step + 1}
             save_atomic(state, path)

@@ -41,10 +41,10 @@ def record(pipe_dir: Path, out: Path, count: int = 4, *, shard: tuple[int, int] 
     return calibrate(make_plan(pipe_dir, count, **options), lambda: load(str(pipe_dir)), out, shard=Shard(*shard))
 
 
-def start_child(pipe_dir: Path, out: Path, count: int):
+def start_child(pipe_dir: Path, out: Path, count: int, target=record, **options):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ptq.calibration.run", "diffusers.pipelines.wan"])
-    child = context.Process(target=record, args=(pipe_dir, out, count))
+    child = context.Process(target=target, args=(pipe_dir, out, count), kwargs=options)
     child.start()
     return child
 

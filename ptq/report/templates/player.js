@@ -1,4 +1,5 @@
 "use strict";
+addEventListener("beforeprint", () => { for (const fold of document.querySelectorAll("details")) fold.open = true; });
 // One control for the three videos of a clip. The first video leads, the others follow within a frame.
 for (const clip of document.querySelectorAll(".clip")) {
   const videos = [...clip.querySelectorAll("video")];

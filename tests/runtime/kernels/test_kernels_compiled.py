@@ -15,7 +15,7 @@ from aot import SHARED_LIMIT, compile_for
 
 from ptq.runtime.kernels import expand_weight, ffn_fused, gemm_dot_scaled, gemm_fp8, gemm_packed
 from ptq.runtime.kernels import hadamard_quantize as quantize
-from ptq.runtime.kernels.tiles import TILES
+from ptq.runtime.kernels.tiles import TILES, lookup
 from ptq.runtime.spec import QuantSpec
 
 K = 5120
@@ -108,8 +108,6 @@ def test_gemm_dot_scaled(entry):
 @pytest.mark.parametrize("entry", entries("gemm_packed"), ids=named)
 def test_gemm_packed(entry, name):
     family, tile = entry
-    if name == "mxfp4" and tile.m > 16 and family == 100:
-        pytest.skip("the same code as on sm_90 but for the instruction, which the other entries cover")
     signature = {"x_ptr": "*bf16", "packed_ptr": "*u8", "scale_ptr": SCALES[name], "out_ptr": "*bf16"}
     signature |= {"bias_ptr": "*bf16", "M": "i32", "N": "i32"}
     aligned = ("x_ptr", "packed_ptr", "scale_ptr", "out_ptr", "bias_ptr", "N")
@@ -145,6 +143,21 @@ def test_expand_weight(family, name, dtype):
     aligned = ("packed_ptr", "scale_ptr", "out_ptr")
     kernel = expand_weight.expand_kernel
     check_resources(compile_for(family, kernel, signature, constants, aligned, expand_weight.OPTIONS), family)
+
+
+def test_one_row():
+    """An integer argument of 1 is compiled in as a constant: another program, which one row of input would need."""
+    tile = lookup("gemm_packed", 90, 1, K, K)
+    signature = {"x_ptr": "*bf16", "packed_ptr": "*u8", "scale_ptr": "*u8", "out_ptr": "*bf16", "N": "i32"}
+    constants = gemm_packed.constants(tile, "mxfp4", K) | {"M": 1}
+    check_resources(compile_for(90, gemm_packed.gemm_packed_kernel, signature, constants, (), tile.options), 90)
+    tile = lookup("gemm_fp8", 90, 1, K, K)
+    signature = descriptors(tile, "fp8e5", "fp8e4nv") | {"out_ptr": "*bf16", "factor": "fp32", "N": "i32"}
+    constants = gemm_fp8.constants(tile, K, False) | {"M": 1}
+    check_resources(compile_for(90, gemm_fp8.gemm_fp8_kernel, signature, constants, (), tile.options), 90)
+    signature = {"packed_ptr": "*u8", "scale_ptr": "*u8", "out_ptr": "*fp8e4nv", "row_exponents_ptr": "*i32"}
+    constants = {"HIF4": False, "K": K, "L": 256, "ROWS": expand_weight.TILE_ROWS, "exponent": 1, "N": 1}
+    check_resources(compile_for(90, expand_weight.expand_kernel, signature, constants, (), expand_weight.OPTIONS), 90)
 
 
 def test_interpreter_is_off_here():

@@ -1,0 +1,44 @@
+"""A lock belongs to one process, says whose it is, and dies with its holder."""
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from ptq.errors import PtqError
+from ptq.locks import exclusive
+
+
+def hold(path: Path, ready: Path) -> None:
+    with exclusive(path, "the thing"):
+        ready.touch()
+        time.sleep(60)
+
+
+def test_a_held_lock_is_refused_by_name_and_a_killed_holder_frees_it(tmp_path: Path):
+    path, ready = tmp_path / ".out.lock", tmp_path / "ready"
+    child = multiprocessing.get_context("forkserver").Process(target=hold, args=(path, ready))
+    child.start()
+    deadline = time.monotonic() + 60
+    while not ready.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(PtqError, match=rf"the thing is in use by process {child.pid} on"), exclusive(path, "the thing"):
+        raise AssertionError("two holders")
+    child.kill()
+    child.join()
+    assert path.exists()  # nobody could remove it
+    with exclusive(path, "the thing"):
+        assert path.exists()
+    assert not path.exists()
+
+
+def test_a_lock_is_free_again_after_an_error(tmp_path: Path):
+    path = tmp_path / "new" / "folder" / ".lock"
+    with pytest.raises(RuntimeError), exclusive(path, "it"):
+        raise RuntimeError
+    with exclusive(path, "it"), pytest.raises(PtqError, match=f"process {os.getpid()}"), exclusive(path, "it"):
+        raise AssertionError("two holders")
+    assert not path.exists()
