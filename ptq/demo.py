@@ -1,4 +1,4 @@
-"""The whole job on the embedded model: record, quantize, generate with both precisions, evaluate, show.
+"""The whole job on the embedded model: record, quantize, generate with both precisions, evaluate, report, package.
 
 Calls the stages exactly as the commands do and leaves their directories behind, so every step can be looked at, rerun or
 continued by hand. Nothing here computes anything of its own except the side-by-side videos.
@@ -25,6 +25,8 @@ from ptq.generation.video import encode_video, write_video
 from ptq.prompts import PromptSet, read_prompts
 from ptq.quantization.run import quantize
 from ptq.quantization.settings import QuantizeSettings
+from ptq.report import Sources, render
+from ptq.submission.package import PASS, package
 from ptq.tiny.grammar import calibration_prompts, held_out_prompts
 from ptq.wan.loading import load_pipeline, resolve_model
 from ptq.wan.structure import ModelLayout
@@ -38,13 +40,14 @@ ZOOM = 4
 
 @dataclass(frozen=True)
 class DemoResult:
-    """One format's outcome: manifest, evaluation.json's content, where everything is."""
+    """One format's outcome: manifest, evaluation.json's content, where everything is (`results`: report and submission)."""
 
     manifest: Manifest
     evaluation: dict[str, Any]
     checkpoint: Path
     videos: Path
     side_by_side: Path
+    results: Path
 
 
 class Demo:
@@ -110,7 +113,20 @@ class Demo:
         evaluation = evaluate_runs(reference, candidate, self.out / "evaluation" / name, suite="tiny")
         side_by_side = self.out / "side-by-side" / name
         write_side_by_side(reference, candidate, side_by_side, self.layout.preset.fps)
-        return DemoResult(read_manifest(checkpoint), evaluation, checkpoint, candidate, side_by_side)
+        results = self._report(name, checkpoint, evaluation["verdict"])
+        return DemoResult(read_manifest(checkpoint), evaluation, checkpoint, candidate, side_by_side, results)
+
+    def _report(self, name: str, checkpoint: Path, verdict: str) -> Path:
+        """Page, technical report and submission of one format; the submission of a gate that did not pass is marked."""
+        ui.info(f"5. Writing the report and the submission of {name}")
+        results, evaluation = self.out / "results" / name, self.out / "evaluation" / name
+        _, page, document = render(Sources(evaluation, checkpoint))
+        assert page is not None and document is not None  # both were asked for
+        write_bytes(results / "report.html", page)
+        write_bytes(results / "report.pdf", document)
+        target = results / "submission.tar.gz"
+        package(checkpoint, evaluation, target, pdf=document, html=page, allow_failing=verdict != PASS)
+        return results
 
 
 def write_side_by_side(reference: Path, candidate: Path, out: Path, fps: int, count: int = SIDE_BY_SIDE) -> list[Path]:

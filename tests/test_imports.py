@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ptq"
 
 BASE = {"errors", "version", "fs", "ui"}
+SHARED = {"sharding", "locks"}
 STAGES = {"calibration", "quantization", "generation", "evaluation"}
 LOWER = {"formats", "transforms", "solvers", "config", "prompts", "runtime", "checkpoint", "tiny", "wan"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -22,6 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
     "fs": {"errors"},
     "ui": {"errors"},
+    "sharding": {"errors"},
+    "locks": {"sharding", "ui", "errors"},
     "formats": {"errors"},
     "transforms": {"errors"},
     "config": {"errors"},
@@ -30,10 +33,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": {"formats", "transforms", *BASE},
     "checkpoint": {"runtime", "formats", "config", *BASE},
     "tiny": BASE,
-    "wan": {"checkpoint", "runtime", "config", "tiny", *BASE},
-    "calibration": {*LOWER, *BASE},
-    "quantization": {*LOWER, *BASE},
-    "generation": {*LOWER, *BASE},
+    "wan": {"checkpoint", "runtime", "formats", "config", "tiny", *BASE},
+    "calibration": {*LOWER, *SHARED, *BASE},
+    "quantization": {*LOWER, *SHARED, *BASE},
+    "generation": {*LOWER, *SHARED, *BASE},
     "evaluation": {*LOWER, *BASE},
     "report": {*STAGES, *LOWER, *BASE},
     "submission": {*STAGES, *LOWER, *BASE, "report"},

@@ -11,13 +11,17 @@ import typer
 
 from ptq.cli.bench import bench_app
 from ptq.cli.calibrate import calibrate
+from ptq.cli.compare import compare
 from ptq.cli.demo import demo
 from ptq.cli.doctor import doctor
 from ptq.cli.evaluate import evaluate
+from ptq.cli.export import export
 from ptq.cli.generate import generate
 from ptq.cli.inspect import inspect
+from ptq.cli.package import package, verify
 from ptq.cli.prompts import prompts
 from ptq.cli.quantize import quantize
+from ptq.cli.report import report
 from ptq.cli.status import status
 from ptq.errors import PtqError
 
@@ -30,7 +34,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, calibrate, quantize, generate, evaluate, inspect, prompts, status, doctor):
+JOB = (demo, calibrate, quantize, generate, evaluate, report, package, verify)
+ASIDE = (inspect, compare, export, prompts, status, doctor)
+for command in (*JOB, *ASIDE):
     app.command()(command)
 app.add_typer(bench_app, name="bench")
 

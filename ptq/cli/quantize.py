@@ -73,15 +73,19 @@ def quantize(
     )
     records = CalibrationSet(calibration)
     if dry_run:
-        ui.facts("Quantization plan", describe_plan(layout, records, settings, device))
+        ui.facts("Quantization plan", describe_plan(layout, records, settings, device, out))
         return
     quiet_libraries()
     check_inputs(layout, records, settings)
+    limit = None if max_memory is None else int(max_memory * 1e9)
     if check:
         preflight(
-            layout, lambda: estimate_needs(layout, records, settings, device, link=link), out, device, format_name
+            layout,
+            lambda: estimate_needs(layout, records, settings, device, out, link=link, max_memory=limit),
+            out,
+            device,
+            format_name,
         )
-    limit = None if max_memory is None else int(max_memory * 1e9)
     options = QuantizeOptions(device=device, max_memory=limit, link=link, fresh=fresh)
     manifest = run(layout, records, settings, out, options)
     if as_json:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from ptq.errors import PtqError, UsageError
 from ptq.generation.sampling import BrokenOutputError, Sampled, Sampler, StepCallback
 from ptq.generation.settings import Settings
+from ptq.wan.placing import split_over_processes
 
 TIMEOUT = timedelta(hours=12)
 """Followers wait for the leader while it checks finished videos; a process that dies ends the group at once."""
@@ -62,10 +63,8 @@ def split_tokens(experts: Mapping[str, Any], settings: Settings, tokens: int) ->
     """Turn on context parallelism in every expert; all processes of the group call this.
 
     Raises:
-        UsageError: the heads or the tokens of a video cannot be shared out evenly.
+        UsageError: the heads or the tokens of a video cannot be shared out evenly, or the attention backend cannot.
     """
-    from diffusers import ContextParallelConfig
-
     size = settings.context_parallel
     for name, expert in experts.items():
         heads = expert.config.num_attention_heads
@@ -74,10 +73,7 @@ def split_tokens(experts: Mapping[str, Any], settings: Settings, tokens: int) ->
                 f"{name} has {heads} attention heads and this video {tokens} tokens; --context-parallel must divide both, "
                 f"and {size} does not."
             )
-        try:
-            expert.enable_parallelism(config=ContextParallelConfig(ulysses_degree=size))
-        except ValueError as error:
-            raise UsageError(f"--context-parallel cannot be used here: {error}") from error
+        split_over_processes(expert, size)
 
 
 class LeadingSampler(Sampler):
@@ -117,7 +113,8 @@ def follow(load_sampler: Callable[[], Sampler]) -> None:
             sampler = load_sampler()
         if kind == _MAKE:
             with contextlib.suppress(BrokenOutputError):  # the leader saw it too and records it
-                sampler.make(*arguments, on_step=lambda _: None)
+                prompt, seed, image = arguments
+                sampler.make(prompt, seed, image, on_step=lambda _: None)
 
 
 def dismiss_group() -> None:

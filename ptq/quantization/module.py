@@ -23,6 +23,7 @@ from ptq.quantization.collect import InputCollector, collecting
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.sharing import InputGroup, find_shared_inputs
 from ptq.quantization.targets import choose_targets
+from ptq.solvers.solve import LayerSolution
 
 DEFAULT_STATISTICS_BYTES = 4 * 2**30
 
@@ -155,7 +156,8 @@ def _quantize(
 ) -> tuple[dict[str, ModuleLayer], int]:
     propagated = settings.recipe.records.inputs == "propagated"
     passes = [[group] for group in groups] if propagated else _pack(groups, settings, statistics_bytes)
-    solutions, layers = {}, {}
+    solutions: dict[str, LayerSolution] = {}
+    layers: dict[str, ModuleLayer] = {}
     for part in passes:
         collectors = _collect(model, batches, part, settings)
         solved = solve_block(model, collectors, settings, inputs={group.names[0]: group.names for group in part})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psutil
 import torch
 
@@ -34,7 +36,7 @@ SOLVER_COPIES = 3
 
 
 def describe_plan(
-    layout: ModelLayout, calibration: CalibrationSet, settings: QuantizeSettings, device: str
+    layout: ModelLayout, calibration: CalibrationSet, settings: QuantizeSettings, device: str, out: Path
 ) -> dict[str, str]:
     """Name -> value for --dry-run. Checks the inputs as the run would.
 
@@ -51,7 +53,7 @@ def describe_plan(
             f"{layout.num_blocks(expert)} blocks, {records} records of {_size(layout, calibration, expert).tokens} "
             f"tokens, hidden states {gigabytes(stream_bytes(layout, calibration, expert))}"
         )
-    needs = estimate_needs(layout, calibration, settings, device)
+    needs = estimate_needs(layout, calibration, settings, device, out)
     plan["recipe"] = f"{settings.recipe_name}: {settings.recipe.description}"
     plan["experts before"] = gigabytes(coverage.original_bytes)
     plan["experts after"] = gigabytes(packed_bytes(layout, settings))
@@ -93,26 +95,34 @@ def packed_bytes(layout: ModelLayout, settings: QuantizeSettings) -> int:
 
 
 def estimate_needs(
-    layout: ModelLayout, calibration: CalibrationSet, settings: QuantizeSettings, device: str, *, link: bool = False
+    layout: ModelLayout,
+    calibration: CalibrationSet,
+    settings: QuantizeSettings,
+    device: str,
+    out: Path,
+    *,
+    link: bool = False,
+    max_memory: int | None = None,
 ) -> Needs:
-    """Disk, RAM and GPU memory of a whole run.
+    """Disk, RAM and GPU memory of a whole run; what an unfinished run has written already is not counted again.
 
     Disk: finished blocks and the final shards at the same time, the copied components, and the streams where they do not
-    fit into half of the RAM. Memory: the streams (in RAM, or paged from disk), one block, its statistics, one forward.
+    fit into `max_memory` (default: half of the RAM). Memory: the streams (in RAM, or paged from disk), one block, its
+    statistics, one forward.
     """
     streams = max(stream_bytes(layout, calibration, expert) for expert in layout.experts)
-    in_ram = streams <= psutil.virtual_memory().available // 2
-    others = sum(
-        file.stat().st_size
-        for folder in layout.path.iterdir()
-        if folder.name not in layout.experts and folder.is_dir()
-        for file in folder.rglob("*")
-        if file.is_file()
-    )
-    disk = 2 * packed_bytes(layout, settings) + (0 if link else others) + (0 if in_ram else streams)
+    in_ram = streams <= (psutil.virtual_memory().available // 2 if max_memory is None else max_memory)
+    folders = [path for path in layout.path.iterdir() if path.name not in layout.experts]
+    others = 0 if link else sum(_bytes_below(folder) for folder in folders)
+    written = _bytes_below(out.with_name(out.name + ".partial"))
+    disk = max(0, 2 * packed_bytes(layout, settings) + others + (0 if in_ram else streams) - written)
     work = max(_working_bytes(layout, calibration, settings, expert, device) for expert in layout.experts)
     ram = streams if in_ram else 0
     return Needs(disk, ram + work, 0) if device == "cpu" else Needs(disk, ram, work)
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _working_bytes(

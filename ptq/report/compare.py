@@ -59,7 +59,7 @@ def compare_sides(a: Side, b: Side) -> list[Table]:
             f"{a.path} and {b.path} are of different kinds (a checkpoint and an evaluation). Pass two checkpoints or two "
             "evaluation directories."
         )
-    tables = []
+    tables: list[Table] = []
     if a.evaluation is not None and b.evaluation is not None:
         tables += _evaluations(a.evaluation, b.evaluation)
     tables.append(_settings(a, b))
@@ -149,9 +149,8 @@ def _sizes(a: Manifest, b: Manifest) -> Table:
 
 
 def _errors(a: Manifest, b: Manifest) -> Table:
-    sides = [_mean_errors(manifest) for manifest in (a, b)]
     note = "Relative squared errors on each checkpoint's own calibration records; lower is better."
-    return Table.of("errors", "Errors", ("", "A", "B"), _union(*sides, error), note)
+    return Table.of("errors", "Errors", ("", "A", "B"), _union(_mean_errors(a), _mean_errors(b), error), note)
 
 
 def _mean_errors(manifest: Manifest) -> dict[str, float]:

@@ -50,7 +50,7 @@ def draw_figures(facts: Facts) -> list[Figure]:
 
 
 def _svg(key: str, height: float, draw: Callable[[Canvas], None]) -> bytes:
-    style = {
+    style: Any = {
         "svg.hashsalt": key,
         "svg.fonttype": "path",
         "font.size": 9,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptq.checkpoint.manifest import MANIFEST_FILE
-from ptq.errors import PtqError, UsageError
+from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.fs import read_json
 from ptq.generation import identify_model
 from ptq.report.schema import EVALUATION_FILE, Evaluation, RunInfo
@@ -112,7 +112,10 @@ def find_calibration(evaluation: Path, checkpoint: Path, calibration_digest: str
     """calibration.json with that digest beside the checkpoint or in a demo directory, or None."""
     for folder in (checkpoint.resolve().parent, evaluation.resolve().parent.parent):
         for path in sorted(folder.glob(f"*/{CALIBRATION_FILE}")):
-            content = read_json(path)
+            try:
+                content = read_json(path)
+            except DamagedFileError:
+                continue  # somebody else's broken directory in the same folder: not the one that is looked for
             if isinstance(content, dict) and content.get("digest") == calibration_digest:
                 return path
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ def provenance_tables(facts: Facts) -> Iterable[Table]:
         yield Table.of("calibration", "Calibration", ("setting", "value"), _calibration(facts.calibration))
     if any(facts.runs.values()):
         yield _runs(facts)
+    if facts.evaluation.vbench is not None:
+        yield _vbench(facts.evaluation.vbench)
     yield _versions(facts)
     yield _hashes(facts)
 
@@ -188,6 +190,13 @@ def _runs(facts: Facts) -> Table:
     return Table.of("runs", "Generation runs", columns, rows)
 
 
+def _vbench(details: Mapping[str, Any]) -> Table:
+    """Where the scores came from: result files with their digests, or the installation that made them."""
+    rows = [(file["path"], file["sha256"]) for file in details.get("files", ())]
+    rest = {key: value for key, value in details.items() if key in ("installation", "mode")}
+    return Table.of("vbench", "VBench", ("", "value"), [*rows, *flatten(rest).items()])
+
+
 def _versions(facts: Facts) -> Table:
     columns: dict[str, dict[str, str]] = {}
     if facts.manifest is not None:
@@ -221,4 +230,10 @@ def _hashes(facts: Facts) -> Table:
         rows.append(("quantization run (model, records, recipe, versions)", facts.manifest.signature))
         if facts.manifest.calibration:
             rows.append(("calibration records", facts.manifest.calibration["digest"]))
+            prompts = facts.manifest.calibration["prompts"]
+            rows.append((f"calibration prompts, {prompts['name']}", prompts["sha256"]))
+    run = facts.runs.get("candidate")
+    prompts = ((run.info.get("plan") or {}).get("prompts") or {}) if run else {}
+    if prompts.get("file") and prompts.get("sha256"):
+        rows.append((f"evaluation prompts, {Path(prompts['file']).name}", prompts["sha256"]))
     return Table.of("hashes", "Hashes (SHA-256)", ("of", "digest"), rows)

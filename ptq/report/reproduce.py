@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,6 +16,7 @@ import yaml
 from ptq.checkpoint.manifest import Manifest
 from ptq.config import load_preset
 from ptq.config.preset import PRESET_FILE
+from ptq.evaluation.suites import get_suite
 from ptq.fs import read_json
 from ptq.report.facts import Facts
 
@@ -82,11 +84,8 @@ def join(*parts: str | int | float) -> str:
 
 def _plain_recipe(manifest: Manifest) -> dict[str, Any]:
     """The resolved recipe without its description and without the keys that are left to the format."""
-    return {
-        key: _without_defaults(value)
-        for key, value in manifest.recipe.items()
-        if value is not None and key != "description"
-    }
+    recipe = {key: value for key, value in manifest.recipe.items() if key != "description"}
+    return {key: _without_defaults(value) for key, value in _without_defaults(recipe).items()}
 
 
 def _without_defaults(value: Any) -> Any:
@@ -131,10 +130,11 @@ def _listed(flags: Mapping[str, str | int | float]) -> list[str | int | float]:
 
 
 def _prompts(facts: Facts) -> str | None:
+    """Name of the prompt file; its digest is in the table of hashes."""
     run = facts.runs.get("candidate") or facts.runs.get("reference")
     plan = (run.info.get("plan") or {}) if run else {}
     source = plan.get("prompts") or {}
-    return source.get("file")
+    return Path(source["file"]).name if source.get("file") else None
 
 
 def _generate(model: str, prompts: str, out: str, settings: Mapping[str, Any], facts: Facts) -> str:
@@ -173,6 +173,8 @@ def _evaluate(facts: Facts) -> str:
         flags["--gate"] = evaluation.gate
     if evaluation.stride not in (None, 1):
         flags["--stride"] = evaluation.stride  # type: ignore[assignment]
+    if evaluation.vbench is not None and set(evaluation.dimensions) != set(get_suite(evaluation.suite).gate):
+        flags["--dimensions"] = ",".join(evaluation.dimensions)
     flags |= {"--bootstrap": evaluation.bootstrap.resamples, "--seed": evaluation.bootstrap.seed}
     if evaluation.reference.file and evaluation.candidate.file:
         return join(
@@ -182,5 +184,8 @@ def _evaluate(facts: Facts) -> str:
     command = join(
         "ptq", "evaluate", "--reference", REFERENCE_OUT, "--candidate", CANDIDATE_OUT, *_listed(flags), *switches
     )
+    imported = [file["path"] for file in (evaluation.vbench or {}).get("files", ())]
+    if imported:
+        return f"{command} {join('--import-vbench', *imported)}"
     # The interpreter is a path of the machine that runs it: the reader's own, set in the environment.
     return f'{command} --vbench-python "$VBENCH_PYTHON"' if evaluation.vbench is not None else command

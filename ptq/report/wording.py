@@ -60,6 +60,8 @@ def _interval_words(evaluation: Evaluation) -> str:
 
 
 def _kind_of_videos(facts: Facts) -> str:
+    if facts.evaluation.reference.directory is None:
+        return "imported"
     return "held-out paired" if facts.overlap == 0 else "paired"
 
 
@@ -76,8 +78,14 @@ def meaning(facts: Facts) -> str:
     return (
         f"{first} Loss is the {AGGREGATES[evaluation.gate]} over {len(evaluation.dimensions)} dimensions ({names}; suite "
         f"{evaluation.suite}): the share of the original's score that is gone, positive when the quantized model is worse. "
-        "Both models made every video from the same prompt and the same noise."
+        f"{_pairing(evaluation)}"
     )
+
+
+def _pairing(evaluation: Evaluation) -> str:
+    if evaluation.reference.directory is None:
+        return "Scores were imported: videos are paired by file name, and nothing proves that they started from equal noise."
+    return "Both models made every video from the same prompt and the same noise."
 
 
 def held_out(facts: Facts) -> str:

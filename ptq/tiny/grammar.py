@@ -7,17 +7,20 @@ every sentence the grammar can make and refuses words it does not know. No text 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from ptq.tiny.world import Scene, held_out_scenes, train_scenes
 
-SHAPE_WORDS = {
+_T = TypeVar("_T")
+SHAPE_WORDS: dict[str, tuple[str, ...]] = {
     "circle": ("circle", "disc", "disk"),
     "triangle": ("triangle", "pyramid"),
     "ring": ("ring", "hoop", "donut"),
 }
-COLOUR_WORDS = {
+COLOUR_WORDS: dict[str, tuple[str, ...]] = {
     "red": ("red", "crimson", "scarlet"),
     "orange": ("orange", "tangerine"),
     "yellow": ("yellow", "lemon"),
@@ -27,14 +30,14 @@ COLOUR_WORDS = {
     "purple": ("purple", "violet"),
     "pink": ("pink", "magenta"),
 }
-SIZE_WORDS = {"small": ("small", "tiny", "little"), "large": ("large", "big", "huge")}
-BACKGROUND_WORDS = {
+SIZE_WORDS: dict[str, tuple[str, ...]] = {"small": ("small", "tiny", "little"), "large": ("large", "big", "huge")}
+BACKGROUND_WORDS: dict[str, tuple[str, ...]] = {
     "black": ("black", "dark"),
     "grey": ("grey", "gray"),
     "white": ("white", "bright"),
     "striped": ("striped", "stripy"),
 }
-DIRECTION_WORDS = {
+DIRECTION_WORDS: dict[str, tuple[str, ...]] = {
     "left": ("left", "leftward"),
     "right": ("right", "rightward"),
     "up": ("up", "upward", "top"),
@@ -77,23 +80,21 @@ def prompt_for(scene: Scene, rng: np.random.Generator | int) -> str:
     """A sentence for ``scene``; ``rng`` (seed or Generator) picks the word order and the synonyms."""
     gen = np.random.default_rng(rng)
 
-    def pick(options: tuple) -> object:
+    def pick(options: Sequence[_T]) -> _T:
         return options[int(gen.integers(len(options)))]
 
     size, colour = pick(SIZE_WORDS[scene.size]), pick(COLOUR_WORDS[scene.colour])
     thing = f"{size} {colour} {pick(SHAPE_WORDS[scene.shape])}"
-    verb, verbing = pick(_VERBS)  # type: ignore[misc]
+    verb, verbing = pick(_VERBS)
     where = pick(_DIRECTION_PHRASES[scene.direction])
     place = f"{pick(_PREPOSITIONS)} a {pick(BACKGROUND_WORDS[scene.background])} {pick(_PLACES)}"
-    a = _article(str(size))
-    return str(
-        pick(
-            (
-                f"{a} {thing} {verb} {where} {place}",
-                f"{a} {thing} {verbing} {where} {place}",
-                f"{place}, {a} {thing} {verb} {where}",
-                f"a video of {a} {thing} {verbing} {where} {place}",
-            )
+    a = _article(size)
+    return pick(
+        (
+            f"{a} {thing} {verb} {where} {place}",
+            f"{a} {thing} {verbing} {where} {place}",
+            f"{place}, {a} {thing} {verb} {where}",
+            f"a video of {a} {thing} {verbing} {where} {place}",
         )
     )
 

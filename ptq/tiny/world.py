@@ -73,7 +73,9 @@ class Scene:
             if value not in allowed:
                 raise ValueError(f"{name} {value!r} is not in the tiny world; choose from {', '.join(allowed)}")
         if (self.shape, self.size) in ABSENT:
-            raise ValueError(f"there is no {self.size} {self.shape} in the tiny world: its hole would be lost in the latent")
+            raise ValueError(
+                f"there is no {self.size} {self.shape} in the tiny world: its hole would be lost in the latent"
+            )
 
 
 @functools.lru_cache(maxsize=1)
@@ -84,9 +86,7 @@ def _split() -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:
 
     def pick(part: np.ndarray) -> tuple[Scene, ...]:
         rows = (grid[i] for i in part)
-        return tuple(
-            Scene(*r) for r in rows if r[0] in SHAPES and r[2] in DIRECTIONS and (r[0], r[4]) not in ABSENT
-        )
+        return tuple(Scene(*r) for r in rows if r[0] in SHAPES and r[2] in DIRECTIONS and (r[0], r[4]) not in ABSENT)
 
     return pick(order[held:]), pick(order[:held])
 

@@ -51,7 +51,8 @@ def refuse_original(path: Path) -> None:
         return
     config = next(iter(experts.values())) / "config.json"
     channels = read_json(config).get("in_dim") if config.is_file() else None
-    base = _SMALL_HUB_ID if len(experts) == 1 else _HUB_IDS.get(channels, "a pipeline directory of the same variant")
+    known = _HUB_IDS.get(int(channels or 0), "a pipeline directory of the same variant")
+    base = _SMALL_HUB_ID if len(experts) == 1 else known
     raise PtqError(
         f"{path} is a Wan checkpoint in its original layout ({', '.join(p.name for p in experts.values())}); a diffusers "
         f"pipeline is expected. Convert it once, without loading it: python scripts/convert_original_wan.py {path} "

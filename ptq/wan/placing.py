@@ -1,4 +1,4 @@
-"""Where a pipeline's weights are while it runs: all on the device, or on the CPU between uses."""
+"""Where a pipeline's weights and tokens are while it runs: on the device, on the CPU between uses, over processes."""
 
 from __future__ import annotations
 
@@ -39,3 +39,17 @@ def check_offload(device: str, offload: str) -> None:
         raise UsageError(f"--offload must be one of {', '.join(OFFLOAD_MODES)}, found {offload!r}.")
     if offload != "none" and device == "cpu":
         raise UsageError(f"--offload {offload} moves weights between a GPU and the CPU; without a GPU use none.")
+
+
+def split_over_processes(expert: Any, size: int) -> None:
+    """Let the processes of the group share every call of this expert: diffusers' Ulysses context parallelism.
+
+    Raises:
+        UsageError: its attention backend cannot do that.
+    """
+    from diffusers import ContextParallelConfig
+
+    try:
+        expert.enable_parallelism(config=ContextParallelConfig(ulysses_degree=size))
+    except ValueError as error:
+        raise UsageError(f"--context-parallel cannot be used here: {error}") from error

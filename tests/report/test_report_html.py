@@ -145,3 +145,12 @@ def test_missing_videos_are_stated(copy_job):
 
 def test_same_artifacts_same_bytes(job, page):
     assert render_html(job.evaluation, job.checkpoint).decode() == page
+
+
+def test_every_table_has_its_place_in_both_outputs(job, page):
+    from ptq.report.html import all_tables, read_template
+
+    tables = all_tables(gather(Sources(job.evaluation)))
+    assert {f"table-{key}" for key in tables} == set(Page(page).tables)
+    template = read_template("report.typ")
+    assert all(f'"{key}"' in template for key in tables)

@@ -31,7 +31,7 @@ def test_render_is_deterministic_and_shaped() -> None:
 
 def test_render_known_pixels() -> None:
     """Fixed numbers, so that a changed renderer cannot pass for the one the weights were trained on."""
-    frames = render(Scene("cross", "red", "right", "black", "large"), 0)
+    frames = render(Scene("triangle", "red", "right", "black", "large"), 0)
     red = (frames == np.array([220, 30, 30])).all(-1)
     black = (frames == 20).all(-1)
     assert red[0].sum() > 350 and black[0].sum() > 3000
@@ -39,7 +39,7 @@ def test_render_known_pixels() -> None:
     steps = np.diff(columns)
     assert steps.min() >= 1.0 and steps.max() <= 4.0
     rows = [np.flatnonzero(r.any(1)).mean() for r in red]
-    assert np.ptp(rows) == 0.0
+    assert np.ptp(rows) <= 0.5
 
 
 def test_objects_stay_inside() -> None:
@@ -62,6 +62,8 @@ def test_shapes_have_like_areas_and_centres() -> None:
 def test_scene_rejects_unknown_values() -> None:
     with pytest.raises(ValueError, match="shape 'blob' is not in the tiny world"):
         Scene("blob", "red", "left", "black", "small")
+    with pytest.raises(ValueError, match="no small ring"):
+        Scene("ring", "red", "left", "black", "small")
     with pytest.raises(ValueError, match="split"):
         sample_scene(0, "test")
 
@@ -116,7 +118,10 @@ def test_detectors_on_ground_truth(rendered: list[tuple[Scene, np.ndarray]]) -> 
 def test_detectors_at_chance_on_shuffled_prompts(rendered: list[tuple[Scene, np.ndarray]]) -> None:
     order = np.random.default_rng(1).permutation(UNITS)
     scores = [adherence(rendered[i][1], rendered[j][0]) for i, j in enumerate(order)]
-    for key, chance in (("colour", 1 / 8), ("shape", 1 / 4), ("direction", 1 / 4)):
+    for key in ("colour", "shape", "direction"):
+        values = [getattr(scene, key) for scene, _ in rendered]
+        chance = sum((values.count(v) / UNITS) ** 2 for v in set(values))
+        assert chance < {"colour": 0.14, "shape": 0.39, "direction": 0.27}[key]
         spread = (chance * (1 - chance) / UNITS) ** 0.5
         for name in (key, f"{key}_hit"):
             assert abs(np.mean([s[name] for s in scores]) - chance) < 4 * spread, name
