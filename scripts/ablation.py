@@ -27,7 +27,14 @@ from ptq.transforms import BLOCK_SIZES
 from ptq.wan.loading import load_pipeline, resolve_model
 from ptq.wan.structure import ModelLayout
 
-OFF = {"rounding": "rtn", "rotation": 0, "smoothing": (), "clip_search": False, "bias_correction": False, "input_noise": False}
+OFF = {
+    "rounding": "rtn",
+    "rotation": 0,
+    "smoothing": (),
+    "clip_search": False,
+    "bias_correction": False,
+    "input_noise": False,
+}
 INGREDIENTS = ("rotation", "smoothing", "rounding", "clip_search", "bias_correction", "input_noise")
 LABELS = {"rounding": "gptq", "clip_search": "clip", "bias_correction": "bias"}
 ACTIVATION_RULES = {"mxfp4": ("floor", "ceil", "even", "qmax7.25", "mse"), "hif4": ()}

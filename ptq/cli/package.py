@@ -34,13 +34,13 @@ def package(
     ui.info(f"Weights to pack: {format_bytes(estimated_bytes(checkpoint))}.")
     if dry_run:
         return
-    report = {"evaluation": evaluation, "checkpoint": checkpoint}
+    page, pdf = render_html(evaluation, checkpoint), render_pdf(evaluation, checkpoint)
     size = run(
         checkpoint,
         evaluation,
         out,
-        pdf=render_pdf(**report),
-        html=render_html(**report),
+        pdf=pdf,
+        html=page,
         allow_failing=allow_failing_gate,
     )
     ui.info(f"{out}: {format_bytes(size)}. Check it with `ptq verify {out}`.")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ptq import formats
 from ptq.quantization.calls import ReplayRecord
 from ptq.quantization.collect import InputCollector, collecting
-from ptq.quantization.processes import Processes
+from ptq.quantization.processes import ALONE, Processes
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.streams import Stream
 from ptq.runtime import QuantLinear
@@ -88,7 +88,7 @@ def solve_block(
     block: nn.Module,
     collectors: dict[str, InputCollector],
     settings: QuantizeSettings,
-    processes: Processes = Processes(),
+    processes: Processes = ALONE,
     inputs: Mapping[str, Sequence[str]] = INPUTS,
 ) -> dict[str, LayerSolution]:
     """Codes, smoothing and biases of the block's Linears; each distinct input is solved once, by one process.

@@ -22,7 +22,7 @@ from ptq.quantization.block import (
     stream_error,
 )
 from ptq.quantization.calls import ExpertCalls
-from ptq.quantization.processes import Processes
+from ptq.quantization.processes import ALONE, Processes
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.workdir import WorkDir
 from ptq.runtime import QuantLinear
@@ -64,7 +64,7 @@ class ExpertRun:
         settings: QuantizeSettings,
         work: WorkDir,
         scratch: Path | None,
-        processes: Processes = Processes(),
+        processes: Processes = ALONE,
     ) -> None:
         self.name, self.replay, self.settings, self.work = name, replay, settings, work
         self._processes = processes
