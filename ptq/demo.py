@@ -102,7 +102,7 @@ class Demo:
             prompts.samples,
             Settings(**preset, save_frames=True),
             out,
-            model=identify_model(name, model),
+            model=identify_model(MODEL if model == self.layout.path else str(model), model),
             prompts={**source, "samples": len(prompts.samples)},
         )
         return out

@@ -65,6 +65,8 @@ def _show(results: list[DemoResult], out: Path) -> None:
         for warning in result.evaluation["warnings"]:
             ui.warn(f"{result.manifest.format}: {warning}")
     console.print(f"Original and quantized videos side by side: {out / 'side-by-side'}", soft_wrap=True, markup=False)
+    for result in results:
+        console.print(f"Report and submission: {result.results}", soft_wrap=True, markup=False)
     console.print(
         f"All of it: {out}; look closer with `ptq inspect {results[0].checkpoint}`", soft_wrap=True, markup=False
     )

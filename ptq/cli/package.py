@@ -25,7 +25,7 @@ def package(
     from ptq.checkpoint.manifest import read_manifest
     from ptq.cli.common import format_bytes
     from ptq.fs import read_json
-    from ptq.report import render_html, render_pdf
+    from ptq.report import Sources, render
     from ptq.submission.package import check_submittable, estimated_bytes
     from ptq.submission.package import package as run
 
@@ -34,7 +34,8 @@ def package(
     ui.info(f"Weights to pack: {format_bytes(estimated_bytes(checkpoint))}.")
     if dry_run:
         return
-    page, pdf = render_html(evaluation, checkpoint), render_pdf(evaluation, checkpoint)
+    _, page, pdf = render(Sources(evaluation, checkpoint))
+    assert page is not None and pdf is not None  # both were asked for
     size = run(
         checkpoint,
         evaluation,

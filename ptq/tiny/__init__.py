@@ -25,10 +25,6 @@ def assets_dir(name: str = "tiny") -> Path:
 
 
 def defaults(name: str = "tiny") -> dict[str, Any]:
-    """Generation defaults of the embedded pipeline: frames, size, fps, steps, guidance, negative prompt."""
-    path = _ASSETS / f"{name}.json"
-    if not path.is_file():
-        known = sorted(p.stem for p in _ASSETS.glob("*.json"))
-        raise FileNotFoundError(f"no defaults for embedded pipeline {name!r}; shipped: {', '.join(known) or 'none'}")
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """Generation defaults of the embedded pipeline: frames, size, fps, steps, shift, guidance, negative prompt."""
+    data: dict[str, Any] = json.loads((assets_dir(name) / "ptq_preset.json").read_text(encoding="utf-8"))
     return data

@@ -24,13 +24,16 @@ from .common import BOUNDARY, FPS, FRAMES, MAX_TOKENS, SHIFT, SIZE, Log
 from .denoiser import CONFIG
 from .text import make_encoder, make_tokenizer
 
+PRESET = "ptq_preset.json"
 DEFAULTS: dict[str, Any] = {
-    "pipeline": "WanPipeline",
-    "num_frames": FRAMES,
+    "variant": "T2V-A14B",
+    "hub_id": None,
     "height": SIZE,
     "width": SIZE,
+    "num_frames": FRAMES,
     "fps": FPS,
     "steps": 10,
+    "flow_shift": SHIFT,
     "guidance_scale": 3.0,
     "guidance_scale_2": 2.0,
     "negative_prompt": "",
@@ -47,7 +50,7 @@ def expert(work: Path, stage: str) -> WanTransformer3DModel:
 
 
 def assemble(work: Path, out: Path, seed: int) -> None:
-    """Write ``out/tiny/`` and ``out/tiny.json`` from the checkpoints in ``work``."""
+    """Write ``out/tiny/``, its generation defaults included, from the checkpoints in ``work``."""
     stats = torch.load(work / "latents.pt", weights_only=False)
     vae = vae_stage.load(work)
     vae.register_to_config(latents_mean=stats["mean"].tolist(), latents_std=stats["std"].tolist())
@@ -63,7 +66,7 @@ def assemble(work: Path, out: Path, seed: int) -> None:
     )
     shutil.rmtree(out / "tiny", ignore_errors=True)
     pipe.to(torch.bfloat16).save_pretrained(out / "tiny")
-    (out / "tiny.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n", encoding="utf-8")
+    (out / "tiny" / PRESET).write_text(json.dumps(DEFAULTS, indent=2) + "\n", encoding="utf-8")
     size = sum(p.stat().st_size for p in (out / "tiny").rglob("*") if p.is_file())
     print(f"{out / 'tiny'}: {size / 1e6:.2f} MB")
 
@@ -88,7 +91,7 @@ def generate(pipe: WanPipeline, prompt: str, seed: int, settings: dict[str, Any]
 
 def evaluate(work: Path, out: Path, units: int, overrides: dict[str, Any] | None = None) -> dict[str, float]:
     """Means of the adherence scores over ``units`` held-out (prompt, seed) units; also saves the clips."""
-    settings = json.loads((out / "tiny.json").read_text(encoding="utf-8")) | (overrides or {})
+    settings = json.loads((out / "tiny" / PRESET).read_text(encoding="utf-8")) | (overrides or {})
     pipe = WanPipeline.from_pretrained(out / "tiny", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     rows, clips, began = [], [], time.time()

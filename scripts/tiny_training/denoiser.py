@@ -85,7 +85,7 @@ def train(work: Path, stage: str, steps: int, seed: int, batch: int = 48, compil
     """Train ``stage`` ("trunk", "high" or "low") for ``steps`` steps in all; resumes from ``work/<stage>.pt``."""
     low, high = {"trunk": (0.0, 1.0), "high": (BOUNDARY - 0.01, 1.0), "low": (0.0, BOUNDARY + 0.005)}[stage]
     number = {"trunk": 3, "high": 4, "low": 5}[stage]
-    rate = 1.0 if stage == "trunk" else 0.8
+    rate = 1.0 if stage == "trunk" else 0.9
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     encoder = make_encoder(tokenizer, seed)

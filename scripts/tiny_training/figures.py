@@ -53,5 +53,5 @@ def contact(work: Path, image: Path, rows: int = 12) -> None:
         axis.imshow(np.concatenate(shown, 1), interpolation="nearest")
         axis.set_title(str(prompt), fontsize=7, pad=2)
     image.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(image, dpi=100)
+    fig.savefig(image, dpi=75)
     plt.close(fig)

@@ -57,7 +57,7 @@ def generate(pipe, prompt: str, seed: int) -> np.ndarray:
 def test_unknown_names_say_what_there_is() -> None:
     with pytest.raises(FileNotFoundError, match="no embedded pipeline 'nope'"):
         assets_dir("nope")
-    with pytest.raises(FileNotFoundError, match="no defaults"):
+    with pytest.raises(FileNotFoundError, match="no embedded pipeline"):
         defaults("nope")
 
 
