@@ -127,7 +127,7 @@ def test_widths_that_do_not_fit_stop_before_any_work(tmp_path):
         text = rf"ffn\.net\.2 has 160 input channels, not a multiple of {multiple}"
         refused(path, records.directory, tmp_path / "out", settings, text, UsageError)
         with pytest.raises(UsageError, match=text):
-            describe_plan(read_layout(path), records, settings, "cpu")
+            describe_plan(read_layout(path), records, settings, "cpu", tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
     run(path, records.directory, tmp_path / "out", RTN)  # 160 is a multiple of 32
 
@@ -166,7 +166,7 @@ def test_no_records_of_an_expert(model, tmp_path):
     missing = ({"transformer", "transformer_2"} - {r.expert for r in calibration}).pop()
     refused(model, calibration.directory, tmp_path / "out", RTN, rf"no records of {missing}\. Record more", UsageError)
     with pytest.raises(UsageError, match=f"no records of {missing}"):
-        describe_plan(read_layout(model), calibration, RTN, "cpu")
+        describe_plan(read_layout(model), calibration, RTN, "cpu", tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
 
 
