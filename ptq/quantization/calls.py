@@ -62,7 +62,7 @@ class ExpertCalls:
         """A stream with the inputs of block 0 (memory-mapped in `scratch` if given)."""
         stream = Stream(scratch)
         for item in self.items:
-            stream[item.record.record] = self._replay.head(item.record.record, *self._arguments(item.record))[0]
+            stream[item.record.record] = self._replay.head(self._name(item.record), *self._arguments(item.record))[0]
         return stream
 
     def copy(self, stream: Stream) -> Stream:
@@ -86,9 +86,13 @@ class ExpertCalls:
             signal += item.weight * float(original.square().sum())
         return error / signal if signal else 0.0
 
+    def _name(self, record: Record) -> str:
+        """A name for the replay's cache: records of two sets have the same names."""
+        return f"{self._calibration.digest}/{record.record}"
+
     def _arguments(self, record: Record) -> tuple[Tensor, Tensor, Tensor]:
         call = self._calibration.load(record)
         return call.hidden_states, call.timestep, call.encoder_hidden_states
 
     def _context_of(self, record: Record) -> Callable[[], BlockContext]:
-        return lambda: self._replay.context(record.record, lambda: self._arguments(record))
+        return lambda: self._replay.context(self._name(record), lambda: self._arguments(record))
