@@ -36,11 +36,13 @@ def open_directory(
         UsageError: `out` is something else, or holds records of other settings (names the difference).
         PtqError: another process records this shard, or shards of another N.
     """
-    _refuse_foreign(out)
     state, lock = out / STATE_DIR, ShardLock(out / STATE_DIR, shard)
+    if not state.is_dir():
+        _refuse_foreign(out, locked=False)  # before anything is written into it
     with directory_mutex(state):
         lock.acquire()
         try:
+            _refuse_foreign(out, locked=True)
             refuse_other_counts(state, shard)
             _enter(out, settings, shard, own, fresh)
         except BaseException:
@@ -52,10 +54,13 @@ def open_directory(
         lock.release()
 
 
-def _refuse_foreign(out: Path) -> None:
+def _refuse_foreign(out: Path, *, locked: bool) -> None:
+    """Refuse a directory of something else. Unlocked, one with a state folder is left to the check under the lock:
+    another process may be starting in it right now."""
     if (out / SETTINGS_FILE).exists() or not out.exists():
         return
-    if not out.is_dir() or any(path.name != STATE_DIR for path in out.iterdir()):
+    names = {path.name for path in out.iterdir()} if out.is_dir() else None
+    if names is None or (names - {STATE_DIR} and not (STATE_DIR in names and not locked)):
         raise UsageError(f"{out} is not empty and not a calibration directory; choose another --out.")
 
 
