@@ -1,4 +1,7 @@
-"""Keyword arguments of a Wan pipeline call, in one place, so that recording and generation agree."""
+"""Keyword arguments of the Wan pipeline call that recording makes, from a preset.
+
+Generation passes its own latents and callbacks and has its own call (`ptq.generation.sampling`).
+"""
 
 from __future__ import annotations
 
