@@ -28,10 +28,11 @@ from ptq.quantization.settings import QuantizeSettings
 from ptq.report import Sources, render
 from ptq.submission.package import PASS, package
 from ptq.tiny.grammar import calibration_prompts, held_out_prompts
+from ptq.tiny.prompt_files import write_prompt_file
 from ptq.wan.loading import load_pipeline, resolve_model
 from ptq.wan.structure import ModelLayout
 
-MODEL = "tiny"
+MODELS = ("tiny", "tiny-i2v")
 CALIBRATION_PROMPTS = 16
 SIDE_BY_SIDE = 6
 SEPARATOR_PIXELS = 4
@@ -56,11 +57,13 @@ class Demo:
     Args:
         out: the directory.
         units: held-out prompts that are generated and judged.
+        model: one of MODELS; tiny-i2v starts every video from a rendered first frame.
     """
 
-    def __init__(self, out: Path, units: int) -> None:
-        self.out, self.units = out, units
-        self.layout: ModelLayout = resolve_model(MODEL)
+    def __init__(self, out: Path, units: int, model: str = MODELS[0]) -> None:
+        self.out, self.units, self.model = out, units, model
+        self.layout: ModelLayout = resolve_model(model)
+        self.from_image = self.layout.preset.variant == "I2V-A14B"
 
     def run(self, formats: Sequence[str]) -> list[DemoResult]:
         """Record once, generate the original once, then quantize, generate and evaluate each format."""
@@ -72,15 +75,13 @@ class Demo:
         return [self._judge(name, checkpoints[name], reference, held_out) for name in formats]
 
     def _write_prompts(self, name: str, prompts: Sequence[str]) -> Path:
-        path = self.out / "prompts" / f"{name}.txt"
-        write_bytes(path, ("\n".join(prompts) + "\n").encode())
-        return path
+        return write_prompt_file(self.out / "prompts", name, prompts, images=self.from_image)
 
     def _calibrate(self, prompts: PromptSet) -> CalibrationSet:
         ui.info(f"1. Recording denoiser inputs on {len(prompts.samples)} prompts")
         source = {"name": prompts.path.name, "sha256": prompts.sha256}
         plan = CalibrationPlan(self.layout, self.layout.preset, prompts.samples, 8, 0, source)
-        calibrate(plan, lambda: load_pipeline(MODEL), self.out / "calibration")
+        calibrate(plan, lambda: load_pipeline(self.model), self.out / "calibration")
         return CalibrationSet(self.out / "calibration")
 
     def _quantize(self, name: str, records: CalibrationSet) -> Path:
@@ -100,9 +101,9 @@ class Demo:
         run_generation(
             lambda: load_pipeline(model),
             prompts.samples,
-            Settings(**preset, save_frames=True),
+            Settings(**preset, save_frames=True, image_to_video=self.from_image),
             out,
-            model=identify_model(MODEL if model == self.layout.path else str(model), model),
+            model=identify_model(self.model if model == self.layout.path else str(model), model),
             prompts={**source, "samples": len(prompts.samples)},
         )
         return out

@@ -33,9 +33,8 @@ OFF = {
     "smoothing": (),
     "clip_search": False,
     "bias_correction": False,
-    "input_noise": False,
 }
-INGREDIENTS = ("rotation", "smoothing", "rounding", "clip_search", "bias_correction", "input_noise")
+INGREDIENTS = ("rotation", "smoothing", "rounding", "clip_search", "bias_correction")
 LABELS = {"rounding": "gptq", "clip_search": "clip", "bias_correction": "bias"}
 ACTIVATION_RULES = {"mxfp4": ("floor", "ceil", "even", "qmax7.25", "mse"), "hif4": ()}
 
@@ -46,23 +45,21 @@ def variants(default: Recipe, format_name: str, widths: set[int]) -> dict[str, R
     Args:
         widths: every K of the model; only rotations that divide them all are tried.
     """
-    full = default.model_copy(update={"input_noise": True})  # the defaults leave it out; its effect is in the table
     plain = default.model_copy(update=OFF | {"activations": Recipe().activations})
     chosen: dict[str, Recipe] = {"rtn": plain}
     recipe = plain
     for key in INGREDIENTS:
-        recipe = recipe.model_copy(update={key: getattr(full, key)})
+        recipe = recipe.model_copy(update={key: getattr(default, key)})
         chosen[f"rtn + ... + {LABELS.get(key, key)}"] = recipe
-    chosen["all"] = full
     chosen["default recipe"] = default
     for key in INGREDIENTS:
-        chosen[f"only {LABELS.get(key, key)}"] = plain.model_copy(update={key: getattr(full, key)})
-        chosen[f"all without {LABELS.get(key, key)}"] = full.model_copy(update={key: OFF[key]})
+        chosen[f"only {LABELS.get(key, key)}"] = plain.model_copy(update={key: getattr(default, key)})
+        chosen[f"all without {LABELS.get(key, key)}"] = default.model_copy(update={key: OFF[key]})
     for size in (size for size in BLOCK_SIZES if all(k % size == 0 for k in widths)):
-        chosen[f"all, rotation {size}"] = full.model_copy(update={"rotation": size})
+        chosen[f"all, rotation {size}"] = default.model_copy(update={"rotation": size})
     for rule in ACTIVATION_RULES[format_name]:
         activations = default.activations.model_copy(update={"scale_rule": rule})
-        chosen[f"all, activations {rule}"] = full.model_copy(update={"activations": activations})
+        chosen[f"all, activations {rule}"] = default.model_copy(update={"activations": activations})
     return chosen
 
 

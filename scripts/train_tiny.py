@@ -13,19 +13,34 @@ from pathlib import Path
 
 import torch
 
+STAGES = [
+    "vae",
+    "latents",
+    "conditions",
+    "trunk",
+    "high",
+    "low",
+    "i2v-high",
+    "i2v-low",
+    "assemble",
+    "evaluate",
+    "figures",
+]
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=["vae", "latents", "trunk", "high", "low", "assemble", "evaluate", "figures"])
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--work", type=Path, default=Path("build/tiny"), help="checkpoints, latents and logs")
     parser.add_argument("--out", type=Path, default=ROOT / "ptq/tiny/assets", help="where the pipeline directory goes")
     parser.add_argument("--steps", type=int, default=2600, help="optimiser steps of this stage in all")
     parser.add_argument("--clips", type=int, default=3072, help="clips to encode (latents stage)")
     parser.add_argument("--units", type=int, default=64, help="held-out units (evaluate stage)")
     parser.add_argument("--batch", type=int, default=48, help="clips a step (trunk, high, low)")
+    parser.add_argument("--init", type=Path, help="pipeline directory to start from (vae, latents, high, low)")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor on the peak learning rates")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (trunk, high, low)")
     parser.add_argument("--freeze-at", type=int, default=1000, help="step from which only the VAE's decoder learns")
     parser.add_argument("--seed", type=int, default=0)
@@ -35,15 +50,19 @@ def main() -> None:
     if args.stage == "vae":
         from tiny_training import vae
 
-        vae.train(args.work, args.steps, args.seed, args.freeze_at)
+        vae.train(args.work, args.steps, args.seed, args.freeze_at, args.init, args.rate)
     elif args.stage == "latents":
+        from tiny_training import latents
+
+        latents.encode_clips(args.work, args.clips, args.seed, args.init)
+    elif args.stage == "conditions":
+        from tiny_training import latents
+
+        latents.encode_conditions(args.work, args.seed)
+    elif args.stage in STAGES[3:8]:
         from tiny_training import denoiser
 
-        denoiser.encode_clips(args.work, args.clips, args.seed)
-    elif args.stage in ("trunk", "high", "low"):
-        from tiny_training import denoiser
-
-        denoiser.train(args.work, args.stage, args.steps, args.seed, args.batch, args.compile)
+        denoiser.train(args.work, args.stage, args.steps, args.seed, args.batch, args.compile, args.init, args.rate)
     elif args.stage == "figures":
         from tiny_training import figures
 
@@ -55,7 +74,8 @@ def main() -> None:
         if args.stage == "assemble":
             assemble.assemble(args.work, args.out, args.seed)
         else:
-            assemble.evaluate(args.work, args.out, args.units)
+            for directory in sorted(args.out.glob("tiny*")):
+                assemble.evaluate(args.work, directory, args.units)
 
 
 if __name__ == "__main__":

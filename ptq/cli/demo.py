@@ -15,6 +15,7 @@ def demo(
     format_name: Annotated[
         str | None, typer.Option("--format", help="hif4 or mxfp4 [default: both]", show_default=False)
     ] = None,
+    model: Annotated[str, typer.Option("--model", help="tiny, or tiny-i2v (starts from an image).")] = "tiny",
     out: Annotated[Path, typer.Option("--out", help="Directory for everything that is made.")] = Path("demo-out"),
     units: Annotated[int, typer.Option("--units", min=2, help="Held-out prompts to generate and judge.")] = 128,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON.")] = False,
@@ -28,9 +29,14 @@ def demo(
 
     names = list(formats.FORMATS) if format_name is None else [formats.get(format_name).name]
     quiet_libraries()
-    from ptq.demo import Demo
+    from ptq.demo import MODELS, Demo
+    from ptq.errors import UsageError
 
-    results = Demo(out, units).run(names[::-1])
+    if model not in MODELS:
+        raise UsageError(
+            f"The demo runs on {' or '.join(MODELS)}, found {model!r}. For any other model: README, Usage."
+        )
+    results = Demo(out, units, model).run(names[::-1])
     if as_json:
         print_json({r.manifest.format: {"verdict": r.evaluation["verdict"], "out": str(out)} for r in results})
         return

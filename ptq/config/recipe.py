@@ -66,7 +66,6 @@ class Recipe(_Strict):
         smoothing: exponents alpha tried for each distinct input besides "off"; empty for no smoothing.
         clip_search: search the group scales instead of taking the format's rule.
         bias_correction: move the mean output error into the bias.
-        input_noise: round for the inputs as they will be quantized, not as they were (asymmetric calibration).
     """
 
     description: str = ""
@@ -76,7 +75,6 @@ class Recipe(_Strict):
     smoothing: tuple[float, ...] = ()
     clip_search: bool = False
     bias_correction: bool = False
-    input_noise: bool = False
     weight_scale_rule: str | None = None
     gptq: GptqSettings = GptqSettings()
     activations: ActivationSettings = ActivationSettings()

@@ -32,7 +32,6 @@ def solve_settings(settings: QuantizeSettings) -> SolveSettings:
         smoothing=recipe.smoothing,
         clip_search=recipe.clip_search,
         bias_correction=recipe.bias_correction,
-        input_noise=recipe.input_noise,
         damping=recipe.gptq.damping,
         act_order=recipe.gptq.act_order,
         float64=recipe.gptq.precision == "float64",

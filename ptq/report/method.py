@@ -24,7 +24,7 @@ FORMAT_TEXT = {
     "bits a value.",
 }
 _DESCRIBED = {
-    *("description", "format", "rounding", "rotation", "smoothing", "clip_search", "bias_correction", "input_noise"),
+    *("description", "format", "rounding", "rotation", "smoothing", "clip_search", "bias_correction"),
     *("weight_scale_rule", "gptq.damping", "gptq.act_order", "gptq.precision"),
     *("activations.scale_rule", "activations.ties"),
     *("records.weighting", "records.inputs", "records.tokens_per_record"),
@@ -44,7 +44,7 @@ def describe_method(manifest: Manifest) -> list[Step]:
     """The steps in the order in which they act."""
     recipe = manifest.recipe
     makers: Iterable[Callable[[Manifest, Mapping[str, Any]], Step | None]] = (
-        _format, _records, _replay, _smoothing, _rotation, _scales, _input_noise, _rounding, _bias, _activations,
+        _format, _records, _replay, _smoothing, _rotation, _scales, _rounding, _bias, _activations,
         _protection, _other,
     )  # fmt: skip
     return [step for maker in makers if (step := maker(manifest, recipe)) is not None]
@@ -131,17 +131,6 @@ def _scales(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
         )
     rule = recipe.get("weight_scale_rule")
     return Step("", "Weight scales", f"Weight scales follow the rule {rule}.") if rule else None
-
-
-def _input_noise(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
-    if not recipe.get("input_noise"):
-        return None
-    return Step(
-        "noise",
-        "Solved against quantized inputs",
-        "The layer will see quantized inputs, so the weight is solved for them. Within a group the input quantizer is a "
-        "gain and uncorrelated noise, both measured on sample tokens; Hessian and target follow.",
-    )
 
 
 def _rounding(manifest: Manifest, recipe: Mapping[str, Any]) -> Step:

@@ -47,17 +47,6 @@ class Factor:
     damping_retries: int
     dead_columns: int
 
-    def solve_right(self, x_nk: Tensor) -> Tensor:
-        """X H^-1 (H damped) for float [N, K], in the dtype of the factor: two triangular solves."""
-        # H in the factor's order is F^T diag(pivots) F with F = feedback, unit lower triangular.
-        x = x_nk[:, self.order].to(self.feedback_kk.dtype)
-        x = torch.linalg.solve_triangular(self.feedback_kk, x, upper=False, left=False, unitriangular=True)
-        x /= self.pivots_k
-        x = torch.linalg.solve_triangular(self.feedback_kk.T, x, upper=True, left=False, unitriangular=True)
-        result = torch.empty_like(x)
-        result[:, self.order] = x
-        return result
-
 
 def factorize(
     h_kk: Tensor, *, damping: float = 0.01, act_order: bool = True, dtype: torch.dtype = torch.float32

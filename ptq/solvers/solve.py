@@ -18,7 +18,6 @@ from ptq.solvers.bias import bias_correction
 from ptq.solvers.factor import Factor, factorize
 from ptq.solvers.gptq import gptq
 from ptq.solvers.measure import relative, sqnr_db, token_error, trace_errors
-from ptq.solvers.noise import InputNoise
 from ptq.solvers.rtn import round_to_nearest, round_to_scales
 from ptq.solvers.scales import search_scales
 from ptq.solvers.smooth_search import SmoothingResult, search_smoothing
@@ -35,7 +34,6 @@ class SolveSettings:
         smoothing: exponents to try besides off; empty for no smoothing.
         clip_search: search the group scales instead of taking the format's rule.
         bias_correction: move the mean output error into the bias.
-        input_noise: gptq against quantized inputs (see `noise.py`).
         damping, act_order, float64: of the factorisation (see `factorize`).
         weight_scale_rule: the format's rule for weights where scales are not searched.
         activation_scale_rule, activation_ties: how inputs are quantized at run time.
@@ -46,7 +44,6 @@ class SolveSettings:
     smoothing: tuple[float, ...] = ()
     clip_search: bool = False
     bias_correction: bool = False
-    input_noise: bool = False
     damping: float = 0.01
     act_order: bool = True
     float64: bool = False
@@ -66,8 +63,7 @@ class LayerSolution:
         stats: plain values for the report.
             weight_sqnr_db: of the codes, in their basis.
             trace_error_rtn, trace_error: relative squared output error in trace form over all calibration tokens, of
-            plain rounding in the same basis and of the codes (with a Hessian). Inputs are unquantized; with input_noise
-            they are modelled as quantized, and the error is what exceeds the best unrounded weight's.
+            plain rounding in the same basis and of the codes (with a Hessian). Inputs are unquantized.
             rows_kept_rtn: output rows for which plain rounding was the better of the two and was kept (with a Hessian).
             output_error_rtn, output_error: the same over the sample tokens with quantized inputs, the latter with the
             corrected bias (with statistics).
@@ -121,7 +117,7 @@ def _solve(
     # Rows are independent: Linears of one input are one tall matrix.
     stacked = torch.cat([basis.weight(w) for w in weights.values()])
     rtn = round_to_nearest(stacked, fmt, scale_rule=settings.weight_scale_rule)
-    codes, shared, traces = _codes(stacked, rtn, stats, basis, inputs, fmt, settings)
+    codes, shared, traces = _codes(stacked, rtn, stats, basis, fmt, settings)
     shared |= {"alpha": smoothing.alpha, "smoothing_errors": smoothing.errors}
 
     solutions: dict[str, LayerSolution] = {}
@@ -149,27 +145,20 @@ def _codes(
     rtn: Codes,
     stats: InputStats | None,
     basis: Basis,
-    inputs: QuantizedInputs | None,
     fmt: Format,
     settings: SolveSettings,
 ) -> tuple[Codes, dict[str, object], _Traces | None]:
     """Codes of a weight in the basis, what to report for all its Linears, and the errors of its rows."""
-    if stats is None or inputs is None or stats.h_kk is None:
+    if stats is None or stats.h_kk is None:
         scales = search_scales(w_nk, fmt) if settings.clip_search else rtn.scales
         return (round_to_scales(w_nk, scales, fmt) if settings.clip_search else rtn), {}, None
-    h_kk, target = basis.hessian(stats.h_kk), w_nk
+    h_kk = basis.hessian(stats.h_kk)
     factor, report = None, {}
     if settings.rounding == "gptq":
-        noise = InputNoise.measure(inputs, fmt.group_size) if settings.input_noise else None
-        if noise is not None:
-            h_kk = noise.hessian(h_kk, stats.weight_sum)
         dtype = torch.float64 if settings.float64 else torch.float32
         factor = factorize(h_kk, damping=settings.damping, act_order=settings.act_order, dtype=dtype)
-        if noise is not None:
-            target = noise.target(w_nk, factor, stats.weight_sum)
         report = {name: getattr(factor, name) for name in ("damping", "damping_retries", "dead_columns")}
-    codes = _round(target, rtn, factor, h_kk, fmt, settings)
-    codes, traces = _keep_better(target, rtn, codes, h_kk, fmt)
+    codes, traces = _keep_better(w_nk, rtn, _round(w_nk, rtn, factor, h_kk, fmt, settings), h_kk, fmt)
     return codes, report, traces
 
 

@@ -14,11 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    DiffusionPipeline,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from PIL import Image
 
 from ptq.tiny.detect import adherence, detect
 from ptq.tiny.grammar import held_out_prompts, parse_prompt
+from ptq.tiny.world import render
 
+from . import i2v
 from . import vae as vae_stage
 from .common import BOUNDARY, FPS, FRAMES, MAX_TOKENS, SHIFT, SIZE, Log
 from .denoiser import CONFIG
@@ -41,39 +50,58 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+SHARED = ("vae", "text_encoder", "tokenizer")
+"""Parts of `tiny` that `tiny-i2v` links to."""
+
+
 def expert(work: Path, stage: str) -> WanTransformer3DModel:
-    """The averaged weights of ``stage``, or of the trunk while that stage has not run."""
-    path = work / f"{stage}.pt"
-    model = WanTransformer3DModel(**CONFIG)
-    model.load_state_dict(torch.load(path if path.is_file() else work / "trunk.pt", weights_only=False)["ema"])
+    """The averaged weights of ``stage``."""
+    model = WanTransformer3DModel(**(CONFIG | i2v.CHANGES if stage.startswith("i2v-") else CONFIG))
+    model.load_state_dict(torch.load(work / f"{stage}.pt", weights_only=False)["ema"])
     return model.eval().requires_grad_(False)
 
 
 def assemble(work: Path, out: Path, seed: int) -> None:
-    """Write ``out/tiny/``, its generation defaults included, from the checkpoints in ``work``."""
+    """Write ``out/tiny/`` and, when its experts are there, ``out/tiny-i2v/`` with generation defaults, from ``work``."""
     stats = torch.load(work / "latents.pt", weights_only=False)
     vae = vae_stage.load(work)
     vae.register_to_config(latents_mean=stats["mean"].tolist(), latents_std=stats["std"].tolist())
     tokenizer = make_tokenizer()
-    pipe = WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=make_encoder(tokenizer, seed),
-        vae=vae,
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT),
-        transformer=expert(work, "high"),
-        transformer_2=expert(work, "low"),
-        boundary_ratio=BOUNDARY,
-    )
-    shutil.rmtree(out / "tiny", ignore_errors=True)
-    pipe.to(torch.bfloat16).save_pretrained(out / "tiny")
-    (out / "tiny" / PRESET).write_text(json.dumps(DEFAULTS, indent=2) + "\n", encoding="utf-8")
-    size = sum(p.stat().st_size for p in (out / "tiny").rglob("*") if p.is_file())
-    print(f"{out / 'tiny'}: {size / 1e6:.2f} MB")
+    parts = {
+        "tokenizer": tokenizer,
+        "text_encoder": make_encoder(tokenizer, seed),
+        "vae": vae,
+        "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT),
+        "boundary_ratio": BOUNDARY,
+    }
+    pipe = WanPipeline(**parts, transformer=expert(work, "high"), transformer_2=expert(work, "low"))
+    write(pipe, out / "tiny", DEFAULTS)
+    if (work / "i2v-high.pt").is_file() and (work / "i2v-low.pt").is_file():
+        experts = {"transformer": expert(work, "i2v-high"), "transformer_2": expert(work, "i2v-low")}
+        pipe = WanImageToVideoPipeline(**parts, image_encoder=None, image_processor=None, **experts)
+        write(pipe, out / "tiny-i2v", DEFAULTS | {"variant": "I2V-A14B"})
+        for name in SHARED:
+            shutil.rmtree(out / "tiny-i2v" / name)
+            (out / "tiny-i2v" / name).symlink_to(Path("..") / "tiny" / name)
 
 
-def generate(pipe: WanPipeline, prompt: str, seed: int, settings: dict[str, Any]) -> np.ndarray:
-    """One clip, uint8 ``[T, H, W, 3]``, by the pipeline call."""
+def write(pipe: DiffusionPipeline, directory: Path, settings: dict[str, Any]) -> None:
+    """Save in bf16 with the preset, and print the size."""
+    shutil.rmtree(directory, ignore_errors=True)
+    pipe.to(torch.bfloat16).save_pretrained(directory)
+    (directory / PRESET).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    size = sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+    print(f"{directory}: {size / 1e6:.2f} MB")
+
+
+def generate(pipe: DiffusionPipeline, prompt: str, seed: int, settings: dict[str, Any]) -> np.ndarray:
+    """One clip, uint8 ``[T, H, W, 3]``, by the pipeline call; an image-to-video pipeline gets a rendered first frame."""
+    start = {}
+    if isinstance(pipe, WanImageToVideoPipeline):
+        first = render(parse_prompt(prompt), seed, settings["num_frames"], settings["height"], settings["width"])[0]
+        start = {"image": Image.fromarray(first)}
     video = pipe(
+        **start,
         prompt=prompt,
         negative_prompt=settings["negative_prompt"],
         num_frames=settings["num_frames"],
@@ -89,10 +117,10 @@ def generate(pipe: WanPipeline, prompt: str, seed: int, settings: dict[str, Any]
     return np.round(np.asarray(video) * 255.0).clip(0, 255).astype(np.uint8)
 
 
-def evaluate(work: Path, out: Path, units: int, overrides: dict[str, Any] | None = None) -> dict[str, float]:
+def evaluate(work: Path, directory: Path, units: int) -> dict[str, float]:
     """Means of the adherence scores over ``units`` held-out (prompt, seed) units; also saves the clips."""
-    settings = json.loads((out / "tiny" / PRESET).read_text(encoding="utf-8")) | (overrides or {})
-    pipe = WanPipeline.from_pretrained(out / "tiny", torch_dtype=torch.float32)
+    settings = json.loads((directory / PRESET).read_text(encoding="utf-8"))
+    pipe = DiffusionPipeline.from_pretrained(directory, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     rows, clips, began = [], [], time.time()
     prompts = held_out_prompts(units)
@@ -109,6 +137,6 @@ def evaluate(work: Path, out: Path, units: int, overrides: dict[str, Any] | None
         clips.append(frames)
     means = {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}
     means["seconds_per_clip"] = (time.time() - began) / units
-    Log(work / "evaluate.jsonl")(stage="evaluate", units=units, steps=settings["steps"], **means)
-    np.savez_compressed(work / "evaluate.npz", clips=np.stack(clips), prompts=np.array(prompts))
+    Log(work / "evaluate.jsonl")(stage="evaluate", model=directory.name, units=units, steps=settings["steps"], **means)
+    np.savez_compressed(work / f"evaluate-{directory.name}.npz", clips=np.stack(clips), prompts=np.array(prompts))
     return means

@@ -1,7 +1,9 @@
-"""Stages ``latents``, ``trunk``, ``high`` and ``low``: flow matching on cached latents.
+"""Stages ``trunk`` and the experts: flow matching on cached latents.
 
 The trunk learns all noise levels; both experts start from its averaged weights and then learn only
-their own range, split at BOUNDARY of the schedule. x_t = (1 - s) x0 + s noise, target noise - x0.
+their own range, split at BOUNDARY of the schedule; the image-to-video experts start from those.
+
+x_t = (1 - s) x0 + s noise, target noise - x0.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
+from torch import Tensor
 
 from ptq.tiny.grammar import prompt_for
-from ptq.tiny.world import Scene, render, train_scenes
+from ptq.tiny.world import Scene, train_scenes
 
-from . import vae as vae_stage
-from .common import BOUNDARY, FRAMES, SHIFT, SIZE, Z_DIM, Ema, Log, learning_rate, save_atomic, set_lr
+from . import i2v
+from .common import BOUNDARY, SHIFT, Z_DIM, Ema, Log, learning_rate, save_atomic, set_lr
 from .muon import Muon
 from .text import TEXT_DIM, embed, make_encoder, make_tokenizer
 
@@ -37,25 +40,7 @@ CONFIG = dict(
     rope_max_seq_len=64,
 )
 DROP_PROMPT = 0.1
-
-
-@torch.no_grad()
-def encode_clips(work: Path, clips: int, seed: int) -> None:
-    """Render ``clips`` clips of training scenes, encode them and store latents, scenes, mean and std."""
-    vae, scenes, log = vae_stage.load(work), train_scenes(), Log(work / "latents.jsonl")
-    rng = np.random.default_rng([seed, 2])
-    index = np.concatenate([rng.permutation(len(scenes)) for _ in range(-(-clips // len(scenes)))])[:clips]
-    parts, began = [], time.time()
-    for lo in range(0, clips, 16):
-        frames = np.stack([render(scenes[int(i)], rng, FRAMES, SIZE, SIZE) for i in index[lo : lo + 16]])
-        x = torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
-        parts.append(vae.encode(x).latent_dist.mean)
-        if (lo // 16) % 50 == 0:
-            log(stage="latents", clips=lo, seconds=time.time() - began)
-    z = torch.cat(parts)
-    mean, std = z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4))
-    save_atomic({"z": z, "index": torch.from_numpy(index), "mean": mean, "std": std}, work / "latents.pt")
-    log(stage="latents", clips=clips, seconds=time.time() - began, mean=mean.tolist(), std=std.tolist())
+STAGES = ("trunk", "high", "low", "i2v-high", "i2v-low")
 
 
 def sigmas(n: int, low: float, high: float, gen: torch.Generator) -> torch.Tensor:
@@ -81,21 +66,48 @@ def optimisers(
     return [(Muon(inner, lr=muon_lr), muon_lr), (adam, adam_lr)]
 
 
-def train(work: Path, stage: str, steps: int, seed: int, batch: int = 48, compiled: bool = False) -> None:
-    """Train ``stage`` ("trunk", "high" or "low") for ``steps`` steps in all; resumes from ``work/<stage>.pt``."""
-    low, high = {"trunk": (0.0, 1.0), "high": (BOUNDARY - 0.01, 1.0), "low": (0.0, BOUNDARY + 0.005)}[stage]
-    number = {"trunk": 3, "high": 4, "low": 5}[stage]
-    rate = 1.0 if stage == "trunk" else 0.9
+def starting_weights(work: Path, stage: str, init: Path | None) -> dict[str, Tensor]:
+    """What an expert starts from: its text-to-video weights in the pipeline directory ``init`` if that is given, else
+    the trunk (high, low) or the trained text-to-video expert (i2v-high, i2v-low) in ``work``."""
+    kind = stage.removeprefix("i2v-")
+    if init is not None:
+        folder = init / ("transformer" if kind == "high" else "transformer_2")
+        weights = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32).state_dict()
+    else:
+        weights = torch.load(work / f"{'trunk' if stage == kind else kind}.pt", weights_only=False)["ema"]
+    return weights if stage == kind else i2v.widened(weights)
+
+
+def train(
+    work: Path,
+    stage: str,
+    steps: int,
+    seed: int,
+    batch: int,
+    compiled: bool,
+    init: Path | None,
+    rate: float,
+) -> None:
+    """Train ``stage`` (one of STAGES) for ``steps`` steps in all; resumes from ``work/<stage>.pt``.
+
+    Experts begin with `starting_weights`; the image-to-video ones also see the first frame. ``rate`` is a factor on the
+    peak learning rates.
+    """
+    kind = stage.removeprefix("i2v-")
+    low, high = {"trunk": (0.0, 1.0), "high": (BOUNDARY - 0.01, 1.0), "low": (0.0, BOUNDARY + 0.005)}[kind]
+    number = STAGES.index(stage) + 3
+    rate *= 1.0 if stage == "trunk" else 0.9
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     encoder = make_encoder(tokenizer, seed)
-    model = WanTransformer3DModel(**CONFIG)
+    conditioned = stage != kind
+    model = WanTransformer3DModel(**(CONFIG | i2v.CHANGES if conditioned else CONFIG))
     if stage == "trunk":
         # A zero output at the start, and a small modulation, as in the original initialisation.
         torch.nn.init.zeros_(model.proj_out.weight)
         torch.nn.init.zeros_(model.proj_out.bias)
     else:
-        model.load_state_dict(torch.load(work / "trunk.pt", weights_only=False)["ema"])
+        model.load_state_dict(starting_weights(work, stage, init))
     opts = optimisers(model, 0.02 * rate, 2e-3 * rate)
     ema = Ema(model, 0.997)
     log, path, first = Log(work / f"{stage}.jsonl"), work / f"{stage}.pt", 0
@@ -111,7 +123,11 @@ def train(work: Path, stage: str, steps: int, seed: int, batch: int = 48, compil
         for block in model.blocks:
             block.compile()
     data = torch.load(work / "latents.pt", weights_only=False)
-    z = (data["z"] - data["mean"].view(1, -1, 1, 1, 1)) / data["std"].view(1, -1, 1, 1, 1)
+    mean, std = data["mean"].view(1, -1, 1, 1, 1), data["std"].view(1, -1, 1, 1, 1)
+    z = (data["z"] - mean) / std
+    if conditioned:
+        condition = (torch.load(work / "conditions.pt", weights_only=False)["condition"] - mean) / std
+        condition = torch.cat([i2v.mask(len(condition)), condition], 1)
     scenes: list[Scene] = [train_scenes()[int(i)] for i in data["index"]]
     began, losses = time.time(), []
     for step in range(first, steps):
@@ -124,7 +140,10 @@ def train(work: Path, stage: str, steps: int, seed: int, batch: int = 48, compil
         sigma = sigmas(batch, low, high, gen)
         s = sigma.view(-1, 1, 1, 1, 1)
         text = embed(tokenizer, encoder, prompts)
-        out = model((1 - s) * x0 + s * noise, sigma * 1000.0, text, return_dict=False)[0]
+        seen = (1 - s) * x0 + s * noise
+        if conditioned:
+            seen = torch.cat([seen, condition[torch.from_numpy(pick)]], 1)
+        out = model(seen, sigma * 1000.0, text, return_dict=False)[0]
         loss = (out - (noise - x0)).square().mean()
         for opt, peak in opts:
             set_lr(opt, learning_rate(step, steps, peak, floor=0.5 if stage == "trunk" else 0.01))

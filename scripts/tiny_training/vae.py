@@ -81,14 +81,17 @@ def optimisers(vae: AutoencoderKLWan) -> list[tuple[torch.optim.Optimizer, float
     return [(Muon(kernels, lr=MUON_LR), MUON_LR), (torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.98)), ADAM_LR)]
 
 
-def train(work: Path, steps: int, seed: int, freeze_at: int) -> None:
+def train(work: Path, steps: int, seed: int, freeze_at: int, init: Path | None = None, rate: float = 1.0) -> None:
     """Train for ``steps`` steps in all, continuing from ``work/vae.pt`` when it exists.
 
     From step ``freeze_at`` on the averaged encoder is kept as it is, so that latents can be cached and
-    denoisers trained while the decoder goes on learning.
+    denoisers trained while the decoder goes on learning. ``init``: a pipeline directory whose VAE to start
+    from; ``rate``: factor on the peak learning rates.
     """
     torch.manual_seed(seed)
     vae = AutoencoderKLWan(**VAE_CONFIG)
+    if init is not None:
+        vae.load_state_dict(AutoencoderKLWan.from_pretrained(init / "vae", torch_dtype=torch.float32).state_dict())
     opts = optimisers(vae)
     ema = Ema(vae, 0.99)
     log, path, first = Log(work / "vae.jsonl"), work / "vae.pt", 0
@@ -109,7 +112,7 @@ def train(work: Path, steps: int, seed: int, freeze_at: int) -> None:
         rng, gen = np.random.default_rng([seed, 1, step]), torch.Generator().manual_seed(seed * 1_000_003 + step)
         x = clip_batch(rng, BATCH, FRAMES)
         for opt, peak in opts:
-            set_lr(opt, learning_rate(step, steps, peak))
+            set_lr(opt, learning_rate(step, steps, rate * peak))
             opt.zero_grad(set_to_none=True)
         loss, mse = loss_fn(vae, x, gen, step >= freeze_at)
         loss.backward()

@@ -75,9 +75,9 @@ def test_the_method_names_only_what_was_on(job):
     bare = manifest.model_copy(update={"recipe": {**manifest.recipe, "rotation": 0, "smoothing": []}})
     words = " ".join(f"{step.title} {step.text}" for step in describe_method(bare))
     assert "Hadamard" not in words and "Smoothing" not in words and "takes nothing else from them" in words
-    full = {"rounding": "gptq", "clip_search": True, "bias_correction": True, "input_noise": True}
+    full = {"rounding": "gptq", "clip_search": True, "bias_correction": True}
     rich = manifest.model_copy(update={"recipe": {**manifest.recipe, **full}})
-    expected = {"gptq", "scales", "bias", "noise", "rotation", "smoothing", "weighting", "activations", "format-hif4"}
+    expected = {"gptq", "scales", "bias", "rotation", "smoothing", "weighting", "activations", "format-hif4"}
     assert expected <= {step.key for step in describe_method(rich)}
 
 
@@ -85,7 +85,7 @@ def test_every_equation_that_a_step_names_is_in_the_template(job):
     from ptq.report.html import read_template
 
     manifest = read_manifest(job.checkpoint)
-    full = {"rounding": "gptq", "clip_search": True, "bias_correction": True, "input_noise": True}
+    full = {"rounding": "gptq", "clip_search": True, "bias_correction": True}
     template = read_template("report.typ")
     for fmt, recipe in (("hif4", full), ("mxfp4", {**full, "rounding": "rtn"})):
         changed = manifest.model_copy(update={"format": fmt, "recipe": {**manifest.recipe, **recipe}})

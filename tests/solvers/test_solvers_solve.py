@@ -15,13 +15,11 @@ from ptq import formats
 from ptq.runtime.linear import QuantLinear
 from ptq.runtime.spec import QuantSpec
 from ptq.solvers import InputStats, LayerSolution, SolverError, SolveSettings, solve_group
-from ptq.solvers.basis import Basis, QuantizedInputs
-from ptq.solvers.factor import factorize
+from ptq.solvers.basis import Basis
 from ptq.solvers.measure import trace_errors
-from ptq.solvers.noise import InputNoise
 
 K = 128
-ALL = SolveSettings(rotation=32, smoothing=(0.5,), clip_search=True, bias_correction=True, input_noise=True)
+ALL = SolveSettings(rotation=32, smoothing=(0.5,), clip_search=True, bias_correction=True)
 
 
 def tokens(count: int, seed: int = 0, k: int = K) -> Tensor:
@@ -64,7 +62,7 @@ def held_out_error(fmt: str, config: SolveSettings, solutions: dict[str, LayerSo
 
 
 @pytest.mark.parametrize("fmt", ["mxfp4", "hif4"])
-def test_each_ingredient_helps_on_held_out_tokens(fmt: str) -> None:
+def test_gptq_rotation_and_smoothing_help_on_held_out_tokens_and_the_rest_does_no_harm(fmt: str) -> None:
     x, held_out = tokens(2048), tokens(512, seed=1)
     ladder = [
         SolveSettings(rounding="rtn"),
@@ -74,8 +72,8 @@ def test_each_ingredient_helps_on_held_out_tokens(fmt: str) -> None:
         ALL,
     ]
     errors = [held_out_error(fmt, config, solve(fmt, config, x, sample=256), held_out) for config in ladder]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.4 * errors[0]
+    assert errors[:4] == sorted(errors[:4], reverse=True)
+    assert errors[-1] < 1.01 * errors[3] < 0.4 * errors[0]
 
 
 @pytest.mark.parametrize("fmt", ["mxfp4", "hif4"])
@@ -170,7 +168,7 @@ def test_rtn_without_statistics_is_the_formats_conversion(rotation: int) -> None
 def test_without_a_hessian_the_searches_still_work() -> None:
     x = tokens(300)
     stats = dataclasses.replace(InputStats.from_tokens(x), h_kk=None)
-    config = dataclasses.replace(ALL, rounding="rtn", input_noise=False)
+    config = dataclasses.replace(ALL, rounding="rtn")
     weights = linears()
     solved = solve_group(weights, dict.fromkeys(weights), stats, formats.get("hif4"), config)["q"]
     assert solved.stats["alpha"] == 0.5
@@ -277,36 +275,3 @@ def test_statistics_of_weighted_tokens() -> None:
 def test_trace_errors_equal_errors_over_tokens() -> None:
     e, x = torch.randn(7, 2500, dtype=torch.float64), torch.randn(300, 2500, dtype=torch.float64)
     torch.testing.assert_close(trace_errors(e, x.T @ x), (e @ x.T).square().sum(-1))
-
-
-def test_noise_model_recovers_gain_and_variance() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(20000, 64, generator=generator)
-    gain, deviation = torch.tensor([0.9, 0.97]), torch.tensor([0.2, 0.05])
-    noise = torch.randn(x.shape, generator=generator) * deviation.repeat_interleave(32)
-    inputs = QuantizedInputs(x, x * gain.repeat_interleave(32) + noise, torch.ones(20000), x.mean(0), x.mean(0))
-    model = InputNoise.measure(inputs, 32)
-    torch.testing.assert_close(model.gain_k[::32], gain, rtol=1e-3, atol=0)
-    torch.testing.assert_close(model.variance_k[::32], deviation.square(), rtol=1e-2, atol=0)
-
-
-def test_noise_target_is_the_best_weight_for_noisy_inputs() -> None:
-    x = tokens(2000).double()
-    h, w = x.T @ x, linears()["k"].double()
-    model = InputNoise(torch.full((K,), 0.95), torch.rand(4).repeat_interleave(32) * x.square().mean())
-    gain, variance = torch.diag(model.gain_k.double()), torch.diag(model.variance_k.double() * 2000)
-    h_qq = gain @ h @ gain + variance
-    torch.testing.assert_close(model.hessian(h, 2000.0), h_qq)
-    factor = factorize(h_qq, damping=0.0, dtype=torch.float64)
-    expected = w @ h @ gain @ torch.linalg.inv(h_qq)
-    torch.testing.assert_close(model.target(w, factor, 2000.0).double(), expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("fmt", ["mxfp4", "hif4"])
-def test_input_noise_helps_on_held_out_tokens(fmt: str) -> None:
-    x, held_out = tokens(4096), tokens(1024, seed=1)
-    errors = [
-        held_out_error(fmt, config, solve(fmt, config, x, sample=256), held_out)
-        for config in (ALL, dataclasses.replace(ALL, input_noise=False))
-    ]
-    assert errors[0] < 0.99 * errors[1]
