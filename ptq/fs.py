@@ -43,6 +43,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def files_below(directory: Path) -> list[Path]:
+    """All files in and below a directory, sorted; linked folders count as folders (components may be links)."""
+    found = (Path(root) / name for root, _, names in os.walk(directory, followlinks=True) for name in names)
+    return sorted(path for path in found if path.is_file())
+
+
 def sync_directory(directory: Path) -> None:
     """Flush a directory entry, so that a rename survives a power loss."""
     descriptor = os.open(directory, os.O_RDONLY)

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ptq.errors import DamagedFileError, PtqError
-from ptq.fs import read_json, sha256_file, write_json
+from ptq.fs import files_below, read_json, sha256_file, write_json
 from ptq.version import __version__
 
 MANIFEST_FILE = "ptq_manifest.json"
@@ -122,13 +122,12 @@ def package_versions() -> dict[str, str]:
 
 
 def hash_files(directory: Path, exclude: Sequence[str] = ()) -> dict[str, str]:
-    """Relative path -> sha256 of every file except the manifest itself, sorted.
+    """Relative path -> sha256 of every file except the manifest itself, sorted; linked components included.
 
     Args:
         exclude: names directly below `directory` that are left out.
     """
-    files = sorted(p for p in directory.rglob("*") if p.is_file())
-    names = [str(path.relative_to(directory)) for path in files]
+    names = [str(path.relative_to(directory)) for path in files_below(directory)]
     left_out = {MANIFEST_FILE, *exclude}
     return {name: sha256_file(directory / name) for name in names if name.split("/")[0] not in left_out}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq.errors import PtqError, UsageError
+from ptq.fs import files_below
 
 _WHOLE_FILE_BYTES = 16 << 20
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
@@ -90,10 +91,10 @@ def identify_model(model: str, directory: str | Path) -> ModelIdentity:
     if not (directory / "model_index.json").is_file():
         raise PtqError(f"{directory} is not a diffusers pipeline directory: it has no model_index.json.")
     total, parts = 0, []
-    for path in sorted(directory.rglob("*")):
+    for path in files_below(directory):
         relative = path.relative_to(directory)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or path.suffix not in _WEIGHT_SUFFIXES or path.name in _PROVENANCE or not path.is_file():
+        if hidden or path.suffix not in _WEIGHT_SUFFIXES or path.name in _PROVENANCE:
             continue
         size = path.stat().st_size
         total += size

@@ -16,7 +16,7 @@ import yaml
 
 from ptq.checkpoint.manifest import Manifest, verify_files
 from ptq.errors import PtqError, UsageError
-from ptq.fs import read_json, read_jsonl, sha256_file
+from ptq.fs import files_below, read_json, read_jsonl, sha256_file
 from ptq.generation import identify_model
 from ptq.quantization.settings import check_budget
 from ptq.submission.archive import write_archive
@@ -51,8 +51,7 @@ def collect(
     runs = {role: _run_directory(verdict, role) for role in ("reference", "candidate")}
     members: dict[str, Path | bytes] = {
         f"{WEIGHTS}/{path.relative_to(checkpoint).as_posix()}": path
-        for path in sorted(checkpoint.rglob("*"))
-        if path.is_file()
+        for path in files_below(checkpoint)
     }
     members |= {f"evaluation/{name}": evaluation / name for name in ("evaluation.json", "units.jsonl")}
     for role, run in runs.items():
@@ -81,7 +80,7 @@ def package(
 
 def estimated_bytes(checkpoint: Path) -> int:
     """Size of the weights that will be packed; the rest is small beside them."""
-    return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files_below(checkpoint))
 
 
 def check_submittable(checkpoint: Path, manifest: Manifest, verdict: dict[str, Any], *, allow_failing: bool) -> None:
@@ -114,8 +113,8 @@ def source_files() -> dict[str, Path]:
     package_root = Path(__file__).resolve().parent.parent
     files = {
         f"ptq/{path.relative_to(package_root).as_posix()}": path
-        for path in sorted(package_root.rglob("*"))
-        if path.is_file() and path.suffix in SOURCE_SUFFIXES and "__pycache__" not in path.parts
+        for path in files_below(package_root)
+        if path.suffix in SOURCE_SUFFIXES and "__pycache__" not in path.parts
     }
     project = package_root.parent
     if (project / "pyproject.toml").exists():

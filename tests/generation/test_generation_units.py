@@ -130,6 +130,16 @@ def test_identity_follows_content_not_place(pipe_dir: Path, tmp_path: Path):
     assert identify_model("b", copy).digest != first.digest
 
 
+def test_identity_sees_linked_components(pipe_dir: Path, tmp_path: Path):
+    import shutil
+
+    linked = tmp_path / "linked"
+    shutil.copytree(pipe_dir, linked)
+    shutil.move(linked / "vae", tmp_path / "vae")
+    (linked / "vae").symlink_to(tmp_path / "vae")
+    assert identify_model("a", linked) == identify_model("a", pipe_dir)
+
+
 def test_identity_of_large_files_sees_header_and_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ptq.generation.settings._WHOLE_FILE_BYTES", 1 << 16)
     (tmp_path / "transformer").mkdir()

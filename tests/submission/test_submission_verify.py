@@ -153,6 +153,17 @@ def test_package_refuses_a_failed_gate_unless_told_and_then_marks_it(evaluated, 
     assert "although its gate did not pass" in (tmp_path / "marked/README.md").read_text()
 
 
+def test_a_checkpoint_with_linked_components_is_packed_whole(evaluated, tmp_path):
+    checkpoint, evaluation = evaluated
+    linked = Path(shutil.copytree(checkpoint, tmp_path / "linked"))
+    shutil.move(linked / "vae", tmp_path / "vae")
+    (linked / "vae").symlink_to(tmp_path / "vae")
+    archives = [tmp_path / "plain.tar.gz", tmp_path / "linked.tar.gz"]
+    for source, archive in zip((checkpoint, linked), archives, strict=True):
+        package(source, evaluation, archive, pdf=b"", html=b"", allow_failing=True)
+    assert archives[0].read_bytes() == archives[1].read_bytes()
+
+
 def test_package_refuses_an_evaluation_of_another_checkpoint(evaluated, packed, tmp_path):
     with pytest.raises(UsageError, match="judged a checkpoint"):
         package(packed["mxfp4"], evaluated[1], tmp_path / "no.tar.gz", pdf=b"", html=b"")
