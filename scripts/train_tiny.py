@@ -67,7 +67,9 @@ def main() -> None:
         from tiny_training import figures
 
         figures.curves(args.work, ROOT / "docs/img/tiny_loss.png")
-        figures.contact(args.work, ROOT / "docs/img/tiny_contact.png")
+        for evaluation in sorted(args.work.glob("evaluate-*.npz")):
+            name = evaluation.stem.removeprefix("evaluate-").replace("-", "_")
+            figures.contact(evaluation, ROOT / f"docs/img/{name}_contact.png")
     else:
         from tiny_training import assemble
 

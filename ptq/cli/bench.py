@@ -68,8 +68,6 @@ def quantize(
     )
     for package in result.not_installed:
         ui.info(f"{package}: not installed, not compared. pip install 'wan-ptq[bench]'")
-    if not machine["compiled"]:
-        ui.warn(machine["compile_support"])
 
 
 def _parse_shape(text: str) -> tuple[int, int]:

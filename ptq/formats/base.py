@@ -5,9 +5,9 @@ same codes exist: (elements, scales) for arithmetic, and (weight_packed, weight_
 Rounding solvers use the third view, `steps` and `encode`: once scales are fixed, every element has its own step and the
 format is a plain nearest-level quantizer on `x / step`.
 
-Conversions work on columns, [group, n] with n groups side by side: maxima over a group are then sums over outer
-dimensions and every operation runs along contiguous memory, 3 to 8 times faster on a CPU than [n, group]. On a CPU the
-groups go through in chunks that stay in the cache.
+Tensors in CPU memory are converted by compiled kernels (`ptq.formats.native`), all others by the eager functions of the
+formats, which are the definition: both give the same codes. Eager functions work on columns, [group, n] with n groups side
+by side, so that every operation runs along contiguous memory.
 
 Deliberately no nn.Module and no state: functions of tensors on whatever device they are.
 """
@@ -15,7 +15,6 @@ Deliberately no nn.Module and no state: functions of tensors on whatever device 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,10 +22,9 @@ import torch
 from torch import Tensor
 
 from ptq.errors import PtqError
+from ptq.formats import native
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CHUNK_ELEMENTS = 2**20
-"""Elements converted at a time on a CPU: one float32 temporary is 4 MB. Smaller ones cost more in thread barriers."""
 FP16_MAX = 65504.0
 
 
@@ -77,13 +75,24 @@ class Format(ABC):
             FormatError: dtype, K, scale rule or ties not accepted.
         """
         rule, ties = self.check(x, scale_rule, ties)
-        groups = x.detach().reshape(-1, self.group_size)
-        elements = torch.empty(groups.shape, dtype=torch.uint8, device=x.device)
-        scales = torch.empty(len(groups), dtype=self.scale_dtype, device=x.device)
-        for part in chunks(groups):
-            columns, scales[part] = self.quantize_columns(to_columns(groups[part]), rule, ties)
-            elements[part] = columns.T
-        return Codes(elements.view(x.shape), scales.view(*x.shape[:-1], x.shape[-1] // self.group_size))
+        if native.takes(x):
+            return Codes(*native.codes(self.kernels(rule, ties), x, self.group_size, self.scale_dtype, packed=False))
+        elements, scales = self.quantize_columns(to_columns(x, self.group_size), rule, ties)
+        elements = elements.T.contiguous().view(x.shape)
+        return Codes(elements, scales.view(*x.shape[:-1], x.shape[-1] // self.group_size))
+
+    def quantize_and_pack(
+        self, x: Tensor, *, scale_rule: str | None = None, ties: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`pack(quantize(x))`, on a CPU without unpacked codes in between. Same arguments and errors as `quantize`.
+
+        Returns:
+            weight_packed uint8 [..., K/2], weight_scale [..., K/group_size].
+        """
+        rule, ties = self.check(x, scale_rule, ties)
+        if native.takes(x):
+            return native.codes(self.kernels(rule, ties), x, self.group_size, self.scale_dtype, packed=True)
+        return self.pack(self.quantize(x, scale_rule=rule, ties=ties))
 
     def dequantize(self, codes: Codes) -> Tensor:
         """Exact values of the codes as float32 [..., K]; NaN groups decode to NaN."""
@@ -97,11 +106,11 @@ class Format(ABC):
         saturate at 65504 instead of becoming infinite. Same arguments and errors as `quantize`; NaN groups are NaN.
         """
         rule, ties = self.check(x, scale_rule, ties)
-        groups = x.detach().reshape(-1, self.group_size)
-        values = torch.empty_like(groups)
-        for part in chunks(groups):
-            values[part] = into(x.dtype, self.fake_quantize_columns(to_columns(groups[part]), rule, ties)).T
-        return values.view(x.shape)
+        if native.takes(x):
+            wide = x.float() if x.dtype == torch.float16 else x
+            return into(x.dtype, native.values(self.kernels(rule, ties), wide, self.group_size))
+        values = self.fake_quantize_columns(to_columns(x, self.group_size), rule, ties)
+        return into(x.dtype, values).T.contiguous().view(x.shape)
 
     def pack(self, codes: Codes) -> tuple[Tensor, Tensor]:
         """Codes -> (weight_packed uint8 [..., K/2] even k in the low nibble, weight_scale [..., K/group_size])."""
@@ -145,6 +154,10 @@ class Format(ABC):
     @abstractmethod
     def fake_quantize_columns(self, x_gn: Tensor, rule: str, ties: str) -> Tensor:
         """float32 [group, n] -> its values on the grid, float32 [group, n]."""
+
+    @abstractmethod
+    def kernels(self, rule: str, ties: str) -> native.Kernels:
+        """The compiled kernels of the format with these options."""
 
     # Checks.
 
@@ -204,38 +217,17 @@ def with_sign(magnitude: Tensor, x: Tensor) -> Tensor:
     return magnitude | (negative.to(torch.uint8) << 3)
 
 
-def chunks(groups: Tensor) -> Iterator[slice]:
-    """Row slices of [n, group] that are converted at a time: cache-sized on a CPU, everything at once elsewhere."""
-    size = max(1, CHUNK_ELEMENTS // groups.shape[1]) if groups.device.type == "cpu" else max(1, len(groups))
-    for start in range(0, len(groups), size):
-        yield slice(start, min(start + size, len(groups)))
-
-
-def to_columns(groups: Tensor) -> Tensor:
-    """[n, group] of any float dtype -> contiguous float32 [group, n]."""
-    return groups.T.float().contiguous()
+def to_columns(x: Tensor, group: int) -> Tensor:
+    """[..., K] of any float dtype -> contiguous float32 [group, n], n groups."""
+    return x.detach().reshape(-1, group).T.float().contiguous()
 
 
 def into(dtype: torch.dtype, values: Tensor) -> Tensor:
-    """float32 values in another dtype; in float16 they saturate, so that no finite group comes back infinite."""
+    """float32 values, or values that are in `dtype` already, in that dtype; in float16 they saturate, so that no finite
+    group comes back infinite."""
     if dtype == torch.float16:
         values = values.clamp(-FP16_MAX, FP16_MAX)
     return values.to(dtype)
-
-
-def fusion_barrier() -> None:
-    """Under torch.compile, end one kernel here and begin another; nothing otherwise.
-
-    Inductor fuses a whole HiF4 conversion into loops over groups that recompute the scales for every element: slower than
-    eager. Cut at the small tensors, it is several times faster (docs/benchmarks.md).
-    """
-    if torch.compiler.is_compiling():
-        torch._dynamo.graph_break()
-
-
-def pack_columns(elements: Tensor) -> Tensor:
-    """uint8 [group, n] nibbles -> uint8 [n, group/2], even k in the low nibble."""
-    return (elements[0::2] | (elements[1::2] << 4)).T.contiguous()
 
 
 def pack_nibbles(elements: Tensor) -> Tensor:

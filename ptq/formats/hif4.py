@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq.formats.base import Format, fusion_barrier, with_sign
+from ptq.formats import native
+from ptq.formats.base import Format, with_sign
 
 NAN_SCALE = 0xFF
 SCALE_MIN, SCALE_MAX = 2.0**-48, 49152.0
@@ -55,6 +56,11 @@ class HiF4(Format):
         byte, scale, e8, e16, level = _convert(x_gn, ties)
         quarter = torch.where(byte == NAN_SCALE, torch.nan, scale * 0.25) * (1.0 + e8.float()) * (1.0 + e16.float())
         return torch.copysign((level * quarter).reshape(x_gn.shape), x_gn) + 0.0
+
+    def kernels(self, rule: str, ties: str) -> native.Kernels:
+        from ptq.formats.native_hif4 import codes, values
+
+        return native.Kernels(codes, values, (ties == "even",))
 
 
 def split_words(words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +119,6 @@ def _convert(x_gn: Tensor, ties: str) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     """
     magnitude = x_gn.abs().view(8, 2, 4, -1)
     v16 = magnitude.amax(2, keepdim=True)
-    fusion_barrier()
     v8 = v16.amax(1, keepdim=True)
     byte = _scale_bytes(v8.amax(0).flatten())
     scale = scale_values(byte.masked_fill(byte == NAN_SCALE, 0))
@@ -122,7 +127,6 @@ def _convert(x_gn: Tensor, ties: str) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     half_e8 = torch.where(e8, 0.5, 1.0)  # 2^-e8
     e16 = v16 * r * half_e8 >= 2.0
     factor = r * 4.0 * half_e8 * torch.where(e16, 0.5, 1.0)
-    fusion_barrier()
     scaled = magnitude * factor
     level = torch.round(scaled) if ties == "even" else torch.floor(scaled + 0.5)
     return byte, scale, e8, e16, level.clamp(max=7.0)

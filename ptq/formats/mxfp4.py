@@ -6,7 +6,8 @@ Element nibble: sign in bit 3, magnitude index in bits 2:0 over {0, 0.5, 1, 1.5,
 Scale rules differ only in when the exponent of the group's maximum is raised by one, so each is an integer added to the
 float32 bits before the exponent is read off. `mse` tries both and keeps the smaller squared error.
 
-Rounding to E2M1 is integer arithmetic on the float32 bits: exact, and the same under torch.compile.
+Rounding to E2M1 is integer arithmetic on the float32 bits: exact, and the same under torch.compile and in the compiled
+kernels (`ptq.formats.native_mxfp4`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptq.formats import native
 from ptq.formats.base import Format, with_sign
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -60,6 +62,11 @@ class MXFP4(Format):
         # + 0.0 turns the -0 of a rounded-away negative value into +0, as the codes have it.
         return torch.copysign(values, x_gn) + 0.0
 
+    def kernels(self, rule: str, ties: str) -> native.Kernels:
+        from ptq.formats.native_mxfp4 import codes, values
+
+        return native.Kernels(codes, values, (_carry(rule), rule == "mse", ties == "even"))
+
 
 def scale_values(scales: Tensor) -> Tensor:
     """E8M0 bytes -> float32 2^(b - 127); byte 0 is the subnormal 2^-127, byte 0xFF is NaN."""
@@ -72,15 +79,27 @@ def scale_values(scales: Tensor) -> Tensor:
 def _scales(magnitude: Tensor, rule: str, ties: str) -> Tensor:
     """|x| [32, n] -> scale bytes int32 [n]; 0xFF where the group is not finite."""
     amax = magnitude.amax(0)
-    scales = _scale_bytes(amax, EXPONENT_CARRY["floor" if rule == "mse" else rule])
+    scales = _scale_bytes(amax, _carry(rule))
     if rule != "mse":
         return scales
     # In units of the smaller scale, where squares neither overflow nor vanish. A NaN compares false.
     y = magnitude * _reciprocal(scales)
-    error = (_round(y, ties) - y).square().sum(0)
-    error_raised = (_round(y * 0.5, ties) * 2.0 - y).square().sum(0)
+    error = _sum((_round(y, ties) - y).square())
+    error_raised = _sum((_round(y * 0.5, ties) * 2.0 - y).square())
     raise_it = (error_raised < error) & (scales < MAX_SCALE)
     return scales + raise_it.to(torch.int32)
+
+
+def _carry(rule: str) -> int:
+    return EXPONENT_CARRY["floor" if rule == "mse" else rule]
+
+
+def _sum(x_gn: Tensor) -> Tensor:
+    """Sum over the group, [32, n] -> [n], by adding halves: an order that does not depend on device or library."""
+    while len(x_gn) > 1:
+        low, high = x_gn.chunk(2)
+        x_gn = low + high
+    return x_gn[0]
 
 
 def _scale_bytes(amax: Tensor, carry: int) -> Tensor:

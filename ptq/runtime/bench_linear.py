@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptq import formats
-from ptq.runtime import cpu, ops
+from ptq.runtime import cpu
 from ptq.runtime.linear import QuantLinear
+from ptq.runtime.sharing import forget_input
 from ptq.runtime.spec import QuantSpec
 
 CPU_SHAPES = ((256, 192, 192), (256, 512, 192), (256, 192, 512), (1024, 1536, 1536))
@@ -176,7 +177,7 @@ def quantized_layer(weight: Tensor, spec: QuantSpec, bias: Tensor | None = None)
 
 def _layer_call(layer: QuantLinear, x: Tensor) -> Run:
     def run() -> Tensor:
-        ops.forget_inputs()  # every call quantizes its input, as in a model where only q, k and v share one
+        forget_input()  # every call quantizes its input, as in a model where only q, k and v share one
         return layer(x)
 
     return run

@@ -7,7 +7,6 @@ scales out) and fake-quant (bfloat16 in, bfloat16 out). Other libraries do the M
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import platform
@@ -22,7 +21,6 @@ import torch
 from torch import Tensor
 
 from ptq import formats
-from ptq.formats import compiled
 
 WAN_SHAPES = ((5120, 5120), (13824, 5120), (5120, 13824), (3072, 3072), (14336, 3072), (3072, 14336))
 """[N, K] of the Linears of the A14B and 5B models."""
@@ -108,8 +106,8 @@ def _measure(x: Tensor, candidates: dict[str, tuple[str, Callable[[Tensor], Any]
 def _candidates() -> tuple[dict[str, tuple[str, Callable[[Tensor], Any]]], list[str]]:
     found: dict[str, tuple[str, Callable[[Tensor], Any]]] = {"copy bfloat16": ("copy", torch.clone)}
     for name, format_ in formats.FORMATS.items():
-        found[f"ptq {name} pack"] = ("pack", functools.partial(compiled.quantize_and_pack, format_))
-        found[f"ptq {name} fake-quant"] = ("fake", functools.partial(compiled.fake_quantize, format_))
+        found[f"ptq {name} pack"] = ("pack", format_.quantize_and_pack)
+        found[f"ptq {name} fake-quant"] = ("fake", format_.fake_quantize)
     missing = []
     for label, package, load in (
         ("torchao to_mx mxfp4", "torchao", _torchao),
@@ -150,14 +148,11 @@ def _compressed_tensors() -> Callable[[Tensor], Any]:
 
 
 def _machine() -> dict[str, Any]:
-    supported, reason = compiled.compile_support()
     return {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
-        "compiled": supported,
-        "compile_support": reason,
     }
 
 

@@ -2,8 +2,8 @@
 
 The limit is in bytes over all layers of the process (environment variable PTQ_DECODED_CACHE_MB, default 1024). Least
 recently used weights leave first. A weight larger than the whole limit is never cached: the layer then decodes it tile
-by tile. Codes are identified by the identity and version counter of both their tensors, so loading other codes or scales
-into a layer invalidates them.
+by tile. Codes are identified by the identity, version counter and address of both their tensors, so loading other codes or
+scales into a layer invalidates them, and so does putting other storage behind a parameter, as offloading does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from torch import Tensor
 
 DEFAULT_LIMIT_MB = 1024
 
+State = tuple[int, int]
+"""Version counter and address."""
+
 
 class DecodedCache:
     """LRU map from packed codes to decoded float32 weights, bounded in bytes."""
@@ -24,22 +27,22 @@ class DecodedCache:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.used_bytes = 0
-        self._entries: OrderedDict[tuple[int, int], tuple[tuple[int, int], Tensor]] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, int], tuple[tuple[State, State], Tensor]] = OrderedDict()
 
     def get(self, packed: Tensor, scale: Tensor, nbytes: int, decode: Callable[[], Tensor]) -> Tensor | None:
         """The decoded weight of these codes, decoding it when absent; None when `nbytes` exceeds the limit."""
         if nbytes > self.limit_bytes:
             return None
-        identity, versions = (id(packed), id(scale)), (_version(packed), _version(scale))
+        identity, states = (id(packed), id(scale)), (_state(packed), _state(scale))
         entry = self._entries.get(identity)
-        if entry is not None and entry[0] == versions:
+        if entry is not None and entry[0] == states:
             self._entries.move_to_end(identity)
             return entry[1]
         self._drop(identity)
         while self.used_bytes + nbytes > self.limit_bytes:
             self._drop(next(iter(self._entries)))
         weight = decode()
-        self._entries[identity] = (versions, weight)
+        self._entries[identity] = (states, weight)
         self.used_bytes += nbytes
         for tensor in (packed, scale):
             weakref.finalize(tensor, self._drop, identity)
@@ -51,8 +54,8 @@ class DecodedCache:
             self.used_bytes -= entry[1].nbytes
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _state(tensor: Tensor) -> State:
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
 def from_environment() -> DecodedCache:

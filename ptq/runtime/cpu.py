@@ -1,4 +1,5 @@
-"""The CPU path of a quantized layer, in float32: decode the weight (cached up to a limit), quantize the input, F.linear.
+"""The CPU path of a quantized layer, in float32: decoded weight (cached up to a limit), quantized input (shared by the
+layers that read it), F.linear.
 
 float32 because it is several times faster than bfloat16 on processors without matrix extensions, and because it is then
 the fake-quant reference itself, up to the accumulation order of the product.
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ptq import formats
 from ptq.runtime.cache import from_environment
+from ptq.runtime.sharing import shared_input
 from ptq.runtime.spec import QuantSpec
 
 TILE_BYTES = 64 * 2**20
@@ -27,7 +29,7 @@ def linear(
     Args:
         weight_packed, weight_scale: as in a checkpoint. bias: any float [N]. smooth: bfloat16 [K].
     """
-    quantized = spec.quantize_input(x, smooth)
+    quantized = shared_input(x, smooth, spec, lambda: spec.quantize_input(x, smooth))
     bias = None if bias is None else bias.float()
     n, k = weight_packed.shape[0], weight_packed.shape[1] * 2
     codes = (weight_packed, weight_scale)

@@ -10,10 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 import psutil
 import torch
 
-from ptq.formats.compiled import compile_support
 from ptq.runtime.backends import machine_of, preview
 
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "safetensors", "numpy")
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "numba")
 
 
 def machine_facts() -> dict[str, str]:
@@ -30,7 +29,6 @@ def machine_facts() -> dict[str, str]:
     facts["GPU"] = _gpu()
     machine = machine_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     facts |= {f"backend for {name}": text for name, text in preview(machine).items()}
-    facts["compiled quantization"] = compile_support()[1]
     memory = psutil.virtual_memory()
     facts["memory"] = f"{memory.available / 1e9:.1f} GB available of {memory.total / 1e9:.1f} GB"
     facts["disk here"] = f"{shutil.disk_usage('.').free / 1e9:.1f} GB free"

@@ -1,13 +1,11 @@
 """Quantized linear layers as one torch custom operator, so that torch.compile sees an opaque call with a known shape.
 
-`ptq::linear` takes the tensors of a checkpoint and the numerics, chooses a backend when it runs, and runs it. What can
-be reused between calls is kept by tensor identity and forgotten with the tensor: the placement of a weight on the FP8
-ladder, and the quantized form of the last input, which the query, key and value projections of one attention share.
+`ptq::linear` takes the tensors of a checkpoint and the numerics, chooses a backend when it runs, and runs it. The
+placement of a weight on the FP8 ladder is kept by tensor identity and forgotten with the tensor.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -19,6 +17,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from ptq.runtime import backends, cpu
 from ptq.runtime.exactness import BF16_DECODED, E_REF, Placement, place
+from ptq.runtime.sharing import shared_input
 from ptq.runtime.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def _triton_fp8(
     from ptq.runtime.kernels.expand_weight import expand_weight
     from ptq.runtime.kernels.gemm_fp8 import gemm_fp8
 
-    a = shared_input(x, smooth, spec, "fp8")
+    a = quantized_input(x, smooth, spec, "fp8")
     w = expand_weight(packed, scale, spec.format, p)
     return gemm_fp8(a.values, w, p.exponent + a.e_ref, p.row_exponents, bias, x.dtype, accurate=_accurate())
 
@@ -119,7 +118,7 @@ def _scaled_mm(
 ) -> Tensor:
     from ptq.runtime.kernels.expand_weight import expand_weight
 
-    a = shared_input(x, smooth, spec, "fp8")
+    a = quantized_input(x, smooth, spec, "fp8")
     w = expand_weight(packed, scale, spec.format, p)
     factors = [torch.full((), 2.0**exponent, device=x.device) for exponent in (a.e_ref, p.exponent)]
     fused = bias.to(x.dtype) if bias is not None and x.dtype == torch.bfloat16 else None
@@ -132,7 +131,7 @@ def _dot_scaled(
 ) -> Tensor:
     from ptq.runtime.kernels.gemm_dot_scaled import gemm_dot_scaled
 
-    a = shared_input(x, smooth, spec, "packed")
+    a = quantized_input(x, smooth, spec, "packed")
     assert a.scales is not None
     return gemm_dot_scaled(a.values, a.scales, packed, scale, bias, x.dtype)
 
@@ -143,7 +142,7 @@ def _bf16_decode(
     from ptq.runtime.kernels.expand_weight import expand_weight
     from ptq.runtime.kernels.gemm_packed import gemm_packed
 
-    a = shared_input(x, smooth, spec, "bf16").values
+    a = quantized_input(x, smooth, spec, "bf16").values
     if a.shape[0] <= backends.FEW_ROWS:
         return gemm_packed(a, packed, scale, spec.format, bias, x.dtype)
     w = expand_weight(packed, scale, spec.format, BF16_DECODED)
@@ -162,10 +161,10 @@ RUNNERS: dict[str, Callable[..., Tensor]] = {
 
 
 def placement_of(weight_packed: Tensor, weight_scale: Tensor, format_name: str) -> Placement:
-    """The placement of a weight, computed at its first use and again when its codes are written to."""
+    """The placement of a weight, computed at its first use and again when its codes are written to or moved."""
     if format_name != "mxfp4":
         return BF16_DECODED
-    state = (_version(weight_packed), _version(weight_scale), weight_scale.device)
+    state = (_state(weight_packed), _state(weight_scale), weight_scale.device)
     known = _placements.get(weight_scale)
     if known is None or known[0]() is not weight_packed or known[1] != state:
         known = (TensorWeakRef(weight_packed), state, place(weight_packed, weight_scale))
@@ -173,46 +172,22 @@ def placement_of(weight_packed: Tensor, weight_scale: Tensor, format_name: str) 
     return known[2]
 
 
-def shared_input(x: Tensor, smooth: Tensor | None, spec: QuantSpec, out: Output) -> QuantizedInput:
-    """x [..., K] quantized, [M, K], or what the previous call made of the same x with the same numerics.
-
-    Layers that read one tensor with one smoothing vector (by value) share the result, and the memory is freed with x.
-    Inference tensors carry no version counter, so a change in place could not be noticed: they are not shared.
-    """
+def quantized_input(x: Tensor, smooth: Tensor | None, spec: QuantSpec, out: Output) -> QuantizedInput:
+    """x [..., K] quantized by the GPU kernel, [M, K]; shared by layers that read the same x with the same numerics."""
     from ptq.runtime.kernels.hadamard_quantize import hadamard_quantize
 
-    if x.is_inference():
+    def quantize() -> QuantizedInput:
         return hadamard_quantize(x.reshape(-1, x.shape[-1]), smooth, spec, out, e_ref=E_REF)
-    key = (_version(x), None if smooth is None else _digest(smooth), spec, out)
-    known = _inputs.get(x)
-    if known is None or known[0] != key:
-        _inputs.clear()
-        quantized = hadamard_quantize(x.reshape(-1, x.shape[-1]), smooth, spec, out, e_ref=E_REF)
-        known = _inputs[x] = (key, quantized)
-    return known[1]
+
+    return shared_input(x, smooth, (spec, out), quantize)
 
 
 _placements: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_inputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_digests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _digest(smooth: Tensor) -> bytes:
-    known = _digests.get(smooth)
-    if known is None or known[0] != _version(smooth):
-        data = smooth.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        known = _digests[smooth] = (_version(smooth), hashlib.sha256(data).digest())
-    return known[1]
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _state(tensor: Tensor) -> tuple[int, int]:
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
 def _accurate() -> bool:
     return os.environ.get(ACCURATE_VARIABLE, "0") == "1"
-
-
-def forget_inputs() -> None:
-    """Drop the shared quantized input (benchmarks that repeat one input)."""
-    _inputs.clear()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 from ptq.checkpoint.manifest import Manifest
+from ptq.report.reproduce import Steps
 
 
 def readme(manifest: Manifest, verdict: dict[str, Any]) -> str:
@@ -38,34 +38,20 @@ Use it: `import ptq; pipe = ptq.load_pipeline("weights")`.
 """
 
 
-def reproduce_script(manifest: Manifest, run: dict[str, Any]) -> str:
-    """A shell script with every step, from installing to the verdict. MODEL and PROMPTS are its two arguments."""
-    settings = run["settings"]
-    calibration = manifest.calibration or {}
-    prompts = calibration.get("prompts", {})
-    flags = [
-        *("--steps", settings["steps"], "--height", settings["height"], "--width", settings["width"]),
-        *("--num-frames", settings["num_frames"], "--fps", settings["fps"], "--flow-shift", settings["flow_shift"]),
-        *("--guidance-scale", settings["guidance_scale"], "--seed", settings["seed"]),
-    ]
-    if settings.get("guidance_scale_2") is not None:
-        flags += ["--guidance-scale-2", settings["guidance_scale_2"]]
-    generate = " ".join(shlex.quote(str(flag)) for flag in flags)
-    protected = ",".join(manifest.high_precision) or "none"
-    model = manifest.base_model.get("hub_id") or "the original pipeline directory"
+def reproduce_script(steps: Steps, manifest: Manifest) -> str:
+    """A shell script with every step, from installing to the report: the commands that the report lists."""
+    prompts = (manifest.calibration or {}).get("prompts", {})
+    notes = "".join(f"# {text}\n" for text in steps.missing)
+    _, *commands = steps.commands  # the first installs, here from the archive's own source
+    lines = "\n".join(commands)
     return f"""#!/usr/bin/env bash
-# Makes this submission again. Arguments: MODEL (original: {model}),
-# CALIBRATION_PROMPTS ({prompts.get("name")}, sha256 {prompts.get("sha256")}), EVALUATION_PROMPTS.
-set -euo pipefail
+# Makes this submission again. Run it in an empty directory that holds the prompt files named below
+# (calibration: {prompts.get("name")}, sha256 {prompts.get("sha256")}).
+{notes}set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
-model="$1"; calibration_prompts="$2"; evaluation_prompts="$3"
 python -m venv venv
 venv/bin/pip install --constraint "$here/source/constraints.txt" torch "$here/source"
 export PATH="$PWD/venv/bin:$PATH"
-ptq calibrate "$model" --prompts "$calibration_prompts" --num-prompts {len(calibration.get("samples", []))} --out calibration
-ptq quantize "$model" --calibration calibration --format {manifest.format} --recipe "$here/recipe.yaml" \\
-  --high-precision {protected} --budget-scope {manifest.budget_scope} --out weights
-ptq generate "$model" --prompts "$evaluation_prompts" --out runs/reference {generate}
-ptq generate weights --prompts "$evaluation_prompts" --out runs/candidate {generate}
-ptq evaluate --reference runs/reference --candidate runs/candidate --out evaluation
+cp "$here/recipe.yaml" .
+{lines}
 """

@@ -19,6 +19,9 @@ from ptq.errors import PtqError, UsageError
 from ptq.fs import files_below, read_json, read_jsonl, sha256_file
 from ptq.generation import identify_model
 from ptq.quantization.settings import check_budget
+from ptq.report import Sources
+from ptq.report.facts import gather
+from ptq.report.reproduce import RECIPE_FILE, reproduction
 from ptq.submission.archive import write_archive
 from ptq.submission.instructions import readme, reproduce_script
 
@@ -50,8 +53,7 @@ def collect(
     check_submittable(checkpoint, manifest, verdict, allow_failing=allow_failing)
     runs = {role: _run_directory(verdict, role) for role in ("reference", "candidate")}
     members: dict[str, Path | bytes] = {
-        f"{WEIGHTS}/{path.relative_to(checkpoint).as_posix()}": path
-        for path in files_below(checkpoint)
+        f"{WEIGHTS}/{path.relative_to(checkpoint).as_posix()}": path for path in files_below(checkpoint)
     }
     members |= {f"evaluation/{name}": evaluation / name for name in ("evaluation.json", "units.jsonl")}
     for role, run in runs.items():
@@ -60,10 +62,11 @@ def collect(
     members |= {f"source/{name}": path for name, path in source_files().items()}
     members["report/report.pdf"] = pdf
     members["report/report.html"] = html
-    members["recipe.yaml"] = yaml.safe_dump(manifest.recipe, sort_keys=True, allow_unicode=True).encode()
+    members[RECIPE_FILE] = yaml.safe_dump(manifest.recipe, sort_keys=True, allow_unicode=True).encode()
     members["prompts.jsonl"] = _prompts(runs["candidate"])
     members["README.md"] = readme(manifest, verdict).encode()
-    members["reproduce.sh"] = reproduce_script(manifest, read_json(runs["candidate"] / "run.json")).encode()
+    steps = reproduction(gather(Sources(evaluation, checkpoint, *runs.values())))
+    members["reproduce.sh"] = reproduce_script(steps, manifest).encode()
     members[SUBMISSION] = (json.dumps(_facts(manifest, verdict), indent=2, sort_keys=True) + "\n").encode()
     members[CHECKSUMS] = _checksums(members)
     return members

@@ -11,6 +11,8 @@ Global rotations are deliberately absent: they hurt MXFP4 (specs: recovery 79.7 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -62,5 +64,11 @@ def rotate_hessian(h_kk: Tensor, size: int) -> Tensor:
 def _rotate(x: Tensor, size: int, factor: float) -> Tensor:
     if x.shape[-1] % size:
         raise ValueError(f"Rotation blocks of {size} do not divide the last dimension of {list(x.shape)}.")
-    matrix = (signs(size) * factor).to(device=x.device, dtype=x.dtype)
+    matrix = _scaled_signs(size, factor, x.device, x.dtype)
     return (x.reshape(*x.shape[:-1], x.shape[-1] // size, size) @ matrix).reshape(x.shape)
+
+
+@functools.lru_cache(maxsize=32)
+def _scaled_signs(size: int, factor: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # the matrix outlives the caller's mode
+        return (signs(size) * factor).to(device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Stage ``figures``: the loss curves and the contact sheet of docs/tiny.md, from the logs and the last evaluation."""
+"""Stage ``figures``: the loss curves and the contact sheets of docs/tiny.md, from the logs and the last evaluation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from .denoiser import STAGES
 
 
 def read(path: Path, key: str) -> tuple[list[int], list[float]]:
@@ -25,23 +27,25 @@ def read(path: Path, key: str) -> tuple[list[int], list[float]]:
 
 
 def curves(work: Path, image: Path) -> None:
+    """PSNR of the VAE and loss of every denoiser that has a log in ``work``; experts follow the trunk they started from."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     left.plot(*read(work / "vae.jsonl", "psnr"))
     left.set(title="VAE, training clips", xlabel="step", ylabel="PSNR (dB)")
-    offset = max(read(work / "trunk.jsonl", "loss")[0], default=0)
-    for stage in ("trunk", "high", "low"):
+    trunk = max(read(work / "trunk.jsonl", "loss")[0], default=0)
+    for stage in STAGES:
         steps, losses = read(work / f"{stage}.jsonl", "loss")
-        right.plot([s + (0 if stage == "trunk" else offset) for s in steps], losses, label=stage)
-    right.set(title="Denoisers", xlabel="step", ylabel="flow-matching loss", ylim=(0, 1))
+        if steps:
+            right.plot([s + (0 if stage == "trunk" else trunk) for s in steps], losses, label=stage)
+    right.set(title="Denoisers", xlabel="step", ylabel="flow-matching loss", ylim=(0, None))
     right.legend()
     image.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(image, dpi=90)
     plt.close(fig)
 
 
-def contact(work: Path, image: Path, rows: int = 12) -> None:
-    """First ``rows`` evaluated clips, every second frame, each under its prompt."""
-    data = np.load(work / "evaluate.npz")
+def contact(evaluation: Path, image: Path, rows: int = 12) -> None:
+    """First ``rows`` clips of an ``evaluate-*.npz``, every second frame, each under its prompt."""
+    data = np.load(evaluation)
     clips, prompts = data["clips"][:rows], data["prompts"][:rows]
     columns = 2
     lines = -(-len(clips) // columns)

@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 
 from ptq.formats import Codes, get
-from ptq.formats.compiled import quantize_and_pack
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = (
@@ -22,7 +21,7 @@ def test_golden_vectors(name, case):
     vectors, fmt = load_file(GOLDEN / f"{name}.safetensors"), get(name)
     x, values = vectors[f"{case}.input"], vectors[f"{case}.dequantized"]
     packed, scale = vectors[f"{case}.weight_packed"], vectors[f"{case}.weight_scale"]
-    for found_packed, found_scale in (fmt.pack(fmt.quantize(x)), quantize_and_pack(fmt, x)):
+    for found_packed, found_scale in (fmt.pack(fmt.quantize(x)), fmt.quantize_and_pack(x)):
         assert found_packed.numpy().tobytes() == packed.numpy().tobytes()
         assert found_scale.numpy().tobytes() == scale.numpy().tobytes()
         assert found_scale.dtype == scale.dtype

@@ -191,17 +191,6 @@ def test_any_leading_shape_and_strides(name, shape):
     assert torch.equal(fmt.fake_quantize(strided), fmt.dequantize(codes))
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "hif4"])
-def test_more_than_one_chunk(name, monkeypatch):
-    fmt = get(name)
-    x = torch.randn(37, 128, generator=torch.Generator().manual_seed(5))
-    whole, values = fmt.quantize(x), fmt.fake_quantize(x)
-    monkeypatch.setattr("ptq.formats.base.CHUNK_ELEMENTS", 640)
-    parts = fmt.quantize(x)
-    assert torch.equal(whole.elements, parts.elements) and torch.equal(whole.scales, parts.scales)
-    assert torch.equal(fmt.fake_quantize(x), values)
-
-
 def test_refusals():
     mx = get("mxfp4")
     with pytest.raises(FormatError, match=r"groups of 32.*\[4, 40\].*multiple of 32"):

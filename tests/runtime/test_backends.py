@@ -177,6 +177,15 @@ def test_placement_follows_the_codes():
     assert ops.placement_of(layer.weight_packed, layer.weight_scale, "hif4") is BF16_DECODED
 
 
+def test_placement_follows_storage_put_behind_a_parameter():
+    layer, other = make_layer(), make_layer()
+    first = ops.placement_of(layer.weight_packed, layer.weight_scale, "mxfp4")
+    with torch.no_grad():
+        other.weight_scale[0, 0] += 40
+    layer.weight_scale.data = other.weight_scale.data
+    assert ops.placement_of(layer.weight_packed, layer.weight_scale, "mxfp4").kind != first.kind
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", [name for name in backends.BACKENDS if name != "cpu"])

@@ -82,12 +82,18 @@ def replace_scale(target: QuantLinear, source: QuantLinear) -> None:
         target.weight_packed.copy_(source.weight_packed)
 
 
+def replace_storage(target: QuantLinear, source: QuantLinear) -> None:
+    for name in ("weight_packed", "weight_scale"):
+        getattr(target, name).data = getattr(source, name).data
+
+
 CHANGES: dict[str, Callable[[QuantLinear, QuantLinear], object]] = {
     "load_state_dict": lambda a, b: a.load_state_dict(b.state_dict()),
     "load_state_dict assign": lambda a, b: a.load_state_dict(b.state_dict(), assign=True),
     "scale only": lambda a, b: setattr(a, "weight_scale", torch.nn.Parameter(a.weight_scale + 1, requires_grad=False)),
     "scale in place": lambda a, b: a.weight_scale.add_(1),
     "scale as a new tensor": replace_scale,
+    "other storage behind the parameters": replace_storage,
 }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,9 @@ from ptq.evaluation import evaluate_runs
 from ptq.fs import read_json, write_json
 from ptq.generation import Settings, identify_model, run_generation
 from ptq.prompts import Sample
+from ptq.report import Sources
+from ptq.report.facts import gather
+from ptq.report.reproduce import reproduction
 from ptq.submission.archive import extract_archive, write_archive
 from ptq.submission.package import CHECKSUMS, package
 from ptq.submission.verify import verify
@@ -156,6 +161,8 @@ def test_package_refuses_a_failed_gate_unless_told_and_then_marks_it(evaluated, 
 def test_a_checkpoint_with_linked_components_is_packed_whole(evaluated, tmp_path):
     checkpoint, evaluation = evaluated
     linked = Path(shutil.copytree(checkpoint, tmp_path / "linked"))
+    for records in checkpoint.parent.glob("*-records"):  # reproduce.sh tells its settings, found beside a checkpoint
+        (tmp_path / records.name).symlink_to(records)
     shutil.move(linked / "vae", tmp_path / "vae")
     (linked / "vae").symlink_to(tmp_path / "vae")
     archives = [tmp_path / "plain.tar.gz", tmp_path / "linked.tar.gz"]
@@ -184,3 +191,15 @@ def _refresh_manifest(checkpoint: Path, change: Callable[[dict], None]) -> None:
     change(manifest)
     manifest["files"] = hash_files(checkpoint)
     write_json(checkpoint / MANIFEST_FILE, manifest)
+
+
+def test_the_script_runs_the_commands_of_the_report(archive, evaluated):
+    """That the command line accepts them is tested where they are made (tests/report)."""
+    checkpoint, evaluation = evaluated
+    listed = reproduction(gather(Sources(evaluation, checkpoint))).commands
+    with tarfile.open(archive) as packed_archive:
+        script = packed_archive.extractfile("reproduce.sh").read().decode()
+    own = [line for line in script.splitlines() if line.startswith("ptq ")]
+    assert own == listed[1:]
+    assert [line.split()[1] for line in own] == ["calibrate", "quantize", "evaluate", "report"]
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ptq import formats
-from ptq.runtime import backends, cpu, ops
+from ptq.runtime import backends, cpu, ops, sharing
 from ptq.runtime.exactness import BF16_DECODED, E4M3_RANGE, Placement, place
 from ptq.runtime.kernels.expand_weight import expand_weight, expand_weight_reference
 from ptq.runtime.kernels.ffn_fused import ffn_up_quantized, ffn_up_quantized_reference
@@ -193,12 +193,12 @@ def test_empty_input():
 
 def test_projections_of_one_input_share_its_quantization():
     x, _, _, _, smooth, spec = backend_case("mxfp4")
-    first = ops.shared_input(x, smooth, spec, "fp8")
-    assert ops.shared_input(x, smooth.clone(), spec, "fp8") is first  # equal by value, as q, k and v store it
-    assert ops.shared_input(x, smooth * 2, spec, "fp8") is not first
-    again = ops.shared_input(x, smooth, spec, "fp8")
+    first = ops.quantized_input(x, smooth, spec, "fp8")
+    assert ops.quantized_input(x, smooth.clone(), spec, "fp8") is first  # equal by value, as q, k and v store it
+    assert ops.quantized_input(x, smooth * 2, spec, "fp8") is not first
+    again = ops.quantized_input(x, smooth, spec, "fp8")
     x[0, 0, 0] = 100
-    changed = ops.shared_input(x, smooth, spec, "fp8")
+    changed = ops.quantized_input(x, smooth, spec, "fp8")
     assert changed is not again and not torch.equal(changed.values.float(), again.values.float())
     del x
-    assert len(ops._inputs) == 0  # freed with its input
+    assert sharing._last is None  # freed with its input

@@ -1,0 +1,129 @@
+"""Conversions of CPU tensors by kernels that numba compiles: one pass over the groups, the codes of the eager functions.
+
+A kernel is compiled at its first use, about a second, and kept on disk by numba (in `__pycache__`, else in the user's
+cache directory or NUMBA_CACHE_DIR). numba itself is imported at the first conversion.
+
+The groups of a large tensor are split over `torch.get_num_threads()` Python threads; kernels run without the GIL. numba's
+own threads are not used: some of its threading layers must not be entered from several Python threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PART_ELEMENTS = 2**18
+"""Elements that a thread takes at a time, about half a millisecond of work. Smaller tensors use the calling thread."""
+BITS = {torch.float32: (torch.uint32, 0), torch.bfloat16: (torch.uint16, 16)}
+"""Dtype -> (unsigned integers of its width, shift that makes them float32 bits)."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The compiled functions of a format, and its options.
+
+    Attributes:
+        codes: (x, shift, *options, out, scales), out uint8 [n, group] or, packed, [n, group / 2]; scales [n].
+        values: (x, shift, *options, out), out like x.
+        options: numbers that stand for the scale rule and the ties.
+
+    x is [n, group]: uint32 with shift 0 (float32 bits) or uint16 with shift 16 (bfloat16 bits).
+    """
+
+    codes: Callable[..., None]
+    values: Callable[..., None]
+    options: tuple[int | bool, ...]
+
+
+def takes(x: Tensor) -> bool:
+    """Whether x is an ordinary tensor in CPU memory: not traced, not on another device, of no tensor subclass."""
+    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def codes(kernels: Kernels, x: Tensor, group: int, scale_dtype: torch.dtype, packed: bool) -> tuple[Tensor, Tensor]:
+    """x float32, bfloat16 or float16 [..., K] -> (elements uint8 [..., K], scales [..., K/group]).
+
+    With `packed` the elements are [..., K/2], two nibbles a byte, even k in the low one.
+    """
+    per_byte = 2 if packed else 1
+    bits, shift = _rows(x.float() if x.dtype == torch.float16 else x, group)
+    elements = torch.empty(*x.shape[:-1], x.shape[-1] // per_byte, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(*x.shape[:-1], x.shape[-1] // group, dtype=scale_dtype, device=x.device)
+    outputs = (elements.numpy().reshape(-1, group // per_byte), scales.numpy().reshape(-1))
+    _run(kernels.codes, bits, (shift, *kernels.options), outputs)
+    return elements, scales
+
+
+def values(kernels: Kernels, x: Tensor, group: int) -> Tensor:
+    """x float32 or bfloat16 [..., K] -> its values on the grid of the format, same shape and dtype."""
+    bits, shift = _rows(x, group)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _run(kernels.values, bits, (shift, *kernels.options), (_rows(out, group)[0],))
+    return out
+
+
+def kernel(function: Callable[..., None]) -> Callable[..., None]:
+    """Decorator of a kernel's entry point: runs without the GIL, is kept on disk where numba finds a place to write."""
+    from numba import njit
+
+    try:
+        return njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # no place: every process compiles it
+        return njit(nogil=True, error_model="numpy")(function)
+
+
+def _rows(x: Tensor, group: int) -> tuple[np.ndarray[Any, Any], int]:
+    dtype, shift = BITS[x.dtype]
+    return x.detach().contiguous().view(dtype).numpy().reshape(-1, group), shift
+
+
+def _run(
+    kernel: Callable[..., None],
+    x: np.ndarray[Any, Any],
+    options: tuple[int | bool, ...],
+    outputs: tuple[np.ndarray[Any, Any], ...],
+) -> None:
+    """Run a kernel on rows x, over several threads where that pays."""
+
+    def convert(part: slice) -> None:
+        kernel(x[part], *options, *(out[part] for out in outputs))
+
+    if (kernel, x.dtype) not in _compiled:
+        with _compile_lock, _process_lock(kernel), contextlib.suppress(OSError):  # the cache may be full
+            convert(slice(0))
+        _compiled.add((kernel, x.dtype))
+    rows = PART_ELEMENTS // x.shape[1]
+    workers = min(torch.get_num_threads(), -(-len(x) // rows))
+    if workers <= 1:
+        kernel(x, *options, *outputs)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(convert, (slice(start, start + rows) for start in range(0, len(x), rows))))
+
+
+_compiled: set[tuple[Callable[..., None], np.dtype[Any]]] = set()
+_compile_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _process_lock(kernel: Any) -> Iterator[None]:
+    """One process at a time fills or reads the cache: numba's index and data files are not written as one.
+
+    Processes that start together wait for the first one's kernels instead of compiling their own. Where a lock cannot be
+    had (no cache, a file system without locks) nothing is held.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, TypeError):
+            file = stack.enter_context((Path(kernel.stats.cache_path) / "ptq-kernels.lock").open("a"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

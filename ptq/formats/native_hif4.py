@@ -1,0 +1,125 @@
+"""HiF4 on rows of 64, compiled by numba: the arithmetic of `ptq.formats.hif4`, bit for bit.
+
+Magnitudes are handled as float32 bits in int32; maxima of bits are maxima of values. numba widens int32 arithmetic to 64
+bits, hence the casts. Nothing here is contracted to fused multiply-adds, flushed or reassociated.
+
+All compiled code of the format is in this file: numba's cache notices changes of a kernel's own file only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from ptq.formats.native import kernel
+
+GROUP, FOURS = 64, 16
+f32, i32, u32 = np.float32, np.int32, np.uint32
+SIGN, INFINITY, NAN = u32(0x80000000), i32(0x7F800000), u32(0x7FC00000)
+NAN_SCALE = u32(255)
+SCALE_MIN, SCALE_MAX, BF16_ONE_SEVENTH = f32(2.0**-48), f32(49152.0), f32(0.142578125)
+ROUND_TO_INTEGER = f32(2.0**23)  # added and subtracted again
+EXPONENT_BIAS = i32(127 - 48)
+
+
+@kernel
+def codes(x, shift, even, out, scales):
+    """Elements or packed elements and scale words; see `ptq.formats.native.Kernels`."""
+    magnitude = np.empty(GROUP, np.int32)
+    levels = np.empty(GROUP, np.int32)
+    fours = np.empty(FOURS, np.int32)
+    factors = np.empty(FOURS, np.float32)
+    elements = np.empty(GROUP, np.uint8)
+    pairs = elements.view(np.uint16)
+    packed = out.shape[1] == GROUP // 2
+    for g in range(len(x)):
+        word = _convert(x[g], shift, even, magnitude, fours, factors, levels)
+        scales[g] = i32(word)
+        if word == NAN_SCALE:
+            out[g] = 0
+            continue
+        for k in range(GROUP):
+            sign = i32((u32(u32(x[g, k]) << u32(shift)) >> u32(31)) << u32(3))
+            elements[k] = levels[k] | (sign if levels[k] > 0 else i32(0))
+        if packed:
+            for k in range(GROUP // 2):
+                out[g, k] = pairs[k] | (pairs[k] >> 4)
+        else:
+            for k in range(GROUP):
+                out[g, k] = elements[k]
+
+
+@kernel
+def values(x, shift, even, out):
+    """Values on the grid; see `ptq.formats.native.Kernels`."""
+    magnitude = np.empty(GROUP, np.int32)
+    levels = np.empty(GROUP, np.int32)
+    fours = np.empty(FOURS, np.int32)
+    factors = np.empty(FOURS, np.float32)
+    for g in range(len(x)):
+        word = _convert(x[g], shift, even, magnitude, fours, factors, levels)
+        if word == NAN_SCALE:
+            out[g] = NAN >> u32(shift)
+            continue
+        quarter = f32(_scale(i32(word & u32(0xFF))) * f32(0.25))
+        for i in range(FOURS):
+            exponent = (word >> u32(8 + i // 2) & u32(1)) + (word >> u32(16 + i) & u32(1))
+            step = quarter * f32(1 << exponent)
+            for k in range(4 * i, 4 * i + 4):
+                sign = u32(u32(x[g, k]) << u32(shift)) & SIGN
+                value = f32(f32(levels[k]) * step).view(u32)
+                out[g, k] = u32(value | (sign if value != 0 else u32(0))) >> u32(shift)
+
+
+@njit(error_model="numpy")
+def _convert(x, shift, even, magnitude, fours, factors, levels):
+    """One group [64] -> its scale word, 0xFF where it is not finite; fills `levels` with 0..7. The rest is scratch."""
+    for k in range(GROUP):
+        magnitude[k] = i32(u32(u32(x[k]) << u32(shift)) & ~SIGN)
+    for i in range(FOURS):
+        fours[i] = max(max(magnitude[4 * i], magnitude[4 * i + 1]), max(magnitude[4 * i + 2], magnitude[4 * i + 3]))
+    largest = i32(0)
+    for i in range(FOURS):
+        largest = max(largest, fours[i])
+    if largest >= INFINITY:
+        return NAN_SCALE
+    byte = _scale_byte(largest)
+    r = _to_bf16(f32(1.0) / _scale(byte))
+    word = u32(byte)
+    for i in range(FOURS // 2):
+        e8 = i32(max(fours[2 * i], fours[2 * i + 1])).view(f32) * r >= f32(4.0)
+        half_e8 = f32(0.5) if e8 else f32(1.0)
+        word |= u32(e8) << u32(8 + i)
+        for j in range(2 * i, 2 * i + 2):
+            e16 = i32(fours[j]).view(f32) * r * half_e8 >= f32(2.0)
+            word |= u32(e16) << u32(16 + j)
+            factors[j] = r * f32(4.0) * half_e8 * (f32(0.5) if e16 else f32(1.0))
+    for i in range(FOURS):
+        for k in range(4 * i, 4 * i + 4):
+            scaled = i32(magnitude[k]).view(f32) * factors[i]
+            if even:
+                levels[k] = i32(f32(min(scaled, f32(7.0)) + ROUND_TO_INTEGER) - ROUND_TO_INTEGER)
+            else:
+                levels[k] = i32(min(scaled + f32(0.5), f32(7.0)))
+    return word
+
+
+@njit(error_model="numpy")
+def _scale_byte(largest):
+    """Bits of the group's maximum -> E6M2 byte of bf16(maximum / 7)."""
+    s = min(max(_to_bf16(i32(largest).view(f32) * BF16_ONE_SEVENTH), SCALE_MIN), SCALE_MAX)
+    bits = f32(s).view(i32)
+    rounded = i32(bits + i32(i32(0xFFFFF) + (i32(bits >> i32(21)) & i32(1))))
+    return i32(i32(rounded >> i32(21)) - i32(EXPONENT_BIAS << i32(2)))
+
+
+@njit(error_model="numpy")
+def _scale(byte):
+    exponent = i32(i32(byte >> i32(2)) + EXPONENT_BIAS)
+    return i32(i32(exponent << i32(23)) | i32(i32(byte & i32(3)) << i32(21))).view(f32)
+
+
+@njit(error_model="numpy")
+def _to_bf16(x):
+    bits = f32(x).view(i32)
+    return i32(i32(bits + i32(i32(0x7FFF) + (i32(bits >> i32(16)) & i32(1)))) & i32(-0x10000)).view(f32)
