@@ -17,7 +17,7 @@ def demo(
     ] = None,
     model: Annotated[str, typer.Option("--model", help="tiny, or tiny-i2v (starts from an image).")] = "tiny",
     out: Annotated[Path, typer.Option("--out", help="Directory for everything that is made.")] = Path("demo-out"),
-    units: Annotated[int, typer.Option("--units", min=2, help="Held-out prompts to generate and judge.")] = 128,
+    units: Annotated[int, typer.Option("--units", min=2, help="Held-out prompts to generate and judge.")] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON.")] = False,
 ) -> None:
     """Record, quantize, generate, evaluate on the embedded tiny model. Minutes on a CPU; run again to continue.
@@ -34,7 +34,7 @@ def demo(
 
     if model not in MODELS:
         raise UsageError(
-            f"The demo runs on {' or '.join(MODELS)}, found {model!r}. For any other model: README, Usage."
+            f"The demo runs on {' or '.join(MODELS)}, found {model!r}. Other models: the commands one by one."
         )
     results = Demo(out, units, model).run(names[::-1])
     if as_json:
