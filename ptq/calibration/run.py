@@ -31,7 +31,7 @@ from ptq.locks import directory_mutex
 from ptq.prompts import RESIZE_POLICY, Sample, caption_digest, fit_image, load_image
 from ptq.prompts.seeds import unit_seed
 from ptq.sharding import Shard
-from ptq.wan.calling import call_arguments
+from ptq.wan.calling import call_arguments, set_flow_shift
 from ptq.wan.structure import ModelLayout
 
 
@@ -119,6 +119,7 @@ def calibrate(
 
 def _record(plan: CalibrationPlan, pipeline: Any, todo: Sequence[int], out: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
+    set_flow_shift(pipeline, plan.preset.flow_shift)
     schedule = sampling_schedule(pipeline, plan.preset.steps, list(plan.layout.experts))
     write_json(out / SETTINGS_FILE, {**plan.settings(), "schedule": schedule_as_json(schedule), "complete": False})
     with ui.progress("Recording prompts", len(todo)) as bar:

@@ -23,6 +23,14 @@ def calibrate(
     height: Annotated[int | None, typer.Option("--height", min=16)] = None,
     width: Annotated[int | None, typer.Option("--width", min=16)] = None,
     num_frames: Annotated[int | None, typer.Option("--num-frames", min=1)] = None,
+    flow_shift: Annotated[float | None, typer.Option("--flow-shift", help="Shift of the noise schedule.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance-scale", help="Guidance of the high-noise (or only) expert.")
+    ] = None,
+    guidance_scale_2: Annotated[
+        float | None, typer.Option("--guidance-scale-2", help="Guidance of the low-noise expert.")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", help="Default: the model's.")] = None,
     media_root: Annotated[list[Path] | None, typer.Option("--media-root", help="Folder with the clips.")] = None,
     exclude: Annotated[
         Path | None, typer.Option("--exclude", help="Prompt file whose prompts must not be used.")
@@ -57,6 +65,7 @@ def calibrate(
     from ptq.calibration.run import CalibrationPlan
     from ptq.calibration.run import calibrate as run
     from ptq.cli.common import default_device, quiet_libraries, resolve_shard
+    from ptq.errors import UsageError
     from ptq.prompts import read_prompts, require_media
     from ptq.wan.loading import resolve_model
     from ptq.wan.placing import check_offload
@@ -66,8 +75,12 @@ def calibrate(
     check_offload(device, offload)
     part = resolve_shard(shard)
     layout = resolve_model(model)
-    overrides = {"steps": steps, "height": height, "width": width, "num_frames": num_frames}
-    preset = layout.preset.model_copy(update={key: value for key, value in overrides.items() if value is not None})
+    overrides: dict[str, Any] = {"steps": steps, "height": height, "width": width, "num_frames": num_frames}
+    overrides |= {"flow_shift": flow_shift, "guidance_scale": guidance_scale, "guidance_scale_2": guidance_scale_2}
+    overrides |= {"negative_prompt": negative_prompt}
+    preset = layout.preset.with_overrides(**overrides)
+    if guidance_scale_2 is not None and layout.boundary_ratio is None:
+        raise UsageError("This model has one expert; leave out --guidance-scale-2.")
     found = read_prompts(
         prompts, prompt_format=prompt_format, limit=num_prompts, exclude=exclude, media_root=media_root or ()
     )

@@ -34,6 +34,15 @@ class ModelPreset(BaseModel):
     negative_prompt: str = ""
     max_sequence_length: int = Field(default=512, gt=0)
 
+    def with_overrides(self, **values: object) -> ModelPreset:
+        """This preset with the values that are not None in their places.
+
+        Raises:
+            UsageError: a value that a preset cannot have.
+        """
+        given = {name: value for name, value in values.items() if value is not None}
+        return validate(ModelPreset, self.model_dump() | given, "The settings on the command line")
+
 
 def load_preset(variant: str) -> ModelPreset:
     """The preset of a variant ("T2V-A14B", "I2V-A14B", "TI2V-5B").

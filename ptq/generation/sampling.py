@@ -19,6 +19,7 @@ import torch
 from ptq.errors import PtqError, UsageError
 from ptq.generation.diagnosis import CallRecorder, find_nonfinite
 from ptq.generation.settings import Settings
+from ptq.wan.calling import set_flow_shift
 from ptq.wan.loading import with_image_input
 from ptq.wan.placing import place_pipeline
 
@@ -182,19 +183,6 @@ def check_frames(frames: np.ndarray, steps: int) -> None:
         raise BrokenOutputError(
             f"The video is frozen after step {steps} of {steps}: all {len(frames)} frames are equal."
         )
-
-
-def set_flow_shift(pipe: Any, flow_shift: float) -> None:
-    """Give the pipeline a scheduler with this shift.
-
-    Raises:
-        UsageError: the scheduler has no such parameter.
-    """
-    config = pipe.scheduler.config
-    key = next((key for key in ("flow_shift", "shift") if key in config), None)
-    if key is None:
-        raise UsageError(f"The scheduler {type(pipe.scheduler).__name__} has no flow shift; use a flow-matching one.")
-    pipe.scheduler = type(pipe.scheduler).from_config(config, **{key: flow_shift})
 
 
 def _check_fit(pipe: Any, settings: Settings) -> None:

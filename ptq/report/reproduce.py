@@ -106,6 +106,11 @@ def _quantize(
         }
         flags |= {"--steps": preset["steps"], "--height": preset["height"], "--width": preset["width"]}
         flags |= {"--num-frames": preset["num_frames"], "--seed": calibration["seed"]}
+        flags |= {"--flow-shift": preset["flow_shift"], "--guidance-scale": preset["guidance_scale"]}
+        if preset["guidance_scale_2"] is not None:
+            flags["--guidance-scale-2"] = preset["guidance_scale_2"]
+        if preset["negative_prompt"] != _default_negative_prompt(facts):
+            flags["--negative-prompt"] = preset["negative_prompt"]
         commands.append(
             join(
                 "ptq",

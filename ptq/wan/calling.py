@@ -1,4 +1,4 @@
-"""Keyword arguments of the Wan pipeline call that recording makes, from a preset.
+"""How a Wan pipeline is called: its schedule's shift, and the keyword arguments of the call that recording makes.
 
 Generation passes its own latents and callbacks and has its own call (`ptq.generation.sampling`).
 """
@@ -6,6 +6,8 @@ Generation passes its own latents and callbacks and has its own call (`ptq.gener
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from ptq.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,3 +44,16 @@ def call_arguments(preset: ModelPreset, prompt: str, seed: int, image: np.ndarra
 
         arguments["image"] = Image.fromarray(image)
     return arguments
+
+
+def set_flow_shift(pipe: Any, flow_shift: float) -> None:
+    """Give the pipeline a scheduler with this shift.
+
+    Raises:
+        UsageError: the scheduler has no such parameter.
+    """
+    config = pipe.scheduler.config
+    key = next((key for key in ("flow_shift", "shift") if key in config), None)
+    if key is None:
+        raise UsageError(f"The scheduler {type(pipe.scheduler).__name__} has no flow shift; use a flow-matching one.")
+    pipe.scheduler = type(pipe.scheduler).from_config(config, **{key: flow_shift})

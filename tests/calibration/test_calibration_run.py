@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from calibration_helpers import file_digests, load, make_plan, record, start_child
+from diffusers import UniPCMultistepScheduler
 from safetensors import safe_open
+from typer.testing import CliRunner
 
 from ptq.calibration.records import CalibrationSet
 from ptq.calibration.run import CalibrationPlan, calibrate
+from ptq.cli.main import app
+from ptq.config import load_preset
 from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.prompts import read_prompts
 from ptq.sharding import Shard
@@ -206,3 +210,30 @@ def test_the_organisers_file(t2v, tmp_path):
     assert records.sample_ids == [sample.id for sample in found.samples] and len(records.records) == 32
     first, second = (records.load(r).encoder_hidden_states for r in records.records[::4][:2])
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("options", [(), ("--flow-shift", "2.5")])
+def test_the_schedule_is_that_of_the_settings_not_of_the_file(t2v, tmp_path, options):
+    """As in generation: hub directories come with a shift of their own in scheduler_config.json."""
+    model = Path(shutil.copytree(t2v, tmp_path / "model"))
+    path = model / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "flow_shift": 7.0}))
+    wanted = float(options[1]) if options else load_preset("T2V-A14B").flow_shift
+    (tmp_path / "prompts.txt").write_text("a red ball rolls\n")
+    command = ["calibrate", str(model), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "records")]
+    small = ["--height", "32", "--width", "32", "--num-frames", "5", "--steps", "6", "--records-per-prompt", "4"]
+    result = CliRunner().invoke(app, [*command, *small, *options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    scheduler = UniPCMultistepScheduler.from_config(config, flow_shift=wanted)
+    scheduler.set_timesteps(6)
+    settings = json.loads((tmp_path / "records" / "calibration.json").read_text())
+    assert [step["sigma"] for step in settings["schedule"]] == pytest.approx(scheduler.sigmas[:-1].tolist())
+    assert settings["preset"]["flow_shift"] == wanted
+
+
+def test_guidance_of_an_expert_that_is_not_there_is_refused(pipelines, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red ball rolls\n")
+    command = ["calibrate", str(pipelines["TI2V-5B"]), "--prompts", str(tmp_path / "prompts.txt")]
+    result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "records"), "--guidance-scale-2", "3"])
+    assert isinstance(result.exception, UsageError) and "one expert" in str(result.exception)
