@@ -1,0 +1,195 @@
+"""Other choices of HiF4's scales, under the default recipe, on held-out records; for docs/quality.md ("What was tried").
+
+    python scripts/hif4_candidates.py --work build/ablation --out docs/data
+
+ - Power-of-two group scales (E6M2 mantissa 0) on weights, on inputs, on both: the values are then exact in FP8.
+ - A search of the inputs' group scales: E6M2 bytes around the reference's, the micro-exponents by the reference's
+   thresholds or free, the smallest squared error of the group wins. What is stored stays plain HiF4.
+
+Everything else is the default recipe, solved with the candidate in place: its search of weight scales (of powers of two
+where weights are confined to them) with GPTQ on top, its smoothing search and bias correction with inputs quantized the
+candidate's way. Records and measure are those of scripts/ablation.py; both scripts can share a work directory. CPU only.
+Writes <out>/hif4-candidates-<model>.json; `ratio` and `gain_db` are against HiF4's default recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+from ablation import as_table, record
+from torch import Tensor
+
+from ptq import formats
+from ptq.cli.common import quiet_libraries
+from ptq.config import load_recipe
+from ptq.formats.base import Codes, grouped
+from ptq.formats.hif4 import NAN_SCALE, SCALE_BIAS, HiF4, join_words, scale_values
+from ptq.fs import write_json
+from ptq.quantization.settings import QuantizeSettings
+from ptq.quantization.sweep import sweep
+from ptq.solvers import scales as weight_search
+from ptq.tiny.grammar import calibration_prompts, held_out_prompts
+from ptq.wan.loading import resolve_model
+
+DEFAULT = "default recipe"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How group scales are chosen.
+
+    Attributes:
+        offsets: E6M2 bytes tried, relative to the base byte; on equal error the first one wins.
+        free: micro-exponents are the best ones for each byte, else they follow the reference's thresholds.
+        power_of_two: the base byte is the exponent of the group's maximum with mantissa 0, else the reference's byte.
+    """
+
+    offsets: tuple[int, ...]
+    free: bool = True
+    power_of_two: bool = False
+
+    @property
+    def evaluations(self) -> int:
+        """Steps that each element is rounded with: S(byte + 4) = 2 S(byte), so steps coincide between bytes."""
+        shifts = range(3) if self.free else range(1)
+        return len({offset + 4 * shift for offset in self.offsets for shift in shifts})
+
+
+POWER_OF_TWO = Rule((0, 4, -4), power_of_two=True)
+MAXIMUM_EXPONENT = Rule((0,), free=False, power_of_two=True)
+INPUT_SEARCHES = {
+    "bytes 0..+1, thresholds": Rule((0, 1), free=False),
+    "bytes 0..+2, thresholds": Rule((0, 1, 2), free=False),
+    "bytes -1..+2, thresholds": Rule((0, -1, 1, 2), free=False),
+    "byte 0, free": Rule((0,)),
+    "bytes -1..0, free": Rule((0, -1)),
+    "bytes 0..+1, free": Rule((0, 1)),
+    "bytes 0..+2, free": Rule((0, 1, 2)),
+    "bytes -1..+1, free": Rule((0, -1, 1)),
+    "bytes -4..+2, free": Rule(weight_search.HIF4_CANDIDATES),
+}
+
+
+class Base(HiF4):
+    """HiF4 whose conversion gives the power-of-two base byte: where the package's search then starts from."""
+
+    def quantize(self, x: Tensor, *, scale_rule: str | None = None, ties: str | None = None) -> Codes:
+        words = threshold_words(x, exponent_bytes(x))
+        return Codes(self.encode(x, self.steps(words)), words)
+
+
+class Candidate(HiF4):
+    """HiF4 with other scales of weights and inputs; None keeps the package's own.
+
+    The solvers and layers convert weights with `quantize` and inputs with `fake_quantize`.
+    """
+
+    def __init__(self, weights: Rule | None = None, inputs: Rule | None = None) -> None:
+        self.weights, self.inputs = weights, inputs
+
+    def quantize(self, x: Tensor, *, scale_rule: str | None = None, ties: str | None = None) -> Codes:
+        if self.weights is None:
+            return super().quantize(x, scale_rule=scale_rule, ties=ties)
+        words = scale_words(x.float(), self.weights)
+        return Codes(self.encode(x.float(), self.steps(words)), words)
+
+    def fake_quantize(self, x: Tensor, *, scale_rule: str | None = None, ties: str | None = None) -> Tensor:
+        if self.inputs is None:
+            return super().fake_quantize(x, scale_rule=scale_rule, ties=ties)
+        return on_grid(x.float(), scale_words(x.float(), self.inputs)).to(x.dtype)
+
+
+def on_grid(x: Tensor, words: Tensor) -> Tensor:
+    """float32 [..., K] and scale words [..., G] -> the nearest values of these scales, float32 [..., K]."""
+    fmt = HiF4()
+    steps = fmt.steps(words)
+    return fmt.decode(fmt.encode(x, steps), steps)
+
+
+def exponent_bytes(x: Tensor) -> Tensor:
+    """float32 [..., K] -> E6M2 bytes [..., G] of S = 2^(floor(log2 maximum) - 2): the maximum is 4 S or more, below 8 S.
+
+    The largest value of a group is 7 S, so a maximum above it is clipped.
+    """
+    exponent = torch.frexp(grouped(x, HiF4.group_size).abs().amax(-1)).exponent - 1
+    return ((exponent - 2 + SCALE_BIAS) * 4).clamp(0, NAN_SCALE - 3)
+
+
+def threshold_words(x: Tensor, byte: Tensor) -> Tensor:
+    """float32 [..., K] and E6M2 bytes [..., G] -> scale words with micro-exponents by the reference's thresholds."""
+    magnitude = grouped(x, HiF4.group_size).abs() / scale_values(byte).unsqueeze(-1)
+    fours = magnitude.unflatten(-1, (16, 4)).amax(-1)
+    e8 = fours.unflatten(-1, (8, 2)).amax(-1) >= 4.0
+    e16 = fours / (1.0 + e8.repeat_interleave(2, dim=-1)) >= 2.0
+    return join_words(byte, e8, e16)
+
+
+def scale_words(x: Tensor, rule: Rule, weights_k: Tensor | None = None) -> Tensor:
+    """Scale words int32 [..., G] that the rule chooses for float32 [..., K].
+
+    Args:
+        weights_k: importance of an error in each column, for free micro-exponents only.
+    """
+    if rule.free:
+        base = Base() if rule.power_of_two else HiF4()
+        with mock.patch.object(weight_search, "HIF4_CANDIDATES", rule.offsets):
+            words = weight_search.search_scales(x.reshape(-1, x.shape[-1]), base, weights_k=weights_k)
+        return words.view(*x.shape[:-1], -1)
+    byte = exponent_bytes(x) if rule.power_of_two else HiF4().quantize(x).scales & 0xFF
+    best, best_error = byte, torch.full(byte.shape, torch.inf)
+    for offset in rule.offsets:
+        words = threshold_words(x, (byte + offset).clamp(0, NAN_SCALE - 1))
+        error = grouped((on_grid(x, words) - x).square(), HiF4.group_size).sum(-1)
+        best, best_error = torch.where(error < best_error, words, best), torch.minimum(error, best_error)
+    return best
+
+
+def search_weights(w_nk: Tensor, fmt: formats.Format, *, weights_k: Tensor | None = None) -> Tensor:
+    """The recipe's search of weight scales, among a candidate's own."""
+    if isinstance(fmt, Candidate) and fmt.weights is not None:
+        return scale_words(w_nk, fmt.weights, weights_k)
+    return weight_search.search_scales(w_nk, fmt, weights_k=weights_k)
+
+
+def candidates() -> dict[str, Candidate]:
+    """Name -> candidate; the default recipe, against which the others count, first."""
+    return {
+        DEFAULT: Candidate(),
+        "power of two, weights": Candidate(weights=POWER_OF_TWO),
+        "power of two, inputs": Candidate(inputs=POWER_OF_TWO),
+        "power of two, both": Candidate(POWER_OF_TWO, POWER_OF_TWO),
+        "power of two, both, inputs by exponent of maximum": Candidate(POWER_OF_TWO, MAXIMUM_EXPONENT),
+    } | {f"input search, {name}": Candidate(inputs=rule) for name, rule in INPUT_SEARCHES.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--work", type=Path, default=Path("build/ablation"))
+    parser.add_argument("--out", type=Path, default=Path("docs/data"))
+    parser.add_argument("--calibration-prompts", type=int, default=24)
+    parser.add_argument("--held-out-prompts", type=int, default=16)
+    args = parser.parse_args()
+    quiet_libraries()
+    layout = resolve_model(args.model)
+    own = record(args.model, layout, args.work, "calibration", calibration_prompts(args.calibration_prompts))
+    other = record(args.model, layout, args.work, "held-out", held_out_prompts(args.held_out_prompts))
+    found = candidates()
+    recipe = load_recipe("hif4", "hif4")
+    settings = {name: QuantizeSettings(name, recipe, name, {}) for name in found}
+    settings["MXFP4, default recipe"] = QuantizeSettings("mxfp4", load_recipe("mxfp4", "mxfp4"), "mxfp4", {})
+    with mock.patch.dict(formats.FORMATS, found), mock.patch("ptq.solvers.solve.search_scales", search_weights):
+        table = as_table(sweep(layout, own, other, settings))
+    for row in table:
+        candidate = found.get(row["variant"])
+        row["input_evaluations"] = candidate.inputs.evaluations if candidate and candidate.inputs else None
+        print(f"{row['variant']:52s} {row['error']:.3e} {row['ratio']:.3f} {row['gain_db']:+.2f} dB")
+    write_json(args.out / f"hif4-candidates-{args.model}.json", table)
+
+
+if __name__ == "__main__":
+    main()
