@@ -32,7 +32,7 @@ def main() -> None:
 
     def sensitivity(records: Path) -> Sensitivity:
         shards, codes = ({name: ShardSet(each.path / name) for name in original.experts} for each in (original, packed))
-        return build_sensitivity(original, shards, codes, packed.experts, CalibrationSet(records), "d_sigma2")
+        return build_sensitivity(original, shards, codes, packed.experts, CalibrationSet(records))
 
     format_name = packed.experts["transformer"]["quantization_config"]["format"]
     budget = BUDGET[format_name]

@@ -17,15 +17,27 @@ from ptq.wan.replay import BlockContext, ExpertReplay
 
 @dataclass(frozen=True)
 class ReplayRecord:
-    """A record during replay: its weight (normalised to a mean of 1 over the expert) and how to get its context."""
+    """A record during replay, and how to get its context.
+
+    Attributes:
+        weight: in statistics and block errors; mean 1 over the expert.
+        importance: in errors of the denoiser's output, always d_sigma^2; mean 1 over the expert.
+    """
 
     record: Record
     weight: float
+    importance: float
     context: Callable[[], BlockContext]
 
 
+OUTPUT_WEIGHTING = "d_sigma2"
+
+
 def record_weights(records: Sequence[Record], weighting: str) -> list[float]:
-    """Weight of each record, mean 1: d_sigma^2 (an error in v enters the latent times d_sigma) or uniform."""
+    """Weight of each record, mean 1: d_sigma^2 (an error in v enters the latent times d_sigma) or uniform.
+
+    d_sigma^2 counts what an error adds to the final latent directly; what later steps make of it is not in it.
+    """
     raw = [record.d_sigma**2 if weighting == "d_sigma2" else 1.0 for record in records]
     total = sum(raw)
     return [weight * len(raw) / total for weight in raw] if total else [1.0] * len(raw)
@@ -38,13 +50,15 @@ class ExpertCalls:
         expert: its name.
         replay: runs head and tail (the original's and the packed model's are the same).
         calibration: the record set.
-        weighting: d_sigma2 or uniform.
+        weighting: of statistics: d_sigma2 or uniform.
 
     Raises:
         PtqError: the set has no records of this expert.
     """
 
-    def __init__(self, expert: str, replay: ExpertReplay, calibration: CalibrationSet, weighting: str) -> None:
+    def __init__(
+        self, expert: str, replay: ExpertReplay, calibration: CalibrationSet, weighting: str = OUTPUT_WEIGHTING
+    ) -> None:
         self._replay, self._calibration = replay, calibration
         records = calibration.of_expert(expert)
         if not records:
@@ -52,8 +66,10 @@ class ExpertCalls:
                 f"{calibration.directory} has no records of {expert}. Record more steps (--steps, --records-per-prompt) so "
                 "that every expert is called."
             )
-        weights = record_weights(records, weighting)
-        self.items = [ReplayRecord(r, w, self._context_of(r)) for r, w in zip(records, weights, strict=True)]
+        weights, importance = record_weights(records, weighting), record_weights(records, OUTPUT_WEIGHTING)
+        self.items = [
+            ReplayRecord(r, w, i, self._context_of(r)) for r, w, i in zip(records, weights, importance, strict=True)
+        ]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -78,12 +94,12 @@ class ExpertCalls:
 
     @torch.no_grad()
     def output_error(self, reference: Stream, candidate: Stream) -> float:
-        """Weighted squared output error of `candidate` relative to the weighted squared output of `reference`."""
+        """d_sigma^2-weighted squared output error of `candidate` relative to the squared output of `reference`."""
         error = signal = 0.0
         for item in self.items:
             original = self.output(reference, item)
-            error += item.weight * float((self.output(candidate, item) - original).square().sum())
-            signal += item.weight * float(original.square().sum())
+            error += item.importance * float((self.output(candidate, item) - original).square().sum())
+            signal += item.importance * float(original.square().sum())
         return error / signal if signal else 0.0
 
     def _name(self, record: Record) -> str:

@@ -30,29 +30,21 @@ class HybridExpert:
     Args:
         original, packed: replays of both; the same structure.
         calibration: records; those of `expert` are used.
-        weighting: d_sigma2 or uniform.
 
     Raises:
         PtqError: no records of this expert.
     """
 
-    def __init__(
-        self,
-        expert: str,
-        original: ExpertReplay,
-        packed: ExpertReplay,
-        calibration: CalibrationSet,
-        weighting: str = "d_sigma2",
-    ) -> None:
+    def __init__(self, expert: str, original: ExpertReplay, packed: ExpertReplay, calibration: CalibrationSet) -> None:
         self.expert, self._replays = expert, (original, packed)
-        self._calls = ExpertCalls(expert, original, calibration, weighting)
+        self._calls = ExpertCalls(expert, original, calibration)
         size = sum(entry.nbytes for replay in self._replays for entry in replay.shards.entries.values())
         self._blocks: dict[tuple[int, int], nn.Module] | None = {} if size * 4 <= KEEP_BLOCKS_BYTES else None
         self._reference = self._calls.start()
         for index in range(self.num_blocks):
             self._advance(self._reference, index, quantized=False)
         self.signal = sum(
-            i.weight * float(self._calls.output(self._reference, i).square().sum()) for i in self._calls.items
+            i.importance * float(self._calls.output(self._reference, i).square().sum()) for i in self._calls.items
         )
 
     @property

@@ -130,7 +130,6 @@ def build_sensitivity(
     packed: Mapping[str, ShardSet],
     packed_configs: Mapping[str, dict],
     calibration: CalibrationSet,
-    weighting: str,
     device: str = "cpu",
 ) -> Sensitivity:
     """Hybrids of every expert from original and packed weights, with the experts' shares of the final error."""
@@ -139,7 +138,7 @@ def build_sensitivity(
     for name, config in layout.experts.items():
         original = ExpertReplay(shards[name], config, device)
         quantized = ExpertReplay(packed[name], packed_configs[name], device)
-        hybrids[name] = HybridExpert(name, original, quantized, calibration, weighting)
+        hybrids[name] = HybridExpert(name, original, quantized, calibration)
         d_sigmas = [step["d_sigma"] for step in schedule if step["expert"] == name]
         records = len(calibration.of_expert(name))
         importance[name] = sum(d**2 for d in d_sigmas) * hybrids[name].signal / records
@@ -162,8 +161,7 @@ def protect_blocks(
     if not path.exists():
         packed = {name: ShardSet(work.path / name) for name in layout.experts}
         configs = {name: read_json(work.path / name / "config.json") for name in layout.experts}
-        weighting = settings.recipe.records.weighting
-        measured = build_sensitivity(layout, shards, packed, configs, calibration, weighting, device)
+        measured = build_sensitivity(layout, shards, packed, configs, calibration, device)
         budget = BUDGET[settings.format]
         picks = measured.greedy(budget, settings.budget_scope)
         write_json(work.path / SENSITIVITY_FILE, sensitivity_table(measured, picks, budget))

@@ -10,6 +10,7 @@ from quantization_helpers import FULL, make_settings, run
 
 from ptq.calibration.records import CalibrationSet
 from ptq.calibration.run import CalibrationPlan, calibrate
+from ptq.checkpoint.manifest import read_manifest
 from ptq.errors import UsageError
 from ptq.prompts import Sample
 from ptq.quantization.heldout import denoiser_errors
@@ -41,6 +42,14 @@ def test_a_sweep_measures_what_full_runs_of_its_recipes_would(model, records, he
         expected = denoiser_errors(read_layout(model), read_layout(out), held_out)
         assert row.errors == pytest.approx({name: expected[name] for name in row.errors}, rel=1e-9)
     assert rows[1].error < rows[0].error
+
+
+def test_the_denoiser_error_weighs_records_by_d_sigma2_whatever_the_statistics_weigh(model, records, tmp_path):
+    run(model, records, tmp_path / "out", make_settings("hif4", "records.weighting=uniform"))
+    packed = read_layout(tmp_path / "out")
+    expected = denoiser_errors(read_layout(model), packed, CalibrationSet(records))
+    found = {entry.expert: entry.denoiser_error for entry in read_manifest(packed.path).experts}
+    assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-9)
 
 
 def test_a_sweep_refuses_shared_prompts_and_unequal_statistics(model, records):
