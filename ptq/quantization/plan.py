@@ -33,6 +33,11 @@ STREAM_BYTES = 4
 """Hidden states of both streams are counted in float32."""
 SOLVER_COPIES = 3
 """Matrices of the widest input's size alive while it is solved: Hessian, its transform, the factor."""
+WEIGHT_COPIES = 6
+"""float32 copies of the largest Linear alive while it is solved: transformed, codes, both roundings, their errors. With them
+the estimate is within 5 % of a measured block of A14B's width (docs/benchmarks.md)."""
+LIBRARY_BYTES = 700 * 2**20
+"""Python, torch, diffusers and transformers, loaded."""
 
 
 def describe_plan(
@@ -117,7 +122,7 @@ def estimate_needs(
     written = _bytes_below(out.with_name(out.name + ".partial"))
     disk = max(0, 2 * packed_bytes(layout, settings) + others + (0 if in_ram else streams) - written)
     work = max(_working_bytes(layout, calibration, settings, expert, device) for expert in layout.experts)
-    ram = streams if in_ram else 0
+    ram = LIBRARY_BYTES + (streams if in_ram else 0)
     return Needs(disk, ram + work, 0) if device == "cpu" else Needs(disk, ram, work)
 
 
@@ -130,7 +135,8 @@ def _working_bytes(
 ) -> int:
     config = layout.experts[expert]
     float_bytes = 4 if device == "cpu" else 2
-    block = sum(n * k for n, k in layout.linear_shapes(expert).values()) * float_bytes
+    sizes = [n * k for n, k in layout.linear_shapes(expert).values()]
+    block = sum(sizes) * float_bytes + WEIGHT_COPIES * 4 * max(sizes)
     widths = input_widths(config).values()
     hessians = sum(4 * k * k for k in widths) + SOLVER_COPIES * 4 * max(widths) ** 2 if needs_hessian(settings) else 0
     return block + hessians + denoiser_activation_bytes(config, _size(layout, calibration, expert), float_bytes)
