@@ -45,7 +45,7 @@ class RecordSettings(_Strict):
     """How the calibration records are used.
 
     Attributes:
-        weighting: weight of a record: d_sigma2 (what an error in that step does to the video) or uniform.
+        weighting: weight of a record in statistics: d_sigma2 (what an error there adds to the final latent) or uniform.
         inputs: the stream that feeds the statistics: of the original model, or propagated through quantized blocks.
         tokens_per_record: tokens sampled from each record for the searches (the Hessian uses all tokens).
     """
