@@ -82,7 +82,7 @@ def _replay(manifest: Manifest, recipe: Mapping[str, Any]) -> Step:
         "propagated": "hidden states that already passed the quantized blocks before it",
     }.get(records.get("inputs"), "hidden states")
     weighted = records.get("weighting") == "d_sigma2"
-    how = "its squared noise-level step, because the sampler multiplies an error by it" if weighted else "one"
+    how = "its squared noise-level step, because the sampler multiplies an error by it" if weighted else "the same"
     return Step(
         "weighting" if weighted else "replay",
         "Block by block",
