@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ptq import ui
 from ptq.calibration.records import CalibrationSet
@@ -68,7 +67,6 @@ class Demo:
 
     def run(self, formats: Sequence[str]) -> list[DemoResult]:
         """Record once, generate the original once, then quantize, generate and evaluate each format."""
-        torch.set_num_threads(1)  # the model's matrices are too small for more: two threads make a W4A4 video slower
         calibration_file = self._write_prompts("calibration", calibration_prompts(CALIBRATION_PROMPTS))
         held_out = read_prompts(self._write_prompts("held-out", held_out_prompts(self.units)))
         records = self._calibrate(read_prompts(calibration_file))

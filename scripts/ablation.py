@@ -18,11 +18,12 @@ from ptq.calibration.records import CalibrationSet
 from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.cli.common import quiet_libraries
 from ptq.config import Recipe, load_recipe
-from ptq.fs import write_bytes, write_json
+from ptq.fs import write_json
 from ptq.prompts import read_prompts
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.sweep import SweepRow, sweep
 from ptq.tiny.grammar import calibration_prompts, held_out_prompts
+from ptq.tiny.prompt_files import write_prompt_file
 from ptq.transforms import BLOCK_SIZES
 from ptq.wan.loading import load_pipeline, resolve_model
 from ptq.wan.structure import ModelLayout
@@ -65,10 +66,8 @@ def variants(default: Recipe, format_name: str, widths: set[int]) -> dict[str, R
 
 def record(model: str, layout: ModelLayout, work: Path, name: str, prompts: list[str]) -> CalibrationSet:
     """Record (or reuse) denoiser inputs of these prompts."""
-    file = work / f"{name}.txt"
-    write_bytes(file, ("\n".join(prompts) + "\n").encode())
-    found = read_prompts(file)
-    source = {"name": file.name, "sha256": found.sha256}
+    found = read_prompts(write_prompt_file(work, name, prompts, images=False))
+    source = {"name": found.path.name, "sha256": found.sha256}
     out = work / f"{model}-{name}"
     calibrate(CalibrationPlan(layout, layout.preset, found.samples, 8, 0, source), lambda: load_pipeline(model), out)
     return CalibrationSet(out)
@@ -107,20 +106,31 @@ def plot(table: list[dict], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def sweep_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of a script that sweeps over one model's records."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--formats", nargs="+", default=["hif4", "mxfp4"])
     parser.add_argument("--work", type=Path, default=Path("build/ablation"))
     parser.add_argument("--out", type=Path, default=Path("docs/data"))
-    parser.add_argument("--figures", type=Path, default=Path("docs/img"))
     parser.add_argument("--calibration-prompts", type=int, default=24)
     parser.add_argument("--held-out-prompts", type=int, default=16)
+    return parser
+
+
+def record_both(args: argparse.Namespace, layout: ModelLayout) -> tuple[CalibrationSet, CalibrationSet]:
+    """Calibration records and held-out records, by the options of `sweep_parser`."""
+    own = record(args.model, layout, args.work, "calibration", calibration_prompts(args.calibration_prompts))
+    return own, record(args.model, layout, args.work, "held-out", held_out_prompts(args.held_out_prompts))
+
+
+def main() -> None:
+    parser = sweep_parser(__doc__)
+    parser.add_argument("--formats", nargs="+", default=["hif4", "mxfp4"])
+    parser.add_argument("--figures", type=Path, default=Path("docs/img"))
     args = parser.parse_args()
     quiet_libraries()
     layout = resolve_model(args.model)
-    own = record(args.model, layout, args.work, "calibration", calibration_prompts(args.calibration_prompts))
-    other = record(args.model, layout, args.work, "held-out", held_out_prompts(args.held_out_prompts))
+    own, other = record_both(args, layout)
     for name in args.formats:
         widths = {k for expert in layout.experts for _, k in layout.linear_shapes(expert).values()}
         recipes = variants(load_recipe(name, name), name, widths)

@@ -14,13 +14,11 @@ Writes <out>/hif4-candidates-<model>.json; `ratio` and `gain_db` are against HiF
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
-from pathlib import Path
 from unittest import mock
 
 import torch
-from ablation import as_table, record
+from ablation import as_table, record_both, sweep_parser
 from torch import Tensor
 
 from ptq import formats
@@ -32,7 +30,6 @@ from ptq.fs import write_json
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.sweep import sweep
 from ptq.solvers import scales as weight_search
-from ptq.tiny.grammar import calibration_prompts, held_out_prompts
 from ptq.wan.loading import resolve_model
 
 DEFAULT = "default recipe"
@@ -167,17 +164,10 @@ def candidates() -> dict[str, Candidate]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--work", type=Path, default=Path("build/ablation"))
-    parser.add_argument("--out", type=Path, default=Path("docs/data"))
-    parser.add_argument("--calibration-prompts", type=int, default=24)
-    parser.add_argument("--held-out-prompts", type=int, default=16)
-    args = parser.parse_args()
+    args = sweep_parser(__doc__).parse_args()
     quiet_libraries()
     layout = resolve_model(args.model)
-    own = record(args.model, layout, args.work, "calibration", calibration_prompts(args.calibration_prompts))
-    other = record(args.model, layout, args.work, "held-out", held_out_prompts(args.held_out_prompts))
+    own, other = record_both(args, layout)
     found = candidates()
     recipe = load_recipe("hif4", "hif4")
     settings = {name: QuantizeSettings(name, recipe, name, {}) for name in found}

@@ -12,37 +12,23 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ptq.calibration.records import CalibrationSet
-from ptq.calibration.run import CalibrationPlan, calibrate
+from ablation import record
+
 from ptq.cli.common import quiet_libraries
 from ptq.config import load_recipe
 from ptq.evaluation import evaluate_runs
-from ptq.fs import write_bytes, write_json
+from ptq.fs import write_json
 from ptq.generation import Settings, identify_model, run_generation
 from ptq.prompts import PromptSet, read_prompts
 from ptq.quantization.heldout import denoiser_errors
 from ptq.quantization.run import quantize
 from ptq.quantization.settings import QuantizeSettings
 from ptq.tiny.grammar import calibration_prompts, held_out_prompts
+from ptq.tiny.prompt_files import write_prompt_file
 from ptq.wan.loading import load_pipeline, resolve_model
 from ptq.wan.structure import ModelLayout
 
 ROTATION = {"hif4": 64, "mxfp4": 32}
-
-
-def prompts(work: Path, name: str, texts: list[str]) -> PromptSet:
-    """Write prompts to a file and read them as any prompt file."""
-    write_bytes(work / f"{name}.txt", ("\n".join(texts) + "\n").encode())
-    return read_prompts(work / f"{name}.txt")
-
-
-def record(model: str, layout: ModelLayout, found: PromptSet, out: Path) -> CalibrationSet:
-    """Record denoiser inputs of these prompts."""
-    plan = CalibrationPlan(
-        layout, layout.preset, found.samples, 8, 0, {"name": found.path.name, "sha256": found.sha256}
-    )
-    calibrate(plan, lambda: load_pipeline(model), out)
-    return CalibrationSet(out)
 
 
 def generate(name: str, layout: ModelLayout, found: PromptSet, out: Path) -> Path:
@@ -53,10 +39,10 @@ def generate(name: str, layout: ModelLayout, found: PromptSet, out: Path) -> Pat
     return out
 
 
-def rows_of(model: str, work: Path, units: PromptSet, records: dict[str, PromptSet]) -> list[dict[str, Any]]:
+def rows_of(model: str, work: Path, units: PromptSet, records: dict[str, list[str]]) -> list[dict[str, Any]]:
     """All rows of one model."""
     layout = resolve_model(model)
-    own, other = (record(model, layout, found, work / model / name) for name, found in records.items())
+    own, other = (record(model, layout, work, name, prompts) for name, prompts in records.items())
     reference = generate(model, layout, units, work / model / "videos" / "original")
     rows: list[dict[str, Any]] = []
     for format_name in ("hif4", "mxfp4"):
@@ -128,11 +114,11 @@ def main() -> None:
     parser.add_argument("--units", type=int, default=64)
     args = parser.parse_args()
     quiet_libraries()
-    units = prompts(args.work, "units", held_out_prompts(args.units))
+    units = read_prompts(write_prompt_file(args.work, "units", held_out_prompts(args.units), images=False))
     # Records of other held-out prompts: another seed of the same fixed split.
     records = {
-        "calibration": prompts(args.work, "calibration", calibration_prompts(16)),
-        "held-out": prompts(args.work, "held-out", held_out_prompts(12, seed=8)),
+        "calibration": calibration_prompts(16),
+        "held-out": held_out_prompts(12, seed=8),
     }
     rows = [row for model in args.models for row in rows_of(model, args.work, units, records)]
     write_json(args.out, rows)

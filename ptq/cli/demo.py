@@ -29,6 +29,8 @@ def demo(
 
     names = list(formats.FORMATS) if format_name is None else [formats.get(format_name).name]
     quiet_libraries()
+    import torch
+
     from ptq.demo import MODELS, Demo
     from ptq.errors import UsageError
 
@@ -36,6 +38,7 @@ def demo(
         raise UsageError(
             f"The demo runs on {' or '.join(MODELS)}, found {model!r}. Other models: the commands one by one."
         )
+    torch.set_num_threads(1)  # the model's matrices are too small for more: two threads make a W4A4 video slower
     results = Demo(out, units, model).run(names[::-1])
     if as_json:
         print_json({r.manifest.format: {"verdict": r.evaluation["verdict"], "out": str(out)} for r in results})

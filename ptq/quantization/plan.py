@@ -10,6 +10,7 @@ import torch
 from ptq import formats
 from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.shards import ShardSet
+from ptq.fs import files_below
 from ptq.quantization.block import needs_hessian
 from ptq.quantization.coverage import measure_coverage, tokens_of
 from ptq.quantization.run import check_inputs
@@ -127,7 +128,7 @@ def estimate_needs(
 
 
 def _bytes_below(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in files_below(folder))
 
 
 def _working_bytes(

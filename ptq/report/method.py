@@ -84,7 +84,7 @@ def _replay(manifest: Manifest, recipe: Mapping[str, Any]) -> Step:
     weighted = records.get("weighting") == "d_sigma2"
     how = "its squared noise-level step, because the sampler multiplies an error by it" if weighted else "the same"
     return Step(
-        "weighting" if weighted else "replay",
+        "weighting" if weighted else "",
         "Block by block",
         "The records are replayed through the experts one block at a time, so that one block's weights are in memory. "
         f"Statistics of a block's inputs are taken from {stream}; each record weighs {how}.",

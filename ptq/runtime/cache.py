@@ -33,7 +33,7 @@ class DecodedCache:
         """The decoded weight of these codes, decoding it when absent; None when `nbytes` exceeds the limit."""
         if nbytes > self.limit_bytes:
             return None
-        identity, states = (id(packed), id(scale)), (_state(packed), _state(scale))
+        identity, states = (id(packed), id(scale)), (tensor_state(packed), tensor_state(scale))
         entry = self._entries.get(identity)
         if entry is not None and entry[0] == states:
             self._entries.move_to_end(identity)
@@ -54,7 +54,8 @@ class DecodedCache:
             self.used_bytes -= entry[1].nbytes
 
 
-def _state(tensor: Tensor) -> State:
+def tensor_state(tensor: Tensor) -> State:
+    """What changes when a tensor is written to or other storage is put behind it."""
     return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from ptq.runtime import backends, cpu
+from ptq.runtime.cache import tensor_state
 from ptq.runtime.exactness import BF16_DECODED, E_REF, Placement, place
 from ptq.runtime.sharing import shared_input
 from ptq.runtime.spec import QuantSpec
@@ -164,7 +165,7 @@ def placement_of(weight_packed: Tensor, weight_scale: Tensor, format_name: str) 
     """The placement of a weight, computed at its first use and again when its codes are written to or moved."""
     if format_name != "mxfp4":
         return BF16_DECODED
-    state = (_state(weight_packed), _state(weight_scale), weight_scale.device)
+    state = (tensor_state(weight_packed), tensor_state(weight_scale), weight_scale.device)
     known = _placements.get(weight_scale)
     if known is None or known[0]() is not weight_packed or known[1] != state:
         known = (TensorWeakRef(weight_packed), state, place(weight_packed, weight_scale))
@@ -183,10 +184,6 @@ def quantized_input(x: Tensor, smooth: Tensor | None, spec: QuantSpec, out: Outp
 
 
 _placements: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _state(tensor: Tensor) -> tuple[int, int]:
-    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
 def _accurate() -> bool:

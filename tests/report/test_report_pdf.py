@@ -87,7 +87,8 @@ def test_every_equation_that_a_step_names_is_in_the_template(job):
     manifest = read_manifest(job.checkpoint)
     full = {"rounding": "gptq", "clip_search": True, "bias_correction": True}
     template = read_template("report.typ")
-    for fmt, recipe in (("hif4", full), ("mxfp4", {**full, "rounding": "rtn"})):
+    equal = {**full, "records": {"weighting": "uniform", "inputs": "original"}}
+    for fmt, recipe in (("hif4", full), ("hif4", equal), ("mxfp4", {**full, "rounding": "rtn"})):
         changed = manifest.model_copy(update={"format": fmt, "recipe": {**manifest.recipe, **recipe}})
         for step in describe_method(changed):
             assert not step.key or step.key == "records" or f'"{step.key}": $' in template, step
