@@ -1,8 +1,9 @@
 """Packed checkpoints for other tools: compressed-tensors (MXFP4), msModelSlim words (HiF4), fake-quantized bfloat16.
 
-The first two take codes as they are, so the checkpoint must be in the original basis: those tools know neither our block
-Hadamard nor smoothing. Quantize with `--set rotation=0 --set "smoothing=[]"` for them. The bfloat16 export undoes the
-transform; without one it is bit-equal to the weights that the runtime computes with, with one it is rounded to bfloat16.
+The first two take codes as they are, so the checkpoint must be in the original basis: those tools know neither block
+transforms nor smoothing. Quantize with `--set rotation=0 --set learned_transform=false --set "smoothing=[]"` for them. The
+bfloat16 export undoes the transform; without one it is bit-equal to the weights that the runtime computes with, with one it
+is rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -97,9 +98,9 @@ def _check(packed: PackedConfig, target: str) -> None:
         raise UsageError(f"{target} takes {needed} checkpoints, this one is {packed.format}.")
     if target != "bf16" and (packed.transform.block_size or packed.transform.smooth):
         raise UsageError(
-            f"This checkpoint was made with rotation {packed.transform.block_size} and smooth {packed.transform.smooth}, "
-            f"which {target} cannot apply to the inputs at run time. Quantize once more with --set rotation=0 "
-            '--set "smoothing=[]" to export it, or use --to bf16.'
+            f"This checkpoint's inputs change their basis at run time (transform {packed.transform.type}, block size "
+            f"{packed.transform.block_size}, smooth {packed.transform.smooth}), which {target} cannot do. Quantize once more "
+            'with --set rotation=0 --set learned_transform=false --set "smoothing=[]" to export it, or use --to bf16.'
         )
 
 
@@ -113,8 +114,9 @@ def _converted(shards: ShardSet, packed: PackedConfig, target: str) -> Iterator[
             yield f"{name}.weight_scale", msmodelslim_words(words)
             continue
         codes = fmt.unpack(shards.read(f"{name}.weight_packed"), words)
-        smooth = shards.read(f"{name}.smooth") if packed.transform.smooth else None
-        layer = QuantLinear.from_codes(Codes(codes.elements, codes.scales), packed.spec, None, smooth)
+        stored = "transform" if packed.spec.learned else "smooth" if packed.spec.smooth else None
+        basis = None if stored is None else shards.read(f"{name}.{stored}")
+        layer = QuantLinear.from_codes(Codes(codes.elements, codes.scales), packed.spec, None, basis)
         yield f"{name}.weight", layer.dequantize().to(torch.bfloat16)
 
 
@@ -139,7 +141,7 @@ def _in_order(shards: ShardSet, exported: Mapping[str, TensorEntry]) -> list[Ten
             entries.append(exported[name])
         elif dense and name.endswith(".weight_packed"):
             entries.append(exported[name.removesuffix("_packed")])
-        elif not (dense and name.endswith((".weight_scale", ".smooth"))):
+        elif not (dense and name.endswith((".weight_scale", ".smooth", ".transform"))):
             entries.append(entry)
     return entries
 

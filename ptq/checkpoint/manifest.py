@@ -33,6 +33,7 @@ class LayerEntry(_Strict):
 
     Errors are squared norm ratios. output_error: sample tokens, inputs quantized too. trace_error: all calibration
     tokens, weights only (absent where the recipe needs no Hessian). weight_sqnr_db: None where weight or error is zero.
+    basis: off, the exponent of smoothing, or learned; basis_errors: output errors of what it was chosen from.
     """
 
     expert: str
@@ -45,8 +46,8 @@ class LayerEntry(_Strict):
     trace_error_rtn: float | None = None
     trace_error: float | None = None
     rows_kept_rtn: int = 0
-    alpha: float | None = None
-    smoothing_errors: dict[str, float] = {}
+    basis: str = "off"
+    basis_errors: dict[str, float] = {}
     damping: float | None = None
     damping_retries: int = 0
     dead_columns: int = 0
@@ -72,7 +73,10 @@ class ExpertEntry(_Strict):
 
 
 class Coverage(_Strict):
-    """How much of the model is W4A4."""
+    """How much of the model is W4A4.
+
+    quantized_bytes: codes and scales; basis_bytes: what the quantized layers store of their basis beside them.
+    """
 
     linear_parameters: int
     quantized_parameters: int
@@ -80,7 +84,13 @@ class Coverage(_Strict):
     flop_share: float
     bits_per_quantized_value: float
     quantized_bytes: int
+    basis_bytes: int
     original_bytes: int
+
+    @property
+    def bits_with_basis(self) -> float:
+        """Bits a quantized value takes with smoothing vectors or learned blocks counted."""
+        return 8 * (self.quantized_bytes + self.basis_bytes) / self.quantized_parameters
 
 
 class Manifest(_Strict):

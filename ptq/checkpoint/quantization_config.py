@@ -1,7 +1,7 @@
 """The `quantization_config` object of a component's config.json: a strict model of what specs/checkpoint fixes.
 
-Explicit targets times explicit protected blocks; nothing is inferred from tensor names. Rotation is a rule, not stored
-matrices. An unknown key, format or version is an error, never ignored.
+Explicit targets times explicit protected blocks; nothing is inferred from tensor names. A Hadamard rotation is a rule, not
+stored matrices; a learned transform is stored with each layer. An unknown key, format or version is an error, never ignored.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class ActivationsConfig(_Strict):
 
 
 class TransformConfig(_Strict):
-    """The change of basis of every target: smooth, then block Hadamard."""
+    """The change of basis of every target: smooth, then block Hadamard; or learned blocks in place of both."""
 
-    type: Literal["hadamard", "none"]
+    type: Literal["hadamard", "learned", "none"]
     block_size: Literal[0, 16, 32, 64, 128]
     smooth: bool
 
@@ -76,7 +76,7 @@ class PackedConfig(_Strict):
             targets=tuple(targets),
             high_precision_blocks=tuple(sorted(high_precision_blocks)),
             transform=TransformConfig(
-                type="hadamard" if spec.rotation else "none",
+                type="learned" if spec.learned else "hadamard" if spec.rotation else "none",
                 block_size=spec.rotation,  # type: ignore[arg-type]  # validated by pydantic
                 smooth=spec.smooth,
             ),
@@ -120,6 +120,11 @@ class PackedConfig(_Strict):
             problems.append(f"the ties option {inputs.ties!r}")
         if (transform.type == "none") != (transform.block_size == 0):
             problems.append(f"a transform of type {transform.type} with block size {transform.block_size}")
+        if transform.type == "learned" and (transform.smooth or transform.block_size % fmt.group_size):
+            problems.append(
+                f"learned blocks of {transform.block_size} with smooth {transform.smooth} (they hold whole groups of "
+                f"{fmt.group_size}, and no smoothing goes beside them)"
+            )
         if problems:
             raise PtqError(f"{where} asks for {' and for '.join(problems)}, which this version cannot run.")
 
@@ -132,6 +137,7 @@ class PackedConfig(_Strict):
             smooth=self.transform.smooth,
             scale_rule=self.input_activations.scale_rule,
             ties=self.input_activations.ties,
+            learned=self.transform.type == "learned",
         )
 
     def layer_names(self, module_names: Iterable[str]) -> list[str]:

@@ -63,11 +63,12 @@ def _show(results: list[DemoResult], out: Path) -> None:
                 f"{content['limit']:.1%}",
                 format_bytes(2 * coverage.quantized_parameters),
                 format_bytes(coverage.quantized_bytes),
+                format_bytes(coverage.basis_bytes),
             )
         )
     ui.table(
         f"Verdict over {results[0].evaluation['units']} held-out videos a run",
-        ("format", "verdict", "mean loss [95 % interval]", "limit", "Linears in bf16", "packed"),
+        ("format", "verdict", "mean loss [95 % interval]", "limit", "Linears in bf16", "packed", "basis"),
         rows,
     )
     for result in results:

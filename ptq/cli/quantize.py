@@ -102,6 +102,7 @@ def summary(manifest: Manifest) -> dict[str, object]:
         "format": manifest.format,
         "recipe": manifest.recipe_name,
         "bits per quantized value": coverage.bits_per_quantized_value,
+        "with smoothing or learned blocks": round(coverage.bits_with_basis, 2),
         "W4A4 share of Linear parameters": f"{coverage.parameter_share:.2%}",
         "W4A4 share of Linear FLOPs": f"{coverage.flop_share:.2%}",
         "high-precision blocks": ", ".join(manifest.high_precision) or "none",

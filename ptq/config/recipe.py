@@ -62,8 +62,10 @@ class Recipe(_Strict):
         description: one line for people.
         format: the format it was tuned for; None fits both.
         rounding: rtn or gptq.
-        rotation: block Hadamard size, 0 for none.
+        rotation: size of the blocks that are rotated (Hadamard, or learned), 0 for none.
         smoothing: exponents alpha tried for each distinct input besides "off"; empty for no smoothing.
+        learned_transform: also try, for each distinct input, blocks learned from its second moments and the weights'
+            (`ptq.solvers.learned`); every layer then stores its blocks instead of a smoothing vector.
         clip_search: search the group scales instead of taking the format's rule.
         bias_correction: move the mean output error into the bias.
     """
@@ -73,6 +75,7 @@ class Recipe(_Strict):
     rounding: Literal["rtn", "gptq"] = "rtn"
     rotation: Literal[0, 16, 32, 64, 128] = 0
     smoothing: tuple[float, ...] = ()
+    learned_transform: bool = False
     clip_search: bool = False
     bias_correction: bool = False
     weight_scale_rule: str | None = None
@@ -83,7 +86,12 @@ class Recipe(_Strict):
     @property
     def needs_records(self) -> bool:
         """Whether the codes depend on calibration records."""
-        return bool(self.rounding == "gptq" or self.smoothing or self.clip_search or self.bias_correction)
+        return bool(self.needs_hessian or self.smoothing or self.bias_correction)
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether any ingredient reads the Hessians of the inputs."""
+        return self.rounding == "gptq" or self.learned_transform or self.clip_search
 
 
 def load_recipe(name_or_file: str, format_name: str, overrides: tuple[str, ...] = ()) -> Recipe:

@@ -30,6 +30,7 @@ def solve_settings(settings: QuantizeSettings) -> SolveSettings:
         rounding=recipe.rounding,
         rotation=recipe.rotation,
         smoothing=recipe.smoothing,
+        learned_transform=recipe.learned_transform,
         clip_search=recipe.clip_search,
         bias_correction=recipe.bias_correction,
         damping=recipe.gptq.damping,
@@ -39,11 +40,6 @@ def solve_settings(settings: QuantizeSettings) -> SolveSettings:
         activation_scale_rule=recipe.activations.scale_rule,
         activation_ties=recipe.activations.ties,
     )
-
-
-def needs_hessian(settings: QuantizeSettings) -> bool:
-    """Whether any ingredient of the recipe reads the Hessian."""
-    return settings.recipe.rounding == "gptq" or settings.recipe.clip_search
 
 
 def forward_stream(
@@ -69,7 +65,7 @@ def collect_statistics(
         target: where to store the block's outputs, if they are wanted.
     """
     dtype = torch.float64 if settings.recipe.gptq.precision == "float64" else torch.float32
-    tokens, hessian = settings.recipe.records.tokens_per_record, needs_hessian(settings)
+    tokens, hessian = settings.recipe.records.tokens_per_record, settings.recipe.needs_hessian
     collectors = {
         name: InputCollector(tokens, hessian=hessian, seed=settings.seed + index, dtype=dtype)
         for index, name in enumerate(INPUTS)
@@ -90,7 +86,7 @@ def solve_block(
     processes: Processes = ALONE,
     inputs: Mapping[str, Sequence[str]] = INPUTS,
 ) -> dict[str, LayerSolution]:
-    """Codes, smoothing and biases of the block's Linears; each distinct input is solved once, by one process.
+    """Codes, bases and biases of the block's Linears; each distinct input is solved once, by one process.
 
     Args:
         collectors: statistics of each input; emptied on the way, so that a Hessian is gone once its Linears are solved.
@@ -126,18 +122,18 @@ def install(block: nn.Module, solutions: Mapping[str, LayerSolution], settings: 
     """Replace the block's Linears by quantized ones, in place."""
     for name, solution in solutions.items():
         linear = block.get_submodule(name)
-        smooth = _smooth(solution, settings, linear)
-        layer = QuantLinear.from_codes(solution.codes, settings.spec, solution.bias, smooth)
+        layer = QuantLinear.from_codes(
+            solution.codes, settings.spec, solution.bias, _stored_basis(solution, settings, linear)
+        )
         block.set_submodule(name, layer.to(linear.weight.device))
 
 
-def _smooth(solution: LayerSolution, settings: QuantizeSettings, linear: nn.Module) -> Tensor | None:
-    """The layer's smoothing vector; ones where the search chose none but the checkpoint stores one for every layer."""
-    if not settings.spec.smooth:
-        return None
-    if solution.smooth_k is None:
-        return torch.ones(linear.in_features, dtype=torch.bfloat16)
-    return solution.smooth_k.clone()  # Linears of one input share the vector; on disk each has its own
+def _stored_basis(solution: LayerSolution, settings: QuantizeSettings, linear: nn.Module) -> Tensor | None:
+    """The layer's own copy: on disk Linears of one input do not share it."""
+    if settings.spec.smooth and solution.basis.smooth_k is None:
+        return torch.ones(linear.in_features, dtype=torch.bfloat16)  # none was chosen, but every layer stores one
+    stored = solution.basis.stored
+    return None if stored is None else stored.clone()
 
 
 def stream_error(records: Sequence[ReplayRecord], reference: Stream, candidate: Stream) -> float:

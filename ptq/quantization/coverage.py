@@ -26,7 +26,7 @@ def measure_coverage(
 ) -> Coverage:
     """Coverage over all experts. Linear parameters are 2-D weights of the experts (embedders and output included)."""
     fmt = formats.get(settings.format)
-    linear = quantized = 0
+    linear = quantized = basis_bytes = 0
     flops = quantized_flops = 0.0
     for expert, config in layout.experts.items():
         records = calibration.of_expert(expert)
@@ -47,6 +47,7 @@ def measure_coverage(
             flops += 2.0 * size * tokens
             if name in targets:
                 quantized += size
+                basis_bytes += settings.spec.basis_bytes(entry.shape[1])
                 quantized_flops += 2.0 * size * tokens
     total_bytes = sum(entry.nbytes for shard in shards.values() for entry in shard.entries.values())
     return Coverage(
@@ -56,6 +57,7 @@ def measure_coverage(
         flop_share=quantized_flops / flops,
         bits_per_quantized_value=fmt.bits_per_value,
         quantized_bytes=int(quantized * fmt.bits_per_value / 8),
+        basis_bytes=basis_bytes,
         original_bytes=total_bytes,
     )
 

@@ -159,12 +159,13 @@ class ExpertRun:
             codes = fmt.unpack(tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"])
             bias = tensors.get(f"{name}.bias", linear.bias)
             bias = None if bias is None else bias.float()
-            layer = QuantLinear.from_codes(codes, self.settings.spec, bias, tensors.get(f"{name}.smooth"))
+            basis = tensors.get(f"{name}.transform", tensors.get(f"{name}.smooth"))
+            layer = QuantLinear.from_codes(codes, self.settings.spec, bias, basis)
             block.set_submodule(name, layer.to(self.replay.device))
 
 
 def changed_tensors(block: nn.Module, prefix: str, *, biases: bool) -> dict[str, Tensor]:
-    """Tensors of a quantized block that differ from the original's: codes, scales, smoothing, and corrected biases."""
+    """Tensors of a quantized block that differ from the original's: codes, scales, basis, and corrected biases."""
     tensors = {}
     for name, module in block.named_modules():
         if isinstance(module, QuantLinear):

@@ -18,7 +18,7 @@ from torch import nn
 from ptq import formats
 from ptq.config import Recipe, load_recipe
 from ptq.errors import UsageError
-from ptq.quantization.block import install, needs_hessian, solve_block
+from ptq.quantization.block import install, solve_block
 from ptq.quantization.collect import InputCollector, collecting
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.sharing import InputGroup, find_shared_inputs
@@ -190,7 +190,7 @@ def _pack(groups: Sequence[InputGroup], settings: QuantizeSettings, limit: int) 
 def statistics_size(group: InputGroup, settings: QuantizeSettings) -> int:
     """Bytes of the statistics of one input: the Hessian where the recipe needs it, and the sample tokens in float32."""
     item = 8 if settings.recipe.gptq.precision == "float64" else 4
-    hessian = item * group.k**2 if needs_hessian(settings) else 0
+    hessian = item * group.k**2 if settings.recipe.needs_hessian else 0
     return hessian + 4 * group.k * min(group.tokens, group.calls * settings.recipe.records.tokens_per_record)
 
 
@@ -199,7 +199,7 @@ def _collect(
 ) -> dict[str, InputCollector]:
     """Statistics of these groups' inputs, each under its first Linear's name."""
     dtype = torch.float64 if settings.recipe.gptq.precision == "float64" else torch.float32
-    tokens, hessian = settings.recipe.records.tokens_per_record, needs_hessian(settings)
+    tokens, hessian = settings.recipe.records.tokens_per_record, settings.recipe.needs_hessian
     collectors = {
         group.names[0]: InputCollector(tokens, hessian=hessian, seed=settings.seed + group.index, dtype=dtype)
         for group in groups

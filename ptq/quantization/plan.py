@@ -11,7 +11,6 @@ from ptq import formats
 from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.shards import ShardSet
 from ptq.fs import files_below
-from ptq.quantization.block import needs_hessian
 from ptq.quantization.coverage import measure_coverage, tokens_of
 from ptq.quantization.run import check_inputs
 from ptq.quantization.settings import QuantizeSettings
@@ -92,11 +91,13 @@ def packed_bytes(layout: ModelLayout, settings: QuantizeSettings) -> int:
     bits = formats.get(settings.format).bits_per_value
     total = 0.0
     for expert in layout.experts:
-        per_block = sum(n * k for n, k in layout.linear_shapes(expert).values())
-        quantized = per_block * (layout.num_blocks(expert) - len(settings.high_precision.get(expert, ())))
+        shapes = layout.linear_shapes(expert).values()
+        blocks = layout.num_blocks(expert) - len(settings.high_precision.get(expert, ()))
+        quantized = blocks * sum(n * k for n, k in shapes)
+        basis = blocks * sum(settings.spec.basis_bytes(k) for _, k in shapes)
         entries = ShardSet(layout.path / expert).entries.values()
         itemsize = max(entry.torch_dtype.itemsize for entry in entries)
-        total += sum(entry.nbytes for entry in entries) - quantized * itemsize + quantized * bits / 8
+        total += sum(entry.nbytes for entry in entries) - quantized * itemsize + quantized * bits / 8 + basis
     return int(total)
 
 
@@ -139,7 +140,9 @@ def _working_bytes(
     sizes = [n * k for n, k in layout.linear_shapes(expert).values()]
     block = sum(sizes) * float_bytes + WEIGHT_COPIES * 4 * max(sizes)
     widths = input_widths(config).values()
-    hessians = sum(4 * k * k for k in widths) + SOLVER_COPIES * 4 * max(widths) ** 2 if needs_hessian(settings) else 0
+    hessians = (
+        sum(4 * k * k for k in widths) + SOLVER_COPIES * 4 * max(widths) ** 2 if settings.recipe.needs_hessian else 0
+    )
     return block + hessians + denoiser_activation_bytes(config, _size(layout, calibration, expert), float_bytes)
 
 
@@ -154,7 +157,7 @@ def estimate_seconds(
     for expert, config in layout.experts.items():
         size, records = _size(layout, calibration, expert), len(calibration.of_expert(expert))
         seconds += passes * records * forward_flops(config, size) / (rate * EFFICIENCY)
-        if needs_hessian(settings):
+        if settings.recipe.needs_hessian:
             seconds += records * hessian_flops(config, size) / (rate32 * EFFICIENCY)
         if settings.recipe.rounding == "gptq":
             seconds += solve_flops(config) / (rate32 * EFFICIENCY)

@@ -42,8 +42,15 @@ class QuantizeSettings:
     def spec(self) -> QuantSpec:
         """The numerics of every quantized layer."""
         recipe = self.recipe
-        activations = recipe.activations
-        return QuantSpec(self.format, recipe.rotation, bool(recipe.smoothing), activations.scale_rule, activations.ties)
+        learned = recipe.learned_transform
+        return QuantSpec(
+            format=self.format,
+            rotation=recipe.rotation,
+            smooth=bool(recipe.smoothing) and not learned,
+            scale_rule=recipe.activations.scale_rule,
+            ties=recipe.activations.ties,
+            learned=learned,
+        )
 
 
 def parse_high_precision(text: str, num_blocks: Mapping[str, int]) -> dict[str, dict[int, str]]:

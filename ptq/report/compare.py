@@ -137,6 +137,7 @@ def _sizes(a: Manifest, b: Manifest) -> Table:
     for name, cell, field in (
         ("bits per quantized value", number, "bits_per_quantized_value"),
         ("quantized values, packed", size, "quantized_bytes"),
+        ("smoothing vectors or learned blocks", size, "basis_bytes"),
         ("original weights", size, "original_bytes"),
         ("W4A4 share of Linear parameters", share, "parameter_share"),
         ("W4A4 share of Linear FLOPs", share, "flop_share"),

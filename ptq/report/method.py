@@ -24,7 +24,16 @@ FORMAT_TEXT = {
     "bits a value.",
 }
 _DESCRIBED = {
-    *("description", "format", "rounding", "rotation", "smoothing", "clip_search", "bias_correction"),
+    *(
+        "description",
+        "format",
+        "rounding",
+        "rotation",
+        "smoothing",
+        "learned_transform",
+        "clip_search",
+        "bias_correction",
+    ),
     *("weight_scale_rule", "gptq.damping", "gptq.act_order", "gptq.precision"),
     *("activations.scale_rule", "activations.ties"),
     *("records.weighting", "records.inputs", "records.tokens_per_record"),
@@ -44,7 +53,7 @@ def describe_method(manifest: Manifest) -> list[Step]:
     """The steps in the order in which they act."""
     recipe = manifest.recipe
     makers: Iterable[Callable[[Manifest, Mapping[str, Any]], Step | None]] = (
-        _format, _records, _replay, _smoothing, _rotation, _scales, _rounding, _bias, _activations,
+        _format, _records, _replay, _smoothing, _rotation, _learned, _scales, _rounding, _bias, _activations,
         _protection, _other,
     )  # fmt: skip
     return [step for maker in makers if (step := maker(manifest, recipe)) is not None]
@@ -94,15 +103,13 @@ def _replay(manifest: Manifest, recipe: Mapping[str, Any]) -> Step:
 def _smoothing(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
     if not recipe.get("smoothing"):
         return None
-    chosen = Counter("off" if row.alpha is None else f"{row.alpha:g}" for row in manifest.layers)
-    counted = ", ".join(f"{alpha} for {n}" for alpha, n in sorted(chosen.items()))
     tried = ", ".join(f"{alpha:g}" for alpha in recipe["smoothing"])
     return Step(
         "smoothing",
         "Smoothing",
         "Each input channel is multiplied by a factor and the weight's column divided by it, so that outlier channels shrink "
-        f"(SmoothQuant, arXiv 2211.10438, with root mean squares). Exponents tried for each input: {tried}, and none; kept is "
-        f"the one with the smallest output error with both sides quantized. Chosen over all layers: {counted}.",
+        f"(SmoothQuant, arXiv 2211.10438, with root mean squares). Exponents tried for each input: {tried}, and none"
+        + ("." if recipe.get("learned_transform") else _kept(manifest)),
     )
 
 
@@ -115,6 +122,28 @@ def _rotation(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
         "Block Hadamard rotation",
         f"Input and weight are rotated by an orthonormal Hadamard matrix in blocks of {block} channels: the layer's "
         "output stays the same, an outlier is spread over its block. The weight is rotated once, the input at run time.",
+    )
+
+
+def _learned(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
+    if not recipe.get("learned_transform"):
+        return None
+    return Step(
+        "learned",
+        "Learned block transform",
+        f"In place of smoothing and Hadamard matrix, blocks of {recipe['rotation']} channels may get the matrix for which "
+        "quantization noise costs the layer least, in closed form from the second moments of input and weight (WUSH, arXiv "
+        "2512.00956). Blocks are stored with 8 bits an entry and applied to the input at run time. Tried for each input "
+        "beside the candidates above" + _kept(manifest),
+    )
+
+
+def _kept(manifest: Manifest) -> str:
+    chosen = Counter(row.basis for row in manifest.layers)
+    counted = ", ".join(f"{name} for {n}" for name, n in sorted(chosen.items()))
+    return (
+        "; kept is the one with the smallest output error with both sides quantized. "
+        f"Chosen over all layers: {counted}."
     )
 
 

@@ -67,6 +67,7 @@ def _size(manifest: Manifest, checkpoint: Path) -> Table:
         ("bits per quantized value, scales included", number(c.bits_per_quantized_value)),
         ("these values in bfloat16", size(2 * c.quantized_parameters)),
         ("these values packed", size(c.quantized_bytes)),
+        ("smoothing vectors or learned blocks beside them", size(c.basis_bytes)),
         ("transformers, original weight files", size(c.original_bytes)),
         ("transformers, packed weight files", size(on_disk)),
         ("blocks kept in high precision", protected),

@@ -22,14 +22,14 @@ decoded_cache = from_environment()
 
 
 def linear(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, smooth: Tensor | None, spec: QuantSpec
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, basis: Tensor | None, spec: QuantSpec
 ) -> Tensor:
     """x [..., K] of any float dtype -> [..., N] in the same dtype.
 
     Args:
-        weight_packed, weight_scale: as in a checkpoint. bias: any float [N]. smooth: bfloat16 [K].
+        weight_packed, weight_scale: as in a checkpoint. bias: any float [N]. basis: as `spec` says.
     """
-    quantized = shared_input(x, smooth, spec, lambda: spec.quantize_input(x, smooth))
+    quantized = shared_input(x, basis, spec, lambda: spec.quantize_input(x, basis))
     bias = None if bias is None else bias.float()
     n, k = weight_packed.shape[0], weight_packed.shape[1] * 2
     codes = (weight_packed, weight_scale)

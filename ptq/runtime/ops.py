@@ -34,19 +34,20 @@ def linear_op(
     weight_packed: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    smooth: Tensor | None,
+    basis: Tensor | None,
     format_name: str,
     rotation: int,
     scale_rule: str | None,
     ties: str | None,
+    learned: bool,
 ) -> Tensor:
     """x [..., K] -> [..., N] in x's dtype on the backend that `ptq.runtime.backends.choose` picks."""
-    spec = QuantSpec(format_name, rotation, smooth is not None, scale_rule, ties)
+    spec = QuantSpec(format_name, rotation, basis is not None and not learned, scale_rule, ties, learned)
     shape = backends.Shape(x.numel() // x.shape[-1], weight_packed.shape[0], x.shape[-1])
     placement = BF16_DECODED if x.device.type == "cpu" else placement_of(weight_packed, weight_scale, format_name)
     choice = backends.choose(spec, shape, placement, backends.machine_of(x.device), backends.forced_backend())
     backends.report_once(format_name, choice)
-    return execute(choice.backend, x, weight_packed, weight_scale, bias, smooth, spec, placement)
+    return execute(choice.backend, x, weight_packed, weight_scale, bias, basis, spec, placement)
 
 
 @linear_op.register_fake
@@ -55,17 +56,18 @@ def _(
     weight_packed: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    smooth: Tensor | None,
+    basis: Tensor | None,
     format_name: str,
     rotation: int,
     scale_rule: str | None,
     ties: str | None,
+    learned: bool,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight_packed.shape[0])
 
 
 def linear(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, smooth: Tensor | None, spec: QuantSpec
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, basis: Tensor | None, spec: QuantSpec
 ) -> Tensor:
     """x [..., K] of any float dtype -> [..., N] in the same dtype: `ptq::linear` with a QuantSpec.
 
@@ -76,9 +78,9 @@ def linear(
     """
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and backends.forced_backend() in (None, "cpu"):
         backends.report_once(spec.format, backends.ON_CPU)
-        return cpu.linear(x, weight_packed, weight_scale, bias, smooth, spec)
-    numerics = (spec.format, spec.rotation, spec.scale_rule, spec.ties)
-    return linear_op(x, weight_packed, weight_scale, bias, smooth, *numerics)
+        return cpu.linear(x, weight_packed, weight_scale, bias, basis, spec)
+    numerics = (spec.format, spec.rotation, spec.scale_rule, spec.ties, spec.learned)
+    return linear_op(x, weight_packed, weight_scale, bias, basis, *numerics)
 
 
 def execute(
@@ -87,39 +89,39 @@ def execute(
     weight_packed: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    smooth: Tensor | None,
+    basis: Tensor | None,
     spec: QuantSpec,
     placement: Placement,
 ) -> Tensor:
     """Run one backend (as named by `choose`) on x [..., K]; the result has x's dtype and leading shape."""
     if backend == "cpu":
-        return cpu.linear(x, weight_packed, weight_scale, bias, smooth, spec)
+        return cpu.linear(x, weight_packed, weight_scale, bias, basis, spec)
     n = weight_packed.shape[0]
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], n)
     weight_packed, weight_scale = weight_packed.contiguous(), weight_scale.contiguous()
     with torch.cuda.device_of(x):  # kernels launch on the current device, which need not be x's
-        y = RUNNERS[backend](x, weight_packed, weight_scale, bias, smooth, spec, placement)
+        y = RUNNERS[backend](x, weight_packed, weight_scale, bias, basis, spec, placement)
     return y.to(x.dtype).view(*x.shape[:-1], n)
 
 
 def _triton_fp8(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, smooth: Tensor | None, spec: QuantSpec, p: Placement
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, basis: Tensor | None, spec: QuantSpec, p: Placement
 ) -> Tensor:
     from ptq.runtime.kernels.expand_weight import expand_weight
     from ptq.runtime.kernels.gemm_fp8 import gemm_fp8
 
-    a = quantized_input(x, smooth, spec, "fp8")
+    a = quantized_input(x, basis, spec, "fp8")
     w = expand_weight(packed, scale, spec.format, p)
     return gemm_fp8(a.values, w, p.exponent + a.e_ref, p.row_exponents, bias, x.dtype, accurate=_accurate())
 
 
 def _scaled_mm(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, smooth: Tensor | None, spec: QuantSpec, p: Placement
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, basis: Tensor | None, spec: QuantSpec, p: Placement
 ) -> Tensor:
     from ptq.runtime.kernels.expand_weight import expand_weight
 
-    a = quantized_input(x, smooth, spec, "fp8")
+    a = quantized_input(x, basis, spec, "fp8")
     w = expand_weight(packed, scale, spec.format, p)
     factors = [torch.full((), 2.0**exponent, device=x.device) for exponent in (a.e_ref, p.exponent)]
     fused = bias.to(x.dtype) if bias is not None and x.dtype == torch.bfloat16 else None
@@ -128,22 +130,22 @@ def _scaled_mm(
 
 
 def _dot_scaled(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, smooth: Tensor | None, spec: QuantSpec, p: Placement
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, basis: Tensor | None, spec: QuantSpec, p: Placement
 ) -> Tensor:
     from ptq.runtime.kernels.gemm_dot_scaled import gemm_dot_scaled
 
-    a = quantized_input(x, smooth, spec, "packed")
+    a = quantized_input(x, basis, spec, "packed")
     assert a.scales is not None
     return gemm_dot_scaled(a.values, a.scales, packed, scale, bias, x.dtype)
 
 
 def _bf16_decode(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, smooth: Tensor | None, spec: QuantSpec, p: Placement
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, basis: Tensor | None, spec: QuantSpec, p: Placement
 ) -> Tensor:
     from ptq.runtime.kernels.expand_weight import expand_weight
     from ptq.runtime.kernels.gemm_packed import gemm_packed
 
-    a = quantized_input(x, smooth, spec, "bf16").values
+    a = quantized_input(x, basis, spec, "bf16").values
     if a.shape[0] <= backends.FEW_ROWS:
         return gemm_packed(a, packed, scale, spec.format, bias, x.dtype)
     w = expand_weight(packed, scale, spec.format, BF16_DECODED)
@@ -173,14 +175,14 @@ def placement_of(weight_packed: Tensor, weight_scale: Tensor, format_name: str) 
     return known[2]
 
 
-def quantized_input(x: Tensor, smooth: Tensor | None, spec: QuantSpec, out: Output) -> QuantizedInput:
+def quantized_input(x: Tensor, basis: Tensor | None, spec: QuantSpec, out: Output) -> QuantizedInput:
     """x [..., K] quantized by the GPU kernel, [M, K]; shared by layers that read the same x with the same numerics."""
     from ptq.runtime.kernels.hadamard_quantize import hadamard_quantize
 
     def quantize() -> QuantizedInput:
-        return hadamard_quantize(x.reshape(-1, x.shape[-1]), smooth, spec, out, e_ref=E_REF)
+        return hadamard_quantize(x.reshape(-1, x.shape[-1]), basis, spec, out, e_ref=E_REF)
 
-    return shared_input(x, smooth, (spec, out), quantize)
+    return shared_input(x, basis, (spec, out), quantize)
 
 
 _placements: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

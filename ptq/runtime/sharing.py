@@ -29,20 +29,20 @@ _last: _Last | None = None
 _digests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def shared_input(x: Tensor, smooth: Tensor | None, numerics: Hashable, quantize: Callable[[], T]) -> T:
+def shared_input(x: Tensor, basis: Tensor | None, numerics: Hashable, quantize: Callable[[], T]) -> T:
     """`quantize()`, or what the previous call made of the same x with the same numerics.
 
-    Layers that read one tensor with one smoothing vector (by value) share the result. Inference tensors carry no version
+    Layers that read one tensor in one basis (by value) share the result. Inference tensors carry no version
     counter, so a change in place could not be noticed: they are not shared.
 
     Args:
-        x: the input. smooth: its smoothing vector [K].
+        x: the input. basis: smoothing vector or learned blocks.
         numerics: everything else that decides what `quantize` returns.
     """
     global _last
     if x.is_inference():
         return quantize()
-    key = (x._version, None if smooth is None else _digest(smooth), numerics)
+    key = (x._version, None if basis is None else _digest(basis), numerics)
     last = _last
     if last is not None and last.x() is x and last.key == key:
         return last.result
@@ -63,10 +63,10 @@ def _forget(reference: weakref.ref[Tensor]) -> None:
         forget_input()
 
 
-def _digest(smooth: Tensor) -> bytes:
-    version = 0 if smooth.is_inference() else smooth._version
-    known = _digests.get(smooth)
+def _digest(basis: Tensor) -> bytes:
+    version = 0 if basis.is_inference() else basis._version
+    known = _digests.get(basis)
     if known is None or known[0] != version:
-        data = smooth.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        known = _digests[smooth] = (version, hashlib.sha256(data).digest())
+        data = basis.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        known = _digests[basis] = (version, hashlib.sha256(data).digest())
     return known[1]

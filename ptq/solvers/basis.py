@@ -1,4 +1,4 @@
-"""The basis a layer is quantized in (smooth, then rotate), and its inputs as the quantized layer will see them."""
+"""The basis a layer is quantized in (smooth, then rotate; or learned blocks), and its inputs as the layer will see them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from torch import Tensor
 from ptq.formats import Format
 from ptq.solvers.bias import weighted_mean
 from ptq.solvers.stats import InputStats
-from ptq.transforms import rotate_hessian, rotate_input, rotate_weight, smooth_hessian, smooth_input, smooth_weight
+from ptq.transforms import (
+    decode_blocks,
+    rotate_hessian,
+    rotate_input,
+    rotate_weight,
+    smooth_hessian,
+    smooth_input,
+    smooth_weight,
+    transform_hessian,
+    transform_input,
+    transform_weight,
+)
 
 NEGLIGIBLE = 1e-4
 """Share of a Hessian's mean diagonal below which a negative entry is rounding, not an error."""
@@ -17,28 +28,47 @@ NEGLIGIBLE = 1e-4
 
 @dataclass(frozen=True)
 class Basis:
-    """Smoothing factors (bfloat16 [K] or None) and block Hadamard size (0: none), applied in float32."""
+    """A change of basis, applied in float32.
 
-    smooth_k: Tensor | None
-    rotation: int
+    Attributes:
+        rotation: size of the blocks, 0 for none.
+        smooth_k: factors bfloat16 [K] before a Hadamard rotation, or None.
+        learned_gbb: blocks uint8 [K/rotation, rotation, rotation] that take the place of both, or None.
+    """
+
+    rotation: int = 0
+    smooth_k: Tensor | None = None
+    learned_gbb: Tensor | None = None
+
+    @property
+    def stored(self) -> Tensor | None:
+        """The tensor that the layer has to carry, or None."""
+        return self.smooth_k if self.learned_gbb is None else self.learned_gbb
 
     def weight(self, w_nk: Tensor) -> Tensor:
         """float [N, K] -> float32 [N, K] such that weight(W) @ input(x) = W @ x."""
+        if self.learned_gbb is not None:
+            return transform_weight(w_nk, decode_blocks(self.learned_gbb))
         return rotate_weight(smooth_weight(w_nk.float(), self.smooth_k), self.rotation)
 
     def input(self, x: Tensor) -> Tensor:
         """float [..., K] -> float32 [..., K]."""
+        if self.learned_gbb is not None:
+            return transform_input(x, decode_blocks(self.learned_gbb))
         return rotate_input(smooth_input(x.float(), self.smooth_k), self.rotation)
 
     def hessian(self, h_kk: Tensor) -> Tensor:
         """Sum of x x^T of raw inputs -> the same sum of inputs in this basis, in the dtype of `h_kk`."""
-        rotated = rotate_hessian(smooth_hessian(h_kk, self.smooth_k), self.rotation)
+        if self.learned_gbb is not None:
+            changed = transform_hessian(h_kk, decode_blocks(self.learned_gbb))
+        else:
+            changed = rotate_hessian(smooth_hessian(h_kk, self.smooth_k), self.rotation)
         if self.rotation:
             # Few tokens leave directions without energy; rounding may put them a little below zero.
-            diagonal = rotated.diagonal()
+            diagonal = changed.diagonal()
             negligible = (diagonal < 0) & (diagonal > -NEGLIGIBLE * diagonal.mean())
             diagonal.masked_fill_(negligible, 0.0)
-        return rotated
+        return changed
 
 
 @dataclass(frozen=True)

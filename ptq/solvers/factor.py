@@ -61,7 +61,9 @@ def factorize(
     Raises:
         SolverError: a NaN or infinity in H, a negative diagonal, or no factorisation up to MAX_DAMPING.
     """
-    _check(h_kk, damping)
+    check_hessian(h_kk)
+    if damping < 0:
+        raise SolverError(f"Damping is a fraction of the mean diagonal and cannot be negative, found {damping:g}.")
     diagonal = h_kk.diagonal()
     dead = diagonal == 0
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else _natural(h_kk)
@@ -101,11 +103,10 @@ def _natural(h_kk: Tensor) -> Tensor:
     return torch.arange(len(h_kk), device=h_kk.device)
 
 
-def _check(h_kk: Tensor, damping: float) -> None:
+def check_hessian(h_kk: Tensor) -> None:
+    """Raise SolverError unless `h_kk` is square and finite with a diagonal that is not negative."""
     if h_kk.dim() != 2 or h_kk.shape[0] != h_kk.shape[1]:
         raise SolverError(f"A Hessian is square [K, K], found shape {list(h_kk.shape)}.")
-    if damping < 0:
-        raise SolverError(f"Damping is a fraction of the mean diagonal and cannot be negative, found {damping:g}.")
     # The sum is finite only if all entries are (or the sum itself overflows, which is as unusable).
     if not torch.isfinite(h_kk.sum(dtype=torch.float64)):
         raise SolverError(

@@ -1,4 +1,4 @@
-"""All ingredients together, for one input and the Linears that read it: smooth, rotate, choose scales, round, correct.
+"""All ingredients together, for one input and the Linears that read it: choose a basis, choose scales, round, correct.
 
 Mathematics on tensors only: no module names, no files, no replay. What comes out is what the checkpoint stores.
 """
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ptq.formats import Codes, Format
 from ptq.solvers.basis import Basis, QuantizedInputs
+from ptq.solvers.basis_search import OFF, BasisChoice, search_basis
 from ptq.solvers.bias import bias_correction
 from ptq.solvers.factor import Factor, factorize
 from ptq.solvers.gptq import gptq
 from ptq.solvers.measure import relative, sqnr_db, token_error, trace_errors
 from ptq.solvers.rtn import round_to_nearest, round_to_scales
 from ptq.solvers.scales import search_scales
-from ptq.solvers.smooth_search import SmoothingResult, search_smoothing
 from ptq.solvers.stats import InputStats, SolverError
 
 
@@ -32,6 +32,7 @@ class SolveSettings:
         rounding: "rtn" or "gptq".
         rotation: block Hadamard size, 0 for none.
         smoothing: exponents to try besides off; empty for no smoothing.
+        learned_transform: try learned blocks of size `rotation` as well.
         clip_search: search the group scales instead of taking the format's rule.
         bias_correction: move the mean output error into the bias.
         damping, act_order, float64: of the factorisation (see `factorize`).
@@ -42,6 +43,7 @@ class SolveSettings:
     rounding: Literal["rtn", "gptq"] = "gptq"
     rotation: int = 0
     smoothing: tuple[float, ...] = ()
+    learned_transform: bool = False
     clip_search: bool = False
     bias_correction: bool = False
     damping: float = 0.01
@@ -57,8 +59,8 @@ class LayerSolution:
     """One quantized Linear.
 
     Attributes:
-        codes: in the smoothed and rotated basis.
-        smooth_k: bfloat16 [K] or None; the same for all Linears of the input.
+        codes: in the basis.
+        basis: the same for all Linears of the input.
         bias: float32 [N] (the given one plus the correction) or None.
         stats: plain values for the report.
             weight_sqnr_db: of the codes, in their basis.
@@ -67,11 +69,11 @@ class LayerSolution:
             rows_kept_rtn: output rows for which plain rounding was the better of the two and was kept (with a Hessian).
             output_error_rtn, output_error: the same over the sample tokens with quantized inputs, the latter with the
             corrected bias (with statistics).
-            alpha (None for off), smoothing_errors (where searched); damping, damping_retries, dead_columns (gptq).
+            basis (its name), basis_errors (where searched); damping, damping_retries, dead_columns (gptq).
     """
 
     codes: Codes
-    smooth_k: Tensor | None
+    basis: Basis
     bias: Tensor | None
     stats: dict[str, object]
 
@@ -88,7 +90,7 @@ def solve_group(
     Args:
         weights: name -> float [N, K] in the original basis.
         biases: name -> float [N] or None.
-        stats: of the shared input. None only for rounding to nearest without smoothing and bias correction.
+        stats: of the shared input. None only for rounding to nearest in the given basis without bias correction.
 
     Raises:
         SolverError: K does not fit the format or the rotation, statistics missing or of another K, non-finite weights
@@ -108,8 +110,8 @@ def _solve(
     fmt: Format,
     settings: SolveSettings,
 ) -> dict[str, LayerSolution]:
-    smoothing = _smoothing(list(weights.values()), stats, fmt, settings)
-    basis = Basis(smoothing.smooth_k, settings.rotation)
+    choice = _basis(list(weights.values()), stats, fmt, settings)
+    basis = choice.basis
     inputs = None
     if stats is not None:
         rule, ties = settings.activation_scale_rule, settings.activation_ties
@@ -118,7 +120,7 @@ def _solve(
     stacked = torch.cat([basis.weight(w) for w in weights.values()])
     rtn = round_to_nearest(stacked, fmt, scale_rule=settings.weight_scale_rule)
     codes, shared, traces = _codes(stacked, rtn, stats, basis, fmt, settings)
-    shared |= {"alpha": smoothing.alpha, "smoothing_errors": smoothing.errors}
+    shared |= {"basis": choice.name, "basis_errors": choice.errors}
 
     solutions: dict[str, LayerSolution] = {}
     start = 0
@@ -136,7 +138,7 @@ def _solve(
                 delta = bias_correction(w, wq, inputs.mean_k, inputs.mean_quantized_k)
                 bias = delta if bias is None else bias.float() + delta
             report |= _output_errors(w, wq, fmt.dequantize(_rows(rtn, rows)), delta, inputs)
-        solutions[name] = LayerSolution(chosen, basis.smooth_k, None if bias is None else bias.float(), report)
+        solutions[name] = LayerSolution(chosen, basis, None if bias is None else bias.float(), report)
     return solutions
 
 
@@ -179,23 +181,22 @@ def _check_group(weights: Mapping[str, Tensor], stats: InputStats | None, fmt: F
         )
     if settings.rounding == "gptq" and (stats is None or stats.h_kk is None):
         raise SolverError("GPTQ needs the input's Hessian, and there is none. Collect it, or set rounding to rtn.")
-    if stats is None and (settings.smoothing or settings.bias_correction):
-        raise SolverError("Smoothing and bias correction need calibration statistics, and there are none.")
+    if stats is None and (settings.smoothing or settings.learned_transform or settings.bias_correction):
+        raise SolverError(
+            "Smoothing, a learned transform and bias correction need calibration statistics, and there are none."
+        )
 
 
-def _smoothing(
-    weights: list[Tensor], stats: InputStats | None, fmt: Format, settings: SolveSettings
-) -> SmoothingResult:
-    if stats is None or not settings.smoothing:
-        return SmoothingResult(None, None, {})
-    return search_smoothing(
+def _basis(weights: list[Tensor], stats: InputStats | None, fmt: Format, settings: SolveSettings) -> BasisChoice:
+    if stats is None:
+        return BasisChoice(OFF, Basis(settings.rotation), {})
+    return search_basis(
         weights,
-        stats.x_tk,
-        stats.w_t,
-        stats.rms_k,
+        stats,
         fmt,
-        alphas=settings.smoothing,
         rotation=settings.rotation,
+        alphas=settings.smoothing,
+        learned=settings.learned_transform,
         weight_scale_rule=settings.weight_scale_rule,
         activation_scale_rule=settings.activation_scale_rule,
         activation_ties=settings.activation_ties,

@@ -19,7 +19,8 @@ def readme(manifest: Manifest, verdict: dict[str, Any]) -> str:
 Verdict: **{verdict["verdict"]}**. Mean relative loss {loss} (95 % interval), limit {verdict["limit"]:.1%},
 over {verdict["units"]} paired videos, suite {verdict["suite"]}.
 High-precision blocks: {", ".join(manifest.high_precision) or "none"}. W4A4 share of Linear parameters
-{coverage.parameter_share:.2%}, of Linear FLOPs {coverage.flop_share:.2%}; {coverage.bits_per_quantized_value} bits a value.
+{coverage.parameter_share:.2%}, of Linear FLOPs {coverage.flop_share:.2%}; {coverage.bits_per_quantized_value} bits a value,
+{coverage.bits_with_basis:.2f} with what the layers store of their basis.
 
 | path | content |
 |---|---|

@@ -1,4 +1,5 @@
-"""Function-preserving changes of basis on weight, input and Hessian. Online order: smooth, rotate, quantize."""
+"""Function-preserving changes of basis on weight, input and Hessian. Online order: smooth, rotate, quantize;
+a learned transform takes the place of the first two."""
 
 from ptq.transforms.hadamard import (
     BLOCK_SIZES,
@@ -8,11 +9,22 @@ from ptq.transforms.hadamard import (
     rotate_weight,
     rotation_scales,
 )
+from ptq.transforms.learned import (
+    decode_blocks,
+    encode_blocks,
+    restore_weight,
+    transform_hessian,
+    transform_input,
+    transform_weight,
+)
 from ptq.transforms.smoothing import smooth_hessian, smooth_input, smooth_weight
 
 __all__ = [
     "BLOCK_SIZES",
+    "decode_blocks",
+    "encode_blocks",
     "hadamard_matrix",
+    "restore_weight",
     "rotate_hessian",
     "rotate_input",
     "rotate_weight",
@@ -20,4 +32,7 @@ __all__ = [
     "smooth_hessian",
     "smooth_input",
     "smooth_weight",
+    "transform_hessian",
+    "transform_input",
+    "transform_weight",
 ]

@@ -164,7 +164,7 @@ def test_compiles_into_one_graph_with_equal_results(name):
 def test_operator_obeys_torchs_rules():
     layer = make_layer()
     tensors = (layer.weight_packed, layer.weight_scale, layer.bias, layer.smooth)
-    torch.library.opcheck(ops.linear_op, (torch.randn(2, 3, 128), *tensors, "mxfp4", 32, None, None))
+    torch.library.opcheck(ops.linear_op, (torch.randn(2, 3, 128), *tensors, "mxfp4", 32, None, None, False))
 
 
 def test_placement_follows_the_codes():

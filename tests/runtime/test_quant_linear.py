@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptq import formats
 from ptq.runtime import QuantLinear, QuantSpec, cpu
-from ptq.transforms import hadamard_matrix
+from ptq.transforms import encode_blocks, hadamard_matrix
 
 FORMATS = pytest.mark.parametrize("name", ["hif4", "mxfp4"])
 K, N = 256, 24
@@ -26,9 +26,11 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def make(spec: QuantSpec, bias: bool = True, k: int = K, n: int = N) -> tuple[QuantLinear, Tensor]:
     """(layer, the original weight)"""
     weight = randn(n, k, seed=1)
-    smooth = (0.5 + randn(k, seed=2).abs()).to(torch.bfloat16) if spec.smooth else None
-    codes = formats.get(spec.format).quantize(spec.transform_weight(weight, smooth))
-    return QuantLinear.from_codes(codes, spec, randn(n, seed=3) if bias else None, smooth), weight
+    basis = (0.5 + randn(k, seed=2).abs()).to(torch.bfloat16) if spec.smooth else None
+    if spec.learned:
+        basis = encode_blocks(randn(k // spec.rotation, spec.rotation, spec.rotation, seed=2))
+    codes = formats.get(spec.format).quantize(spec.transform_weight(weight, basis))
+    return QuantLinear.from_codes(codes, spec, randn(n, seed=3) if bias else None, basis), weight
 
 
 def block_hadamard(k: int, size: int) -> Tensor:
@@ -39,7 +41,7 @@ def block_hadamard(k: int, size: int) -> Tensor:
 def reference(layer: QuantLinear, x: Tensor) -> tuple[Tensor, Tensor]:
     """(output in float64, sum of the absolute products): dequantized weight, fake-quantized input."""
     fmt = formats.get(layer.spec.format)
-    quantized = layer.spec.quantize_input(x, layer.smooth).double()
+    quantized = layer.spec.quantize_input(x, layer.basis).double()
     weight = fmt.dequantize(layer.codes()).double()
     y = quantized @ weight.T
     return y if layer.bias is None else y + layer.bias.double(), quantized.abs() @ weight.abs().T
@@ -62,6 +64,38 @@ def test_it_is_the_fake_quant_reference(name: str, rotation: int, smooth: bool, 
     layer, _ = make(QuantSpec(name, rotation, smooth), bias)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert_close(layer, randn(5, K, seed=4).to(dtype))
+
+
+@FORMATS
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("bias", [False, True])
+def test_learned_blocks(name: str, size: int, bias: bool) -> None:
+    """The same contract, and the basis from the definition: x times the block-diagonal matrix that the layer stores."""
+    layer, weight = make(QuantSpec(name, size, learned=True), bias)
+    assert layer.smooth is None and set(dict(layer.named_parameters())) >= {
+        "weight_packed",
+        "weight_scale",
+        "transform",
+    }
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert_close(layer, randn(5, K, seed=4).to(dtype))
+    x = randn(7, K, seed=5)
+    matrix = torch.block_diag(*layer.transform.view(torch.float8_e4m3fn).double() / 256)
+    found = layer.spec.transform_input(x, layer.transform)
+    torch.testing.assert_close(found, (x.double() @ matrix).float(), rtol=1e-5, atol=1e-5)
+    quantized = formats.get(name).fake_quantize(found)
+    assert torch.equal(layer.spec.quantize_input(x, layer.transform), quantized)
+    # Undone, the dequantized weight is the original up to its quantization.
+    restored = formats.get(name).dequantize(layer.codes()).double() @ matrix.T
+    torch.testing.assert_close(layer.dequantize().double(), restored, rtol=1e-5, atol=1e-4)
+    exact = layer.spec.transform_weight(weight, layer.transform).double() @ matrix.T
+    torch.testing.assert_close(exact, weight.double(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "rotation", "smooth"), [("hif4", 0, False), ("hif4", 32, False), ("mxfp4", 64, True)])
+def test_learned_blocks_hold_whole_groups_and_no_smoothing(name: str, rotation: int, smooth: bool) -> None:
+    with pytest.raises(formats.FormatError, match="blocks of a multiple of the"):
+        QuantSpec(name, rotation, smooth, learned=True)
 
 
 @FORMATS

@@ -1,6 +1,8 @@
-"""Smoothing factors and the search for their exponent."""
+"""Smoothing factors, and the search for a basis with exponents as candidates."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
@@ -9,9 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ptq import formats
-from ptq.solvers import search_smoothing, smoothing_factors
-from ptq.solvers.basis import Basis
-from ptq.solvers.smooth_search import LIMIT, column_size
+from ptq.solvers import InputStats, search_basis, smoothing_factors
+from ptq.solvers.smoothing import LIMIT, column_size
 
 sizes = st.lists(st.floats(0, 2.0**100, width=32), min_size=8, max_size=8)
 
@@ -46,16 +47,15 @@ def outliers(tokens: int, k: int, factor: float) -> Tensor:
 
 @pytest.mark.parametrize(("name", "rotation"), [("mxfp4", 32), ("hif4", 32), ("hif4", 0)])
 def test_persistent_outliers_are_smoothed_away(name: str, rotation: int) -> None:
-    x, w_t = outliers(256, 128, 60.0), torch.ones(256)
+    x = outliers(256, 128, 60.0)
     weights = [torch.randn(n, 128, generator=torch.Generator().manual_seed(n)) for n in (48, 32)]
-    result = search_smoothing(
-        weights, x, w_t, x.square().mean(0).sqrt(), formats.get(name), alphas=(0.4, 0.5, 0.6), rotation=rotation
-    )
-    assert result.alpha in (0.4, 0.5, 0.6)
+    stats = InputStats.from_tokens(x)
+    result = search_basis(weights, stats, formats.get(name), rotation=rotation, alphas=(0.4, 0.5, 0.6))
+    assert result.name in ("0.4", "0.5", "0.6")
     assert set(result.errors) == {"off", "0.4", "0.5", "0.6"}
-    assert result.errors[f"{result.alpha:g}"] == min(result.errors.values()) < 0.7 * result.errors["off"]
-    assert result.smooth_k is not None
-    basis = Basis(result.smooth_k, rotation)
+    assert result.errors[result.name] == min(result.errors.values()) < 0.7 * result.errors["off"]
+    basis = result.basis
+    assert basis.smooth_k is not None and basis.rotation == rotation
     for w in weights:
         torch.testing.assert_close(basis.input(x) @ basis.weight(w).T, x @ w.T, rtol=1e-4, atol=1e-2)
     h = x.double().T @ x.double()
@@ -71,10 +71,8 @@ def test_off_wins_where_smoothing_only_hurts() -> None:
     x[:, 0], x[:, 32] = 6.0, 6.0
     w = levels[torch.randint(0, 4, (16, 64), generator=generator)]
     w[:, 0], w[:, 32] = 6.0, 6.0
-    result = search_smoothing(
-        [w], x, torch.ones(64), x.square().mean(0).sqrt(), formats.get("mxfp4"), alphas=(0.3, 0.5), rotation=0
-    )
-    assert (result.alpha, result.smooth_k, result.errors["off"]) == (None, None, 0.0)
+    result = search_basis([w], InputStats.from_tokens(x), formats.get("mxfp4"), rotation=0, alphas=(0.3, 0.5))
+    assert (result.name, result.basis.smooth_k, result.errors["off"]) == ("off", None, 0.0)
 
 
 def test_token_weights_count() -> None:
@@ -83,8 +81,8 @@ def test_token_weights_count() -> None:
     first = torch.tensor([1.0] * 64 + [0.0] * 64)
 
     def errors(w_t: Tensor, tokens: Tensor) -> dict[str, float]:
-        size = x.square().mean(0).sqrt()
-        return search_smoothing([w], tokens, w_t, size, formats.get("hif4"), alphas=(0.5,), rotation=0).errors
+        stats = dataclasses.replace(InputStats.from_tokens(x), x_tk=tokens, w_t=w_t)
+        return search_basis([w], stats, formats.get("hif4"), rotation=0, alphas=(0.5,)).errors
 
     assert errors(first, x) == pytest.approx(errors(torch.ones(64), x[:64]), rel=1e-5)
     assert errors(first, x) != pytest.approx(errors(torch.ones(128), x), rel=1e-3)

@@ -19,6 +19,7 @@ from ptq.solvers.basis import Basis
 from ptq.solvers.measure import trace_errors
 
 K = 128
+LEARNED = SolveSettings(rotation=64, learned_transform=True, clip_search=True, bias_correction=True)
 ALL = SolveSettings(rotation=32, smoothing=(0.5,), clip_search=True, bias_correction=True)
 
 
@@ -47,9 +48,14 @@ def solve(
 
 def module(fmt: str, config: SolveSettings, solution: LayerSolution) -> QuantLinear:
     spec = QuantSpec(
-        fmt, config.rotation, solution.smooth_k is not None, config.activation_scale_rule, config.activation_ties
+        fmt,
+        config.rotation,
+        solution.basis.smooth_k is not None,
+        config.activation_scale_rule,
+        config.activation_ties,
+        solution.basis.learned_gbb is not None,
     )
-    return QuantLinear.from_codes(solution.codes, spec, solution.bias, solution.smooth_k)
+    return QuantLinear.from_codes(solution.codes, spec, solution.bias, solution.basis.stored)
 
 
 def held_out_error(fmt: str, config: SolveSettings, solutions: dict[str, LayerSolution], x: Tensor) -> float:
@@ -70,14 +76,16 @@ def test_gptq_rotation_and_smoothing_help_on_held_out_tokens_and_the_rest_does_n
         SolveSettings(rounding="gptq", rotation=32),
         SolveSettings(rounding="gptq", rotation=32, smoothing=(0.5,)),
         ALL,
+        LEARNED,
     ]
     errors = [held_out_error(fmt, config, solve(fmt, config, x, sample=256), held_out) for config in ladder]
     assert errors[:4] == sorted(errors[:4], reverse=True)
-    assert errors[-1] < 1.01 * errors[3] < 0.4 * errors[0]
+    assert errors[4] < 1.01 * errors[3] < 0.4 * errors[0]
+    assert errors[5] < 0.9 * errors[4]
 
 
 @pytest.mark.parametrize("fmt", ["mxfp4", "hif4"])
-@pytest.mark.parametrize("config", [ALL, SolveSettings(rounding="rtn"), SolveSettings(clip_search=True)])
+@pytest.mark.parametrize("config", [ALL, LEARNED, SolveSettings(rounding="rtn"), SolveSettings(clip_search=True)])
 def test_reported_output_error_is_that_of_the_module(fmt: str, config: SolveSettings) -> None:
     x = tokens(300)
     solutions = solve(fmt, config, x)
@@ -103,7 +111,7 @@ def test_gptq_is_never_worse_than_rtn_on_any_row(
     x, weights, format_ = tokens(count, seed), linears(seed), formats.get(fmt)
     config = SolveSettings(rotation=rotation, clip_search=clip, act_order=act_order)
     solutions = solve(fmt, config, x, weights=weights)
-    basis = Basis(None, rotation)
+    basis = Basis(rotation)
     transformed = basis.input(x).double()
     for name, w in weights.items():
         target = basis.weight(w)
@@ -158,10 +166,10 @@ def test_rtn_without_statistics_is_the_formats_conversion(rotation: int) -> None
     config = SolveSettings(rounding="rtn", rotation=rotation)
     solutions = solve_group(weights, dict.fromkeys(weights), None, fmt, config)
     for name, w in weights.items():
-        expected = fmt.quantize(Basis(None, rotation).weight(w))
+        expected = fmt.quantize(Basis(rotation).weight(w))
         assert torch.equal(solutions[name].codes.elements, expected.elements)
         assert torch.equal(solutions[name].codes.scales, expected.scales)
-        assert solutions[name].bias is None and solutions[name].smooth_k is None
+        assert solutions[name].bias is None and solutions[name].basis.stored is None
         assert "output_error" not in solutions[name].stats
 
 
@@ -171,7 +179,7 @@ def test_without_a_hessian_the_searches_still_work() -> None:
     config = dataclasses.replace(ALL, rounding="rtn")
     weights = linears()
     solved = solve_group(weights, dict.fromkeys(weights), stats, formats.get("hif4"), config)["q"]
-    assert solved.stats["alpha"] == 0.5
+    assert solved.stats["basis"] == "0.5"
     assert solved.stats["output_error"] < solved.stats["output_error_rtn"]
     assert "trace_error" not in solved.stats
 
@@ -188,8 +196,9 @@ def test_linears_of_a_group_do_not_influence_each_other_without_smoothing(fmt: s
 
 
 @pytest.mark.parametrize("fmt", ["mxfp4", "hif4"])
+@pytest.mark.parametrize("config", [ALL, LEARNED])
 @pytest.mark.parametrize("case", ["zero weight", "constant input", "zero input", "one token"])
-def test_degenerate_layers_have_a_clear_outcome(fmt: str, case: str) -> None:
+def test_degenerate_layers_have_a_clear_outcome(fmt: str, case: str, config: SolveSettings) -> None:
     x, weights = tokens(100), linears()
     if case == "zero weight":
         weights = {name: torch.zeros_like(w) for name, w in weights.items()}
@@ -199,12 +208,12 @@ def test_degenerate_layers_have_a_clear_outcome(fmt: str, case: str) -> None:
         x = torch.zeros_like(x)
     else:
         x = x[:1]
-    solutions = solve(fmt, ALL, x, weights=weights)
+    solutions = solve(fmt, config, x, weights=weights)
     for name, solution in solutions.items():
         json.dumps(solution.stats, allow_nan=False)
         assert solution.bias is not None and torch.isfinite(solution.bias).all()
         assert torch.isfinite(formats.get(fmt).dequantize(solution.codes)).all()
-        y = module(fmt, ALL, solution)(x) - float(name == "q")
+        y = module(fmt, config, solution)(x) - float(name == "q")
         # The mean error is gone, and with constant inputs there is no other.
         limit = 1e-4 if case != "zero weight" else 0.0
         assert (y - x @ weights[name].T).abs().max() <= limit + 1e-4 * (x @ weights[name].T).abs().max()
@@ -237,6 +246,9 @@ def test_damping_retries_are_reported() -> None:
         ({"h": None}, "needs the input's Hessian"),
         ({"h": torch.nan}, "q, k, v: The Hessian holds NaN"),
         ({"weight": torch.inf}, "q, k, v: The weight .* holds 1 NaN or infinite"),
+        ({"h": None, "learned": True}, "learned transform needs the input's Hessian"),
+        ({"h": torch.nan, "learned": True}, "q, k, v: The Hessian holds NaN"),
+        ({"weight": torch.inf, "learned": True}, "q, k, v: The weight .* holds 1 NaN or infinite"),
     ],
 )
 def test_unusable_input_names_the_layers(change: dict[str, object], message: str) -> None:
@@ -248,6 +260,8 @@ def test_unusable_input_names_the_layers(change: dict[str, object], message: str
     if "weight" in change:
         weights["k"][3, 3] = change["weight"]
     config = SolveSettings(rotation=change.get("rotation", 0))
+    if "learned" in change:
+        config = SolveSettings(rounding="rtn", rotation=64, learned_transform=True)
     with pytest.raises(SolverError, match=message):
         solve_group(weights, dict.fromkeys(weights), stats, formats.get("hif4"), config)
 

@@ -81,22 +81,42 @@ def hadamard_signs(SIZE: tl.constexpr):
 
 @triton.jit
 def rotate(x, SIZE: tl.constexpr, FACTOR: tl.constexpr, PARTS: tl.constexpr):
-    """Block Hadamard of float32 [R, L] in blocks of SIZE, times FACTOR (a power of two).
-
-    x is split into PARTS bfloat16 summands by truncation, which is exact when PARTS * 8 bits cover the significand of x,
-    and each is multiplied by +-FACTOR on tensor cores: every product is exact, only the float32 sums round.
-    """
+    """Block Hadamard of float32 [R, L] in blocks of SIZE, times FACTOR (a power of two); see `multiply_block`."""
     R: tl.constexpr = x.shape[0]
     L: tl.constexpr = x.shape[1]
-    rest = tl.reshape(x, (R * L // SIZE, SIZE))
-    signs = (hadamard_signs(SIZE) * FACTOR).to(tl.bfloat16)
-    total = tl.zeros((R * L // SIZE, SIZE), tl.float32)
+    blocks = tl.reshape(x, (R * L // SIZE, SIZE))
+    return tl.reshape(multiply_block(blocks, (hadamard_signs(SIZE) * FACTOR).to(tl.bfloat16), PARTS), (R, L))
+
+
+@triton.jit
+def multiply_block(x, matrix, PARTS: tl.constexpr):
+    """float32 [R, S] @ bfloat16 [S, S].
+
+    x is split into PARTS bfloat16 summands by truncation, which is exact when PARTS * 8 bits cover the significand of x,
+    and each is multiplied on tensor cores: every product is exact, only the float32 sums round.
+    """
+    rest = x
+    total = tl.zeros(x.shape, tl.float32)
     for part_index in tl.static_range(PARTS):
         part = (rest.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-        total = dot_f32(part.to(tl.bfloat16), signs, total)
+        total = dot_f32(part.to(tl.bfloat16), matrix, total)
         if part_index + 1 < PARTS:
             rest = rest - part
-    return tl.reshape(total, (R, L))
+    return total
+
+
+@triton.jit
+def load_e4m3(ptr, SIZE: tl.constexpr):
+    """A stored block (`ptq.transforms.learned`), float8 e4m3 bits uint8 [SIZE, SIZE] -> its values in bfloat16.
+
+    By integer arithmetic, for devices without that type. Exact: four significant bits.
+    """
+    index = tl.arange(0, SIZE)
+    bits = tl.load(ptr + index[:, None] * SIZE + index[None, :]).to(tl.int32)
+    magnitude = bits & 0x7F
+    normal = ((magnitude << 20) + (112 << 23)).to(tl.float32, bitcast=True)  # bias 7 -> 127, divided by 256
+    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 7.62939453125e-06, normal)  # subnormals: 2^-9 / 256
+    return tl.where(bits >= 0x80, -value, value).to(tl.bfloat16)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ptq.formats import FormatError
 from ptq.runtime.kernels import blocks as b
 from ptq.runtime.kernels import hadamard_quantize as quantize
 from ptq.runtime.kernels.gemm_fp8 import epilogue, gemm_fp8_reference, product_tile, tile_origin
@@ -41,9 +42,11 @@ def ffn_up_quantized(
         e_ref: reference exponent of the FP8 output. tile: overrides the table.
 
     Raises:
-        FormatError: `next_spec` is not MXFP4.
+        FormatError: `next_spec` is not MXFP4, or has a learned transform (its blocks do not fit beside the tile).
     """
     quantize.check_output(next_spec, "fp8")
+    if next_spec.learned:
+        raise FormatError("The fused feed-forward rotates with Hadamard blocks only; quantize its output on its own.")
     (m, k), n = a.shape, w.shape[0]
     values = torch.empty((m, n), dtype=torch.float8_e5m2, device=a.device)
     if m:

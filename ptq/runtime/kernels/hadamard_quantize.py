@@ -1,4 +1,4 @@
-"""Quantize activations in one pass over memory: smooth, block Hadamard, MXFP4 or HiF4.
+"""Quantize activations in one pass over memory: smooth and block Hadamard, or learned blocks; then MXFP4 or HiF4.
 
 Three outputs: packed codes and scales (for block-scaled tensor cores), FP8 e5m2 (for `gemm_fp8`), bfloat16 (exact for
 both formats, for bfloat16 products). FP8 needs one static reference exponent instead of a second pass: see
@@ -47,14 +47,14 @@ class QuantizedInput:
 
 
 def hadamard_quantize(
-    x: Tensor, smooth: Tensor | None, spec: QuantSpec, out: Output, *, e_ref: int = 0, counters: Tensor | None = None
+    x: Tensor, basis: Tensor | None, spec: QuantSpec, out: Output, *, e_ref: int = 0, counters: Tensor | None = None
 ) -> QuantizedInput:
-    """Smooth, rotate and quantize activations.
+    """Change the basis of activations and quantize them.
 
     Args:
         x: bfloat16, float16 or float32 [M, K]; rows may be strided, the last dimension is made contiguous.
-        smooth: bfloat16 [K] or None.
-        spec: format, rotation, scale rule, ties.
+        basis: `smooth` bfloat16 [K], `transform` uint8 [K/B, B, B] or None, as the spec says.
+        spec: format, change of basis, scale rule, ties.
         out: what to write; "fp8" exists for MXFP4 only.
         e_ref: "fp8" holds value / 2^e_ref.
         counters: int32 [2] on the device; the number of blocks saturated and underflowed in "fp8" is added to it.
@@ -74,24 +74,24 @@ def hadamard_quantize(
     if m:
         unit = unit_length(spec)
         rows = TILE_ELEMENTS // unit
-        grid = (triton.cdiv(m * (k // unit), rows),)
-        arguments = (x, smooth, values, scales, counters, m * (k // unit), x.stride(0))
-        quantize_kernel[grid](
-            *arguments, **constants(spec, out, x.dtype, smooth is not None, k, e_ref), **COMPILE_OPTIONS
-        )
+        tiles = triton.cdiv(m, rows) * (k // unit) if spec.learned else triton.cdiv(m * (k // unit), rows)
+        basis = basis if basis is None else basis.contiguous()
+        arguments = (x, basis, values, scales, counters, m * (k // unit), x.stride(0))
+        fixed = constants(spec, out, x.dtype, basis is not None and not spec.learned, k, e_ref)
+        quantize_kernel[(tiles,)](*arguments, **fixed, **COMPILE_OPTIONS)
     return QuantizedInput(values, scales, e_ref if out == "fp8" else 0)
 
 
 def hadamard_quantize_reference(
-    x: Tensor, smooth: Tensor | None, spec: QuantSpec, out: Output, *, e_ref: int = 0
+    x: Tensor, basis: Tensor | None, spec: QuantSpec, out: Output, *, e_ref: int = 0
 ) -> QuantizedInput:
     """The same in torch, from `ptq.formats` and `ptq.transforms`. Same arguments, result and errors."""
     check_output(spec, out)
     if out == "packed":
         fmt = formats.get(spec.format)
-        transformed = spec.transform_input(x.float(), smooth)
+        transformed = spec.transform_input(x.float(), basis)
         return QuantizedInput(*fmt.pack(fmt.quantize(transformed, scale_rule=spec.scale_rule, ties=spec.ties)))
-    values = spec.quantize_input(x, smooth)
+    values = spec.quantize_input(x, basis)
     if out == "bf16":
         return QuantizedInput(values.to(torch.bfloat16), None)
     return QuantizedInput((values * 2.0**-e_ref).clamp(-57344.0, 57344.0).to(torch.float8_e5m2), None, e_ref)
@@ -128,7 +128,8 @@ def constants(spec: QuantSpec, out: Output, dtype: torch.dtype, smooth: bool, k:
         "ROWS": TILE_ELEMENTS // unit,
         "HIF4": spec.format == "hif4",
         "OUT": out,
-        "ROTATION": spec.rotation,
+        "ROTATION": 0 if spec.learned else spec.rotation,
+        "LEARNED": spec.learned,
         "FACTOR": rotation_scales(spec.rotation)[0] if spec.rotation else 1.0,
         "PARTS": significand_parts(dtype, smooth),
         "CARRY": EXPONENT_CARRY.get(rule, 0),
@@ -141,7 +142,7 @@ def constants(spec: QuantSpec, out: Output, dtype: torch.dtype, smooth: bool, k:
 @triton.jit
 def quantize_kernel(
     x_ptr,
-    smooth_ptr,
+    basis_ptr,
     values_ptr,
     scales_ptr,
     counters_ptr,
@@ -153,6 +154,7 @@ def quantize_kernel(
     HIF4: tl.constexpr,
     OUT: tl.constexpr,
     ROTATION: tl.constexpr,
+    LEARNED: tl.constexpr,
     FACTOR: tl.constexpr,
     PARTS: tl.constexpr,
     CARRY: tl.constexpr,
@@ -160,14 +162,23 @@ def quantize_kernel(
     AWAY: tl.constexpr,
     E_REF: tl.constexpr,
 ):
-    """One tile of ROWS units; a unit is L consecutive elements of a row, and rows hold K / L units."""
-    unit = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """One tile of ROWS units; a unit is L consecutive elements of a row, and rows hold K / L units.
+
+    Units of a tile follow each other along rows; with LEARNED they lie in one column of units, which share a matrix.
+    """
+    if LEARNED:
+        block = tl.program_id(0) % (K // L)
+        unit = (tl.program_id(0) // (K // L) * ROWS + tl.arange(0, ROWS)) * (K // L) + block
+    else:
+        unit = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = unit < units
     row = unit // (K // L)
     column = (unit % (K // L))[:, None] * L + tl.arange(0, L)[None, :]
     x = tl.load(x_ptr + row.to(tl.int64)[:, None] * stride_m + column, mask=inside[:, None], other=0.0).to(tl.float32)
-    if smooth_ptr is not None:
-        x = x * tl.load(smooth_ptr + column, mask=inside[:, None], other=0.0).to(tl.float32)
+    if LEARNED:
+        x = b.multiply_block(x, b.load_e4m3(basis_ptr + block * L * L, L), PARTS)
+    elif basis_ptr is not None:
+        x = x * tl.load(basis_ptr + column, mask=inside[:, None], other=0.0).to(tl.float32)
     if ROTATION > 0:
         x = b.rotate(x, ROTATION, FACTOR, PARTS)
     offset = row.to(tl.int64)[:, None] * K + column

@@ -117,15 +117,25 @@ def test_gemm_packed(entry, name):
     assert binary.instructions(r"\b(HGMMA|HMMA|UTCHMMA)") > 0
 
 
+BASES = {
+    "smooth-hadamard": {"rotation": 32, "smooth": True},
+    "learned": {"rotation": 64, "learned": True},
+    "learned-128": {"rotation": 128, "learned": True},
+}
+
+
+@pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize(("name", "out"), [("mxfp4", "fp8"), ("mxfp4", "packed"), ("hif4", "bf16"), ("hif4", "packed")])
 @pytest.mark.parametrize("family", [90, 100, 120])
-def test_hadamard_quantize(family, name, out):
+def test_hadamard_quantize(family, name, out, basis):
+    spec = QuantSpec(name, **BASES[basis])
     values = {"fp8": "*fp8e5", "packed": "*u8", "bf16": "*bf16"}[out]
     scales = SCALES[name] if out == "packed" else None
-    signature = {"x_ptr": "*bf16", "smooth_ptr": "*bf16", "values_ptr": values, "scales_ptr": scales}
+    signature = {"x_ptr": "*bf16", "basis_ptr": "*u8" if spec.learned else "*bf16"}
+    signature |= {"values_ptr": values, "scales_ptr": scales}
     signature |= {"counters_ptr": None, "units": "i32", "stride_m": "i32"}
-    aligned = [name for name in ("x_ptr", "smooth_ptr", "values_ptr", "scales_ptr", "stride_m") if signature[name]]
-    constants = quantize.constants(QuantSpec(name, 32, True), out, torch.bfloat16, True, K, 0)
+    aligned = [name for name in ("x_ptr", "basis_ptr", "values_ptr", "scales_ptr", "stride_m") if signature[name]]
+    constants = quantize.constants(spec, out, torch.bfloat16, spec.smooth, K, 0)
     options = quantize.COMPILE_OPTIONS
     binary = compile_for(family, quantize.quantize_kernel, signature, constants, aligned, options)
     check_resources(binary, family)

@@ -10,6 +10,7 @@ from ptq import formats
 from ptq.runtime.exactness import count_outside
 from ptq.runtime.kernels.hadamard_quantize import hadamard_quantize, hadamard_quantize_reference
 from ptq.runtime.spec import QuantSpec
+from ptq.transforms import encode_blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 GOLDEN = Path(__file__).parents[3] / "golden"
@@ -46,6 +47,40 @@ def test_rotations_with_smoothing(name, out, rotation):
     x, smooth = exact_input(7, 256)
     x[0, :64] = 0
     check(x, smooth, QuantSpec(name, rotation, True), out)
+
+
+def exact_blocks(k, size, seed=0):
+    """Learned blocks whose entries are multiples of 1/8, so that sums with `exact_input` are exact."""
+    entries = torch.randint(-8, 9, (k // size, size, size), generator=torch.Generator().manual_seed(seed))
+    entries[:, 0, 0] = 8
+    return encode_blocks(entries.float())
+
+
+@pytest.mark.parametrize(("name", "out"), EVERY_OUTPUT)
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("rows", [0, 1, 70])
+def test_learned_blocks(name, out, size, rows):
+    if size % formats.get(name).group_size:
+        pytest.skip("blocks hold whole groups")
+    x, _ = exact_input(rows, 384)
+    spec = QuantSpec(name, size, learned=True)
+    check(x, exact_blocks(384, size), spec, out)
+    if rows:
+        check(x.T.contiguous().T.float() / 64, exact_blocks(384, size, 1), spec, out)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "hif4"])
+def test_learned_blocks_hold_every_e4m3_value(name):
+    blocks = torch.arange(4096, dtype=torch.int32).remainder(127).to(torch.uint8).view(1, 64, 64)
+    blocks[:, ::2] |= 0x80
+    check(torch.eye(64, dtype=torch.bfloat16), blocks, QuantSpec(name, 64, learned=True), "bf16")
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "hif4"])
+def test_learned_blocks_with_groups_that_are_not_finite(name):
+    x, _ = exact_input(4, 128)
+    x[1, 70] = float("inf")
+    check(x, exact_blocks(128, 64), QuantSpec(name, 64, learned=True), "packed")
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "hif4"])
