@@ -117,15 +117,25 @@ def test_gemm_packed(entry, name):
     assert binary.instructions(r"\b(HGMMA|HMMA|UTCHMMA)") > 0
 
 
-@pytest.mark.parametrize(("name", "out"), [("mxfp4", "fp8"), ("mxfp4", "packed"), ("hif4", "bf16"), ("hif4", "packed")])
+@pytest.mark.parametrize(
+    ("name", "rule", "out"),
+    [
+        ("mxfp4", None, "fp8"),
+        ("mxfp4", None, "packed"),
+        ("hif4", None, "bf16"),
+        ("hif4", None, "packed"),
+        ("hif4", "mse", "bf16"),
+        ("hif4", "mse", "packed"),
+    ],
+)
 @pytest.mark.parametrize("family", [90, 100, 120])
-def test_hadamard_quantize(family, name, out):
+def test_hadamard_quantize(family, name, rule, out):
     values = {"fp8": "*fp8e5", "packed": "*u8", "bf16": "*bf16"}[out]
     scales = SCALES[name] if out == "packed" else None
     signature = {"x_ptr": "*bf16", "smooth_ptr": "*bf16", "values_ptr": values, "scales_ptr": scales}
     signature |= {"counters_ptr": None, "units": "i32", "stride_m": "i32"}
     aligned = [name for name in ("x_ptr", "smooth_ptr", "values_ptr", "scales_ptr", "stride_m") if signature[name]]
-    constants = quantize.constants(QuantSpec(name, 32, True), out, torch.bfloat16, True, K, 0)
+    constants = quantize.constants(QuantSpec(name, 32, True, rule), out, torch.bfloat16, True, K, 0)
     options = quantize.COMPILE_OPTIONS
     binary = compile_for(family, quantize.quantize_kernel, signature, constants, aligned, options)
     check_resources(binary, family)
