@@ -4,8 +4,9 @@ A group is 8 x 2 x 4 elements. Element i is sign * k/4 * 2^(e8[i//8] + e16[i//4]
 e8 and e16, and an unsigned E6M2 scale S = 2^(E-48) * (1 + M/4). The scale word is one little-endian 32-bit word a group
 (PTO-ISA): bits 7:0 the E6M2 byte, bit 8+i = e8[i], bit 16+i = e16[i].
 
-The conversion follows the organisers' reference step by step (bfloat16 reciprocals included): its rounding of S and its
-thresholds are part of the format as everyone measures it, so they are bit-identical here rather than mathematically nicer.
+The rule `reference` follows the organisers' conversion step by step (bfloat16 reciprocals included): its rounding of S and
+its thresholds are part of the format as everyone measures it, so they are bit-identical here rather than mathematically
+nicer. The rule `mse` starts from its S and searches S and the exponents for the smallest squared error.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ NAN_SCALE = 0xFF
 SCALE_MIN, SCALE_MAX = 2.0**-48, 49152.0
 SCALE_BIAS = 48
 BF16_ONE_SEVENTH = 0.142578125  # bfloat16(1/7)
+MSE_BYTES = 3
+"""The rule `mse` tries this many E6M2 bytes, from the reference's upwards. Lower ones were measured to add nothing."""
+MSE_LARGEST = 128.0
+"""`mse` counts magnitudes above 128 quarters of S's power of two as 128. No such value can be written, so that only an
+error that no choice avoids becomes smaller, and squares stay finite."""
 
 
 class HiF4(Format):
@@ -30,7 +36,7 @@ class HiF4(Format):
     bits_per_value = 4.5
     scale_dtype = torch.int32
     scale_layout = "hif4-pto-u32-v1"
-    scale_rules = ("reference",)
+    scale_rules = ("reference", "mse")
     ties_options = ("away", "even")
 
     def steps(self, scales: Tensor) -> Tensor:
@@ -47,20 +53,20 @@ class HiF4(Format):
         return with_sign(level.to(torch.uint8), x)
 
     def quantize_columns(self, x_gn: Tensor, rule: str, ties: str) -> tuple[Tensor, Tensor]:
-        byte, _, e8, e16, level = _convert(x_gn, ties)
+        byte, _, e8, e16, level = _convert(x_gn, rule, ties)
         finite = byte != NAN_SCALE
         words = join_words(byte, (e8.reshape(8, -1) & finite).T, (e16.reshape(16, -1) & finite).T)
         return with_sign(level.reshape(x_gn.shape).to(torch.uint8), x_gn) * finite, words
 
     def fake_quantize_columns(self, x_gn: Tensor, rule: str, ties: str) -> Tensor:
-        byte, scale, e8, e16, level = _convert(x_gn, ties)
+        byte, scale, e8, e16, level = _convert(x_gn, rule, ties)
         quarter = torch.where(byte == NAN_SCALE, torch.nan, scale * 0.25) * (1.0 + e8.float()) * (1.0 + e16.float())
         return torch.copysign((level * quarter).reshape(x_gn.shape), x_gn) + 0.0
 
     def kernels(self, rule: str, ties: str) -> native.Kernels:
         from ptq.formats.native_hif4 import codes, values
 
-        return native.Kernels(codes, values, (ties == "even",))
+        return native.Kernels(codes, values, (rule == "mse", ties == "even"))
 
 
 def split_words(words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,23 +116,88 @@ def _powers(e8: Tensor, e16: Tensor) -> Tensor:
     return (1 << (e8.repeat_interleave(2, dim=-1) + e16)).float()
 
 
-def _convert(x_gn: Tensor, ties: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The reference conversion on float32 columns [64, n].
+def _convert(x_gn: Tensor, rule: str, ties: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A conversion of float32 columns [64, n].
 
     Returns:
         E6M2 byte int32 [n], S float32 [n], e8 bool [8, 1, 1, n], e16 bool [8, 2, 1, n], level float32 [8, 2, 4, n], a
         whole number in 0..7 (meaningless where the group is not finite: byte 0xFF).
     """
     magnitude = x_gn.abs().view(8, 2, 4, -1)
+    byte, r, e8, e16 = _search(magnitude) if rule == "mse" else _reference(magnitude)
+    factor = r * 4.0 * torch.where(e8, 0.5, 1.0) * torch.where(e16, 0.5, 1.0)
+    scaled = magnitude * factor
+    level = torch.round(scaled) if ties == "even" else torch.floor(scaled + 0.5)
+    return byte, scale_values(_finite(byte)), e8, e16, level.clamp(max=7.0)
+
+
+def _reference(magnitude: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The reference's scales of |x| [8, 2, 4, n]: byte, 1/S rounded to bfloat16, e8, e16; shapes as in `_convert`."""
     v16 = magnitude.amax(2, keepdim=True)
     v8 = v16.amax(1, keepdim=True)
     byte = _scale_bytes(v8.amax(0).flatten())
-    scale = scale_values(byte.masked_fill(byte == NAN_SCALE, 0))
-    r = _to_bf16(1.0 / scale)
+    r = _to_bf16(1.0 / scale_values(_finite(byte)))
     e8 = v8 * r >= 4.0
     half_e8 = torch.where(e8, 0.5, 1.0)  # 2^-e8
-    e16 = v16 * r * half_e8 >= 2.0
-    factor = r * 4.0 * half_e8 * torch.where(e16, 0.5, 1.0)
-    scaled = magnitude * factor
-    level = torch.round(scaled) if ties == "even" else torch.floor(scaled + 0.5)
-    return byte, scale, e8, e16, level.clamp(max=7.0)
+    return byte, r, e8, v16 * r * half_e8 >= 2.0
+
+
+def _search(magnitude: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The scales with the smallest squared error among the reference's byte and those above it, e8 and e16 free.
+
+    For given S and e8 each four elements choose e16 alone, and each eight choose e8 alone, so the optimum is exact. On
+    equal error the lower byte and the smaller exponents win. Both sides of a tie have the same error, so the scales do not
+    depend on how ties are rounded.
+
+    Returns:
+        Byte, 1/S rounded to float32, e8, e16; shapes as in `_convert`.
+    """
+    base = _scale_bytes(magnitude.amax((0, 1, 2)))
+    chosen = first = _finite(base)
+    exponent = (first >> 2) - SCALE_BIAS
+    # In quarters of S's power of two: steps lie between 1 and 10, and their products with levels are exact.
+    y = (magnitude * _power_of_two(2 - exponent)).clamp(max=MSE_LARGEST)
+    best = torch.full_like(y[0, 0, 0], torch.inf)
+    e8, e16 = (torch.zeros_like(part, dtype=torch.bool) for part in (y[:, 0, 0], y[:, :, 0]))
+    for byte in (first + offset for offset in range(MSE_BYTES)):
+        r, step = _reciprocals(byte) * _power_of_two(exponent), scale_values(byte) * _power_of_two(-exponent)
+        error0, error1, error2 = (_squared_errors(y, r * 0.5**shift, step * 2.0**shift) for shift in range(3))
+        low, high = torch.minimum(error0, error1), torch.minimum(error1, error2)  # of four elements, e8 = 0 and 1
+        low, high = low[:, 0] + low[:, 1], high[:, 0] + high[:, 1]  # of eight
+        raised = high < low
+        error = _sum_pairs(torch.minimum(low, high))
+        better = (error < best) & (byte < NAN_SCALE)
+        best, chosen = torch.where(better, error, best), torch.where(better, byte, chosen)
+        e8 = torch.where(better, raised, e8)
+        e16 = torch.where(better, torch.where(raised.unsqueeze(1), error2 < error1, error1 < error0), e16)
+    return torch.where(base == NAN_SCALE, base, chosen), _reciprocals(chosen), e8[:, None, None], e16[:, :, None]
+
+
+def _squared_errors(y: Tensor, r: Tensor, step: Tensor) -> Tensor:
+    """Squared error of each four elements, [8, 2, 4, n] -> [8, 2, n], under steps [n] with the rounded reciprocals r."""
+    squares = (y * r).round_().clamp_(max=7.0).mul_(step).sub_(y).square_()
+    return _sum_pairs(squares.movedim(2, 0))
+
+
+def _sum_pairs(x: Tensor) -> Tensor:
+    """Sum over the first dimension, a power of two, by adding neighbours: an order that depends on no device."""
+    while len(x) > 1:
+        x = x[0::2] + x[1::2]
+    return x[0]
+
+
+def _finite(byte: Tensor) -> Tensor:
+    """E6M2 bytes with those of NaN groups replaced by 0."""
+    return byte.masked_fill(byte == NAN_SCALE, 0)
+
+
+def _reciprocals(byte: Tensor) -> Tensor:
+    """1/S rounded to float32. No division: torch.compile's on a GPU is not always the nearest float32."""
+    mantissa = byte & 3
+    r = torch.where(mantissa == 1, 1 / 1.25, torch.where(mantissa == 2, 1 / 1.5, 1 / 1.75))
+    return torch.where(mantissa == 0, 1.0, r) * _power_of_two(SCALE_BIAS - (byte >> 2))
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent as float32 for int32 exponents in -126..127."""
+    return ((exponent + 127) << 23).view(torch.float32)

@@ -5,9 +5,12 @@ They share no code and no method with ptq.formats: tables, frexp and comparisons
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+E6M2 = np.array([2.0 ** (e - 48) * (1 + m / 4) for e in range(64) for m in range(4)][:255])
 
 
 def decode_mxfp4(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -86,6 +89,15 @@ def bf16(x: np.ndarray) -> np.ndarray:
     return np.ldexp(np.round(fraction * 256) / 256, exponent)
 
 
+def hif4_byte(magnitude: np.ndarray) -> int:
+    """E6M2 byte of the reference conversion for the float32 magnitudes of one group."""
+    seventh = float(np.float32(magnitude.max()) * np.float32(bf16(np.array(1 / 7))))
+    s = np.clip(bf16(np.array(seventh)) if seventh > 0 else 0.0, 2.0**-48, 49152.0)
+    distance = np.abs(E6M2 - s)
+    nearest = np.flatnonzero(distance == distance.min())
+    return int(nearest[0] if len(nearest) == 1 else next(i for i in nearest if i % 2 == 0))
+
+
 def quantize_hif4(x: np.ndarray, ties: str = "away") -> tuple[np.ndarray, np.ndarray]:
     """float64 groups [n, 64] of finite values with float32 or shorter significands -> (nibbles [n, 64], words [n]).
 
@@ -93,17 +105,11 @@ def quantize_hif4(x: np.ndarray, ties: str = "away") -> tuple[np.ndarray, np.nda
     """
     f32 = np.float32
     nibbles, words = np.zeros(x.shape, dtype=np.int64), np.zeros(len(x), dtype=np.int64)
-    levels = [(e, m) for e in range(64) for m in range(4) if (e, m) != (63, 3)]
-    values = np.array([2.0 ** (e - 48) * (1 + m / 4) for e, m in levels])
     for row, group in enumerate(x):
         magnitude = np.abs(group).astype(f32)
         v8, v16 = magnitude.reshape(8, 8).max(1), magnitude.reshape(16, 4).max(1)
-        seventh = float(f32(magnitude.max()) * f32(bf16(np.array(1 / 7))))
-        s = np.clip(bf16(np.array(seventh)) if seventh > 0 else 0.0, 2.0**-48, 49152.0)
-        distance = np.abs(values - s)
-        nearest = np.flatnonzero(distance == distance.min())
-        byte = int(nearest[0] if len(nearest) == 1 else next(i for i in nearest if i % 2 == 0))
-        r = f32(bf16(np.array(1 / values[byte])))
+        byte = hif4_byte(magnitude)
+        r = f32(bf16(np.array(1 / E6M2[byte])))
         e8 = (v8 * r >= 4).astype(int)
         e16 = (v16 * r / f32(2) ** np.repeat(e8, 2) >= 2).astype(int)
         with np.errstate(over="ignore"):
@@ -113,3 +119,40 @@ def quantize_hif4(x: np.ndarray, ties: str = "away") -> tuple[np.ndarray, np.nda
         nibbles[row] = level + 8 * ((group < 0) & (level > 0))
         words[row] = byte + (e8 << np.arange(8, 16)).sum() + (e16.astype(np.int64) << np.arange(16, 32)).sum()
     return nibbles, words
+
+
+def hif4_errors(x: np.ndarray, byte: np.ndarray) -> np.ndarray:
+    """Squared errors of float64 groups [n, 64] under bytes [n], nearest levels: [n, 8 eights, 8 choices of the exponents].
+
+    Choice 4 e8 + 2 a + b has a and b as the e16 of the first and the second four.
+    """
+    fours = np.abs(x).reshape(-1, 8, 2, 4)
+    choices = []
+    for e8, a, b in itertools.product((0, 1), repeat=3):
+        powers = 2.0 ** (e8 + np.array([a, b]))
+        step = (E6M2[byte][:, None] / 4 * powers)[:, None, :, None]
+        distances = np.abs(fours[..., None] - step[..., None] * np.arange(8))
+        choices.append((distances.min(-1) ** 2).sum((2, 3)))
+    return np.stack(choices, -1)
+
+
+def quantize_hif4_mse(x: np.ndarray, ties: str = "away") -> tuple[np.ndarray, np.ndarray]:
+    """The rule `mse`: float64 groups [n, 64], maxima below 2^20 -> (nibbles [n, 64], words [n]).
+
+    Scales by trying every byte with every choice of exponents, levels by products rounded to float32.
+    """
+    f32 = np.float32
+    base = np.array([hif4_byte(np.abs(group).astype(f32)) for group in x])
+    bytes_ = base[:, None] + np.arange(3)
+    choices = np.stack([hif4_errors(x, np.minimum(byte, 254)) for byte in bytes_.T], 1)  # [n, 3, 8, 8]
+    errors = np.where(bytes_ < 255, choices.min(-1).sum(-1), np.inf)
+    best = errors.argmin(1)
+    rows = np.arange(len(x))
+    byte, choice = bytes_[rows, best], choices[rows, best].argmin(-1)  # argmin takes the first of equals
+    e8, e16 = choice // 4, np.stack([choice // 2 % 2, choice % 2], -1).reshape(-1, 16)
+    step = E6M2[byte][:, None] / 4 * 2.0 ** (np.repeat(e8, 8, 1) + np.repeat(e16, 4, 1))
+    scaled = np.abs(x).astype(f32) * (f32(1) / step.astype(f32))
+    level = np.floor(scaled + f32(0.5)) if ties == "away" else np.round(scaled)
+    level = np.minimum(level, 7).astype(int)
+    words = byte + (e8 << np.arange(8, 16)).sum(1) + (e16 << np.arange(16, 32)).sum(1)
+    return level + 8 * ((x < 0) & (level > 0)), words

@@ -124,9 +124,11 @@ def test_ordinary_cpu_tensors_take_the_kernels_and_no_others(name, monkeypatch):
             codes, values, packed = fmt.quantize(x), fmt.fake_quantize(x), fmt.quantize_and_pack(x)[0]
         assert codes.elements.device == x.device and values.shape == x.shape and packed.shape == (2, 32)
     x = torch.randn(4, 64)
-    traced = torch.compile(fmt.fake_quantize, backend="eager", fullgraph=True)(x)
+    compiled = torch.compile(fmt.fake_quantize, backend="eager", fullgraph=True)
+    traced = {rule: compiled(x, scale_rule=rule) for rule in fmt.scale_rules}
     monkeypatch.undo()
-    assert torch.equal(traced, fmt.fake_quantize(x))
+    for rule, values in traced.items():
+        assert torch.equal(values, fmt.fake_quantize(x, scale_rule=rule))
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "hif4"])

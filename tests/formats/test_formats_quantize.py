@@ -111,6 +111,7 @@ def test_ties_options_differ_exactly_on_ties():
         ("mxfp4", "qmax7.25", 0.01247),
         ("mxfp4", "mse", 0.01246),
         ("hif4", "reference", 0.0069),
+        ("hif4", "mse", 0.00622),
     ],
 )
 def test_relative_mse_on_gaussians(name, rule, expected):
@@ -134,15 +135,18 @@ def test_share_of_ties_in_bfloat16_gaussians(name, options, share):
 @pytest.mark.parametrize("name", ["mxfp4", "hif4"])
 def test_zero_group(name):
     fmt = get(name)
-    codes = fmt.quantize(torch.zeros(2, 64))
-    assert codes.elements.eq(0).all() and codes.scales.eq(0).all()
-    assert fmt.dequantize(codes).eq(0).all()
+    for rule in fmt.scale_rules:
+        codes = fmt.quantize(torch.zeros(2, 64), scale_rule=rule)
+        assert codes.elements.eq(0).all() and codes.scales.eq(0).all()
+        assert fmt.dequantize(codes).eq(0).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("rule", ["floor", "mse", "reference"])
-def test_non_finite_group_becomes_nan_and_leaves_its_neighbours(rule, bad):
-    fmt = get("hif4" if rule == "reference" else "mxfp4")
+@pytest.mark.parametrize(
+    ("name", "rule"), [("mxfp4", "floor"), ("mxfp4", "mse"), ("hif4", "reference"), ("hif4", "mse")]
+)
+def test_non_finite_group_becomes_nan_and_leaves_its_neighbours(name, rule, bad):
+    fmt = get(name)
     clean = torch.randn(3, 2 * fmt.group_size, generator=torch.Generator().manual_seed(0))
     x = clean.clone()
     x[1, 3] = bad
@@ -155,11 +159,12 @@ def test_non_finite_group_becomes_nan_and_leaves_its_neighbours(rule, bad):
         assert torch.equal(values.isnan(), hit.repeat_interleave(fmt.group_size, 1))
 
 
-def test_hif4_limits():
+@pytest.mark.parametrize("rule", ["reference", "mse"])
+def test_hif4_limits(rule):
     fmt = get("hif4")
     x = torch.zeros(4, 64)
     x[:, 0] = torch.tensor([3.4e38, 344064.0, 2.0**-149, 7 * 2.0**-48])
-    codes = fmt.quantize(x)
+    codes = fmt.quantize(x, scale_rule=rule)
     assert (codes.scales[:, 0] & 0xFF).tolist() == [0xFE, 0xFE, 0, 0]
     assert fmt.dequantize(codes)[:, 0].tolist() == [344064.0, 344064.0, 0.0, 7 * 2.0**-48]
 

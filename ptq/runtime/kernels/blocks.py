@@ -1,4 +1,4 @@
-"""Device functions on register tiles: rotation, MXFP4 and HiF4 rounding, nibbles. Shared by the kernels of this folder.
+"""Device functions on register tiles: rotation, MXFP4 rounding, nibbles, decoding. Shared by the kernels of this folder.
 
 They repeat `ptq.formats` operation by operation on float32 bits, so that codes are equal and not merely close. Where a
 result could depend on contraction (a product feeding an addition), the kernels that call these functions are compiled
@@ -14,7 +14,6 @@ import triton.language as tl
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 INF_BITS = tl.constexpr(0x7F800000)
-BF16_ONE_SEVENTH = tl.constexpr(0.142578125)
 
 
 @triton.jit
@@ -202,64 +201,10 @@ def e2m1_values(nibbles):
 
 
 @triton.jit
-def hif4_convert(x, EVEN: tl.constexpr):
-    """float32 [R, L] -> (level float32 [G, 16, 4] in 0..7, quarter step float32 [G, 16], scale word int32 [G]).
-
-    Step by step `formats.hif4._convert`. Groups that are not finite get the word 0xFF, a NaN step and no defined level.
-    """
-    G: tl.constexpr = x.shape[0] * x.shape[1] // 64
-    quads = tl.reshape(x, (G, 16, 4))
-    v16 = tl.max(magnitude_bits(quads), 2)
-    v8 = tl.max(tl.reshape(v16, (G, 8, 2)), 2)
-    amax = tl.max(v8, 1)
-    finite = amax < INF_BITS
-    byte, r = _hif4_scale(amax, finite)
-    e8 = (v8.to(tl.float32, bitcast=True) * r[:, None] >= 4.0).to(tl.int32)
-    e8_of_16 = tl.reshape(tl.broadcast_to(e8[:, :, None], (G, 8, 2)), (G, 16))
-    v16_scaled = v16.to(tl.float32, bitcast=True) * r[:, None] * power_of_two(-e8_of_16)
-    e16 = (v16_scaled >= 2.0).to(tl.int32)
-    factor = r[:, None] * 4.0 * power_of_two(-e8_of_16) * power_of_two(-e16)
-    scaled = tl.abs(quads) * factor[:, :, None]
-    if EVEN:
-        level = (scaled + 12582912.0) - 12582912.0  # 1.5 * 2^23: its ulp is 1
-    else:
-        level = tl.floor(scaled + 0.5)
-    level = tl.minimum(level, 7.0)
-    e8_bits = tl.xor_sum(e8 << (8 + tl.arange(0, 8))[None, :], 1)
-    e16_bits = tl.xor_sum(e16 << (16 + tl.arange(0, 16))[None, :], 1)
-    word = tl.where(finite, byte | e8_bits | e16_bits, 255)
-    quarter = e6m2_value(word & 0xFF)[:, None] * 0.25 * power_of_two(e8_of_16 + e16)
-    return level, quarter, word
-
-
-@triton.jit
-def _hif4_scale(amax, finite):
-    """Bits of the group maximum int32 [G] -> (E6M2 byte int32, reciprocal of S rounded to bfloat16)."""
-    maximum = tl.where(finite, amax, 0).to(tl.float32, bitcast=True)
-    s = to_bf16(maximum * BF16_ONE_SEVENTH).to(tl.float32)
-    s = tl.minimum(tl.maximum(s, 3.552713678800501e-15), 49152.0)  # 2^-48
-    bits = s.to(tl.int32, bitcast=True)
-    byte = ((bits + 0xFFFFF + ((bits >> 21) & 1)) >> 21) - ((127 - 48) << 2)
-    mantissa = byte & 3
-    # bfloat16 of 1, 4/5, 2/3, 4/7: the reciprocals of the four mantissas.
-    r = tl.where(mantissa == 0, 1.0, tl.where(mantissa == 1, 0.80078125, 0.66796875))
-    r = tl.where(mantissa == 3, 0.5703125, r)
-    return byte, r * power_of_two(48 - (byte >> 2))
-
-
-@triton.jit
 def e6m2_value(byte):
     """E6M2 bytes int32 -> float32 S; 255 is NaN."""
     bits = (((byte >> 2) + (127 - 48)) << 23) | ((byte & 3) << 21)
     return tl.where(byte == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def hif4_nibbles(level, word, x):
-    """Levels float32 [G, 16, 4], scale words [G] and the source -> nibbles int32; a zero level is never signed."""
-    index = tl.where((word == 255)[:, None, None], 0.0, level).to(tl.int32)
-    negative = (tl.reshape(x, level.shape) < 0) & (index > 0)
-    return tl.where(negative, index | 8, index)
 
 
 @triton.jit

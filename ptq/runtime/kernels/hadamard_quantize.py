@@ -22,6 +22,7 @@ from torch import Tensor
 from ptq import formats
 from ptq.formats.mxfp4 import EXPONENT_CARRY
 from ptq.runtime.kernels import blocks as b
+from ptq.runtime.kernels.blocks_hif4 import hif4_convert, hif4_nibbles
 from ptq.runtime.spec import QuantSpec
 from ptq.transforms import rotation_scales
 
@@ -183,7 +184,7 @@ def quantize_kernel(
         x = b.rotate(x, ROTATION, FACTOR, PARTS)
     offset = row.to(tl.int64)[:, None] * K + column
     if HIF4:
-        _store_hif4(x, unit, offset, inside, values_ptr, scales_ptr, L, ROWS, OUT, AWAY)
+        _store_hif4(x, unit, offset, inside, values_ptr, scales_ptr, L, ROWS, OUT, MSE, AWAY)
     else:
         _store_mxfp4(
             x, unit, offset, inside, values_ptr, scales_ptr, counters_ptr, L, ROWS, OUT, CARRY, MSE, AWAY, E_REF
@@ -193,11 +194,11 @@ def quantize_kernel(
 @triton.jit
 def _store_hif4(
     x, unit, offset, inside, values_ptr, scales_ptr,
-    L: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, AWAY: tl.constexpr,
+    L: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, MSE: tl.constexpr, AWAY: tl.constexpr,
 ):  # fmt: skip
-    level, quarter, word = b.hif4_convert(x, EVEN=not AWAY)
+    level, quarter, word = hif4_convert(x, MSE, EVEN=not AWAY)
     if OUT == "packed":
-        nibbles = tl.reshape(b.hif4_nibbles(level, word, x), (ROWS, L))
+        nibbles = tl.reshape(hif4_nibbles(level, word, x), (ROWS, L))
         _store_packed(nibbles, tl.reshape(word, (ROWS, L // 64)), unit, inside, values_ptr, scales_ptr, L)
     else:
         magnitude = tl.reshape(level * quarter[:, :, None], (ROWS, L))

@@ -125,10 +125,20 @@ BASES = {
 
 
 @pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize(("name", "out"), [("mxfp4", "fp8"), ("mxfp4", "packed"), ("hif4", "bf16"), ("hif4", "packed")])
+@pytest.mark.parametrize(
+    ("name", "rule", "out"),
+    [
+        ("mxfp4", None, "fp8"),
+        ("mxfp4", None, "packed"),
+        ("hif4", None, "bf16"),
+        ("hif4", None, "packed"),
+        ("hif4", "mse", "bf16"),
+        ("hif4", "mse", "packed"),
+    ],
+)
 @pytest.mark.parametrize("family", [90, 100, 120])
-def test_hadamard_quantize(family, name, out, basis):
-    spec = QuantSpec(name, **BASES[basis])
+def test_hadamard_quantize(family, name, rule, out, basis):
+    spec = QuantSpec(name, scale_rule=rule, **BASES[basis])
     values = {"fp8": "*fp8e5", "packed": "*u8", "bf16": "*bf16"}[out]
     scales = SCALES[name] if out == "packed" else None
     signature = {"x_ptr": "*bf16", "basis_ptr": "*u8" if spec.learned else "*bf16"}

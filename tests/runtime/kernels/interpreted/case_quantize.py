@@ -46,7 +46,8 @@ def check(x, smooth, spec, out, **options):
 def test_rotations_with_smoothing(name, out, rotation):
     x, smooth = exact_input(7, 256)
     x[0, :64] = 0
-    check(x, smooth, QuantSpec(name, rotation, True), out)
+    for rule in (None, "mse"):
+        check(x, smooth, QuantSpec(name, rotation, True, rule), out)
 
 
 def exact_blocks(k, size, seed=0):
@@ -93,6 +94,15 @@ def test_every_rule_and_tie(name):
             check(x, smooth, spec, "bf16")
 
 
+@pytest.mark.parametrize("ties", ["away", "even"])
+@pytest.mark.parametrize("out", ["packed", "bf16"])
+def test_hif4_mse_in_every_binade(out, ties):
+    """Gaussian groups, so that squared errors round, from below the smallest scale to beyond the largest."""
+    x = torch.randn(256, 128, generator=torch.Generator().manual_seed(2))
+    x = x * torch.ldexp(torch.ones(256, 1), torch.arange(-128, 128).unsqueeze(1) // 2)
+    check(x, None, QuantSpec("hif4", 0, False, "mse", ties), out)
+
+
 @pytest.mark.parametrize(("name", "out"), EVERY_OUTPUT)
 @pytest.mark.parametrize("rows", [0, 1, 7, 63, 512])
 def test_row_counts(name, out, rows):
@@ -120,8 +130,9 @@ def test_groups_that_are_not_finite(name, bad):
     x, _ = exact_input(4, 128)
     x[1, 70] = bad
     for out in ("packed", "bf16"):
-        check(x, None, QuantSpec(name, 0), out)
-        check(x, None, QuantSpec(name, 32), out)
+        for rule in formats.get(name).scale_rules:
+            check(x, None, QuantSpec(name, 0, False, rule), out)
+            check(x, None, QuantSpec(name, 32, False, rule), out)
 
 
 def test_nan_becomes_the_fp8_nan():
