@@ -14,6 +14,7 @@ import json
 import math
 from pathlib import Path
 
+from ptq import formats
 from ptq.calibration.records import CalibrationSet
 from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.cli.common import quiet_libraries
@@ -32,35 +33,57 @@ OFF = {
     "rounding": "rtn",
     "rotation": 0,
     "smoothing": (),
+    "learned_transform": False,
     "clip_search": False,
     "bias_correction": False,
 }
-INGREDIENTS = ("rotation", "smoothing", "rounding", "clip_search", "bias_correction")
-LABELS = {"rounding": "gptq", "clip_search": "clip", "bias_correction": "bias"}
-ACTIVATION_RULES = {"mxfp4": ("floor", "ceil", "even", "qmax7.25", "mse"), "hif4": ()}
+SMOOTHING = {"smoothing": (0.4, 0.5, 0.6)}
+LEARNED = {"smoothing": (), "learned_transform": True}
+DAMPINGS = (0.03, 0.1)
 
 
 def variants(default: Recipe, format_name: str, widths: set[int]) -> dict[str, Recipe]:
-    """Name -> recipe: the ladder, each ingredient alone, the default without each, rotation sizes, activation rules.
+    """Name -> recipe: the ladder, each ingredient alone, the default without each, other values of its keys.
 
     Args:
         widths: every K of the model; only rotations that divide them all are tried.
     """
+    fmt = formats.get(format_name)
+    gptq, clip, bias = ({key: getattr(default, key)} for key in ("rounding", "clip_search", "bias_correction"))
+    rotation, activations = {"rotation": default.rotation}, {"activations": default.activations}
     plain = default.model_copy(update=OFF | {"activations": Recipe().activations})
     chosen: dict[str, Recipe] = {"rtn": plain}
+    steps = {"rotation": rotation, "smoothing": SMOOTHING, "learned transform": LEARNED}
+    steps |= {"gptq": gptq, "clip": clip, "bias": bias}
     recipe = plain
-    for key in INGREDIENTS:
-        recipe = recipe.model_copy(update={key: getattr(default, key)})
-        chosen[f"rtn + ... + {LABELS.get(key, key)}"] = recipe
+    for name, update in steps.items():
+        recipe = recipe.model_copy(update=update)
+        chosen[f"rtn + ... + {name}"] = recipe
     chosen["default recipe"] = default
-    for key in INGREDIENTS:
-        chosen[f"only {LABELS.get(key, key)}"] = plain.model_copy(update={key: getattr(default, key)})
-        chosen[f"all without {LABELS.get(key, key)}"] = default.model_copy(update={key: OFF[key]})
+    only = steps | {"learned transform": rotation | LEARNED, "activation scales": activations}
+    for name, update in only.items():
+        chosen[f"only {name}"] = plain.model_copy(update=update)
+    without = {
+        "any change of basis": {"rotation": 0, "learned_transform": False},
+        "learned transform": {"learned_transform": False},
+        **{name: {key: OFF[key] for key in steps[name]} for name in ("gptq", "clip", "bias")},
+        "activation scales": {"activations": Recipe().activations},
+    }
+    for name, update in without.items():
+        chosen[f"all without {name}"] = default.model_copy(update=update)
+    smoothed = {"learned_transform": False} | SMOOTHING
+    chosen["all, smoothing for learned transform"] = default.model_copy(update=smoothed)
     for size in (size for size in BLOCK_SIZES if all(k % size == 0 for k in widths)):
-        chosen[f"all, rotation {size}"] = default.model_copy(update={"rotation": size})
-    for rule in ACTIVATION_RULES[format_name]:
-        activations = default.activations.model_copy(update={"scale_rule": rule})
-        chosen[f"all, activations {rule}"] = default.model_copy(update={"activations": activations})
+        learned = default.learned_transform and size % fmt.group_size == 0
+        label = f"all, blocks of {size}" if learned else f"all, smoothing for learned transform, blocks of {size}"
+        chosen[label] = default.model_copy(update={"rotation": size} | ({} if learned else smoothed))
+    for rule in fmt.scale_rules:
+        scales = default.activations.model_copy(update={"scale_rule": rule})
+        chosen[f"all, activations {rule}"] = default.model_copy(update={"activations": scales})
+    for damping in DAMPINGS:
+        chosen[f"all, damping {damping:g}"] = default.model_copy(
+            update={"gptq": default.gptq.model_copy(update={"damping": damping})}
+        )
     return chosen
 
 

@@ -97,7 +97,7 @@ def quantize(
 def summary(manifest: Manifest) -> dict[str, object]:
     """The few facts shown after quantizing and by inspect."""
     coverage = manifest.coverage
-    errors = {f"denoiser error, {e.expert}": f"{e.denoiser_error:.3e}" for e in manifest.experts}
+    errors = {f"denoiser error, {e.expert}": f"{e.denoiser_error:.3e} on {e.records} records" for e in manifest.experts}
     return {
         "format": manifest.format,
         "recipe": manifest.recipe_name,

@@ -48,11 +48,14 @@ class RecordSettings(_Strict):
         weighting: weight of a record in statistics: d_sigma2 (what an error there adds to the final latent) or uniform.
         inputs: the stream that feeds the statistics: of the original model, or propagated through quantized blocks.
         tokens_per_record: tokens sampled from each record for the searches (the Hessian uses all tokens).
+        for_report: records of each expert that are replayed where the codes take nothing from records: those of plain
+            rounding only serve the errors in the report.
     """
 
     weighting: Literal["d_sigma2", "uniform"] = "d_sigma2"
     inputs: Literal["original", "propagated"] = "original"
     tokens_per_record: int = Field(default=128, gt=0)
+    for_report: int = Field(default=2, gt=0)
 
 
 class Recipe(_Strict):
@@ -87,6 +90,11 @@ class Recipe(_Strict):
     def needs_records(self) -> bool:
         """Whether the codes depend on calibration records."""
         return bool(self.needs_hessian or self.smoothing or self.bias_correction)
+
+    @property
+    def record_limit(self) -> int | None:
+        """How many records of each expert are replayed; None: all."""
+        return None if self.needs_records else self.records.for_report
 
     @property
     def needs_hessian(self) -> bool:

@@ -43,6 +43,16 @@ def record_weights(records: Sequence[Record], weighting: str) -> list[float]:
     return [weight * len(raw) / total for weight in raw] if total else [1.0] * len(raw)
 
 
+def spread(records: Sequence[Record], limit: int | None) -> list[Record]:
+    """At most `limit` records, evenly spaced in order of sigma, the first and the last step among them; in file order."""
+    if limit is None or limit >= len(records):
+        return list(records)
+    ordered = sorted(range(len(records)), key=lambda i: records[i].sigma)
+    last = len(ordered) - 1
+    picked = {ordered[round(i * last / max(1, limit - 1))] for i in range(limit)} if limit > 1 else {ordered[last // 2]}
+    return [record for i, record in enumerate(records) if i in picked]
+
+
 class ExpertCalls:
     """The calls of one expert in a record set.
 
@@ -51,16 +61,22 @@ class ExpertCalls:
         replay: runs head and tail (the original's and the packed model's are the same).
         calibration: the record set.
         weighting: of statistics: d_sigma2 or uniform.
+        limit: use at most this many records, see `spread`.
 
     Raises:
         PtqError: the set has no records of this expert.
     """
 
     def __init__(
-        self, expert: str, replay: ExpertReplay, calibration: CalibrationSet, weighting: str = OUTPUT_WEIGHTING
+        self,
+        expert: str,
+        replay: ExpertReplay,
+        calibration: CalibrationSet,
+        weighting: str = OUTPUT_WEIGHTING,
+        limit: int | None = None,
     ) -> None:
         self._replay, self._calibration = replay, calibration
-        records = calibration.of_expert(expert)
+        records = spread(calibration.of_expert(expert), limit)
         if not records:
             raise PtqError(
                 f"{calibration.directory} has no records of {expert}. Record more steps (--steps, --records-per-prompt) so "

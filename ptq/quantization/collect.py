@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from ptq.solvers.stats import InputStats
 
+COLUMNS = 1024
+"""Columns of a Hessian that are updated by one product."""
+
 
 class InputCollector:
     """Accumulates `InputStats` of one input of width K.
@@ -48,7 +51,11 @@ class InputCollector:
         self._sum_k += x32.sum(0) * weight
         torch.maximum(self._absmax_k, x32.abs().amax(0), out=self._absmax_k)
         if self._h_kk is not None:
-            self._h_kk.addmm_(x32.T, x32, alpha=weight)
+            # Symmetric: only blocks on and above the diagonal are computed, `stats` mirrors them.
+            for start in range(0, x32.shape[1], COLUMNS):
+                part = slice(start, start + COLUMNS)
+                above = x32[:, : part.stop]
+                self._h_kk[: part.stop, part].addmm_(above.T, x32[:, part], alpha=weight)
         self._weight += weight * len(x_tk)
         self._tokens += len(x_tk)
         picked = torch.randperm(len(x_tk), generator=self._generator)[: self._sample].sort().values
@@ -64,6 +71,10 @@ class InputCollector:
         if self._sum_k is None or self._absmax_k is None:
             empty = torch.zeros(0)
             return InputStats(None, empty, empty, 0.0, 0, torch.zeros(0, 0), empty)
+        if self._h_kk is not None:
+            for start in range(COLUMNS, len(self._h_kk), COLUMNS):
+                part = slice(start, start + COLUMNS)
+                self._h_kk[part, :start] = self._h_kk[:start, part].T
         return InputStats(
             h_kk=self._h_kk,
             mean_k=(self._sum_k / self._weight).float() if self._weight else self._sum_k.float(),

@@ -68,7 +68,8 @@ class ExpertRun:
     ) -> None:
         self.name, self.replay, self.settings, self.work = name, replay, settings, work
         self._processes = processes
-        self._calls = ExpertCalls(name, replay, calibration, settings.recipe.records.weighting)
+        recipe = settings.recipe
+        self._calls = ExpertCalls(name, replay, calibration, recipe.records.weighting, recipe.record_limit)
         self._records = self._calls.items
         self._original, self._propagated = self._calls.start(scratch), self._calls.start(scratch)
 

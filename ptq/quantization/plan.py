@@ -11,6 +11,7 @@ from ptq import formats
 from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.shards import ShardSet
 from ptq.fs import files_below
+from ptq.quantization.calls import spread
 from ptq.quantization.coverage import measure_coverage, tokens_of
 from ptq.quantization.run import check_inputs
 from ptq.quantization.settings import QuantizeSettings
@@ -53,10 +54,11 @@ def describe_plan(
     coverage = measure_coverage(layout, shards, calibration, settings)
     plan = {"model": f"{layout.path} ({layout.preset.variant})", "format": formats.get(settings.format).name}
     for expert in layout.experts:
-        records = len(calibration.of_expert(expert))
+        records, recorded = _used_records(calibration, settings, expert), len(calibration.of_expert(expert))
+        tokens = _size(layout, calibration, expert).tokens
         plan[expert] = (
-            f"{layout.num_blocks(expert)} blocks, {records} records of {_size(layout, calibration, expert).tokens} "
-            f"tokens, hidden states {gigabytes(stream_bytes(layout, calibration, expert))}"
+            f"{layout.num_blocks(expert)} blocks, {records} of {recorded} records of {tokens} tokens, "
+            f"hidden states {gigabytes(stream_bytes(layout, calibration, settings, expert))}"
         )
     needs = estimate_needs(layout, calibration, settings, device, out)
     plan["recipe"] = f"{settings.recipe_name}: {settings.recipe.description}"
@@ -80,10 +82,15 @@ def _size(layout: ModelLayout, calibration: CalibrationSet, expert: str) -> Call
     return CallSize(tokens, calibration.text_tokens(record), (c, t, h, w))
 
 
-def stream_bytes(layout: ModelLayout, calibration: CalibrationSet, expert: str) -> int:
+def _used_records(calibration: CalibrationSet, settings: QuantizeSettings, expert: str) -> int:
+    return len(spread(calibration.of_expert(expert), settings.recipe.record_limit))
+
+
+def stream_bytes(layout: ModelLayout, calibration: CalibrationSet, settings: QuantizeSettings, expert: str) -> int:
     """Bytes of both streams of hidden states of an expert's records."""
     tokens = _size(layout, calibration, expert).tokens
-    return 2 * STREAM_BYTES * width(layout.experts[expert]) * tokens * len(calibration.of_expert(expert))
+    records = _used_records(calibration, settings, expert)
+    return 2 * STREAM_BYTES * width(layout.experts[expert]) * tokens * records
 
 
 def packed_bytes(layout: ModelLayout, settings: QuantizeSettings) -> int:
@@ -117,7 +124,7 @@ def estimate_needs(
     fit into `max_memory` (default: half of the RAM). Memory: the streams (in RAM, or paged from disk), one block, its
     statistics, one forward.
     """
-    streams = max(stream_bytes(layout, calibration, expert) for expert in layout.experts)
+    streams = max(stream_bytes(layout, calibration, settings, expert) for expert in layout.experts)
     in_ram = streams <= (psutil.virtual_memory().available // 2 if max_memory is None else max_memory)
     folders = [path for path in layout.path.iterdir() if path.name not in layout.experts]
     others = 0 if link else sum(_bytes_below(folder) for folder in folders)
@@ -155,7 +162,7 @@ def estimate_seconds(
     passes = 3 if settings.recipe.records.inputs == "propagated" else 2
     seconds = 0.0
     for expert, config in layout.experts.items():
-        size, records = _size(layout, calibration, expert), len(calibration.of_expert(expert))
+        size, records = _size(layout, calibration, expert), _used_records(calibration, settings, expert)
         seconds += passes * records * forward_flops(config, size) / (rate * EFFICIENCY)
         if settings.recipe.needs_hessian:
             seconds += records * hessian_flops(config, size) / (rate32 * EFFICIENCY)

@@ -21,6 +21,7 @@ from ptq.errors import PtqError, UsageError
 from ptq.fs import digest, free_space_hint
 from ptq.locks import exclusive
 from ptq.quantization.assemble import copy_components, write_expert
+from ptq.quantization.calls import spread
 from ptq.quantization.coverage import measure_coverage, tokens_of
 from ptq.quantization.expert import ExpertResult, ExpertRun
 from ptq.quantization.processes import Processes
@@ -135,7 +136,8 @@ def _run_experts(
     with ui.progress("Quantizing blocks", sum(layout.num_blocks(expert) for expert in layout.experts)) as bar:
         for expert, config in layout.experts.items():
             replay = ExpertReplay(shards[expert], config, options.device, dtype)
-            scratch = stream_scratch(layout, expert, calibration, work.path, options.max_memory)
+            limit = settings.recipe.record_limit
+            scratch = stream_scratch(layout, expert, calibration, work.path, options.max_memory, limit)
             result = ExpertRun(expert, replay, calibration, settings, work, scratch, processes).run(bar)
             results.append(result)
             if not processes.first:
@@ -223,7 +225,12 @@ def base_model_identity(layout: ModelLayout, shards: dict[str, ShardSet]) -> dic
 
 
 def stream_scratch(
-    layout: ModelLayout, expert: str, calibration: CalibrationSet, work: Path, max_memory: int | None
+    layout: ModelLayout,
+    expert: str,
+    calibration: CalibrationSet,
+    work: Path,
+    max_memory: int | None,
+    record_limit: int | None,
 ) -> Path | None:
     """Where the streams of hidden states go: None (RAM) when both fit, otherwise a scratch folder.
 
@@ -232,7 +239,7 @@ def stream_scratch(
     """
     config = layout.experts[expert]
     width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-    records = calibration.of_expert(expert)
+    records = spread(calibration.of_expert(expert), record_limit)
     need = 2 * 4 * width * sum(tokens_of(calibration, record, config) for record in records[:1]) * len(records)
     limit = max_memory if max_memory is not None else psutil.virtual_memory().available // 2
     if need <= limit:

@@ -66,10 +66,10 @@ def forward_flops(config: Mapping[str, Any], size: CallSize) -> float:
 
 
 def hessian_flops(config: Mapping[str, Any], size: CallSize) -> float:
-    """Operations of adding one call's inputs to the seven Hessians of every block."""
+    """Operations of adding one call's inputs to the seven Hessians of every block; half of each is mirrored."""
     total = 0.0
     for name, k in input_widths(config).items():
-        total += 2.0 * (size.text if name == "attn2.context" else size.tokens) * k * k
+        total += (size.text if name == "attn2.context" else size.tokens) * k * k
     return int(config["num_layers"]) * total
 
 

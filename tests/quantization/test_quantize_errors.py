@@ -45,7 +45,7 @@ def test_a_sweep_measures_what_full_runs_of_its_recipes_would(model, records, he
 
 
 def test_the_denoiser_error_weighs_records_by_d_sigma2_whatever_the_statistics_weigh(model, records, tmp_path):
-    run(model, records, tmp_path / "out", make_settings("hif4", "records.weighting=uniform"))
+    run(model, records, tmp_path / "out", make_settings("hif4", "records.weighting=uniform", "records.for_report=1000"))
     packed = read_layout(tmp_path / "out")
     expected = denoiser_errors(read_layout(model), packed, CalibrationSet(records))
     found = {entry.expert: entry.denoiser_error for entry in read_manifest(packed.path).experts}

@@ -1,7 +1,7 @@
 """The plan's figures against what a run really leaves and holds."""
 
 import pytest
-from quantization_helpers import make_settings
+from quantization_helpers import FULL, make_settings
 
 from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.shards import ShardSet
@@ -23,8 +23,10 @@ def test_streams_are_two_float32_tensors_of_every_record(model, records):
     config = layout.experts["transformer"]
     width = config["num_attention_heads"] * config["attention_head_dim"]
     tokens = [found.shape(record)[1:] for record in found.of_expert("transformer")]
-    elements = sum(t * (h // 2) * (w // 2) * width for t, h, w in tokens)
-    assert stream_bytes(layout, found, "transformer") == 2 * 4 * elements
+    elements = [t * (h // 2) * (w // 2) * width for t, h, w in tokens]
+    assert stream_bytes(layout, found, make_settings("mxfp4", *FULL), "transformer") == 2 * 4 * sum(elements)
+    # Plain rounding replays two records for its report.
+    assert stream_bytes(layout, found, make_settings("mxfp4"), "transformer") == 2 * 4 * sum(elements[:2])
 
 
 def test_needs_follow_the_options(model, records, tmp_path):
@@ -34,7 +36,7 @@ def test_needs_follow_the_options(model, records, tmp_path):
     need = estimate_needs(layout, found, plain, "cpu", out)
     assert estimate_needs(layout, found, gptq, "cpu", out).ram > need.ram  # Hessians
     assert estimate_needs(layout, found, plain, "cpu", out, link=True).disk < need.disk
-    streams = max(stream_bytes(layout, found, expert) for expert in layout.experts)
+    streams = max(stream_bytes(layout, found, plain, expert) for expert in layout.experts)
     spilled = estimate_needs(layout, found, plain, "cpu", out, max_memory=0)
     assert (spilled.disk, spilled.ram) == (need.disk + streams, need.ram - streams)
     on_gpu = estimate_needs(layout, found, plain, "cuda", out)
@@ -49,5 +51,5 @@ def test_the_plan_is_told_in_words(model, records, tmp_path, format_name):
     rows = describe_plan(
         read_layout(model), CalibrationSet(records), make_settings(format_name), "cpu", tmp_path / "out"
     )
-    assert "records of" in rows["transformer"] and rows["time, estimated"].endswith("on cpu")
+    assert "blocks, 2 of 6 records of" in rows["transformer"] and rows["time, estimated"].endswith("on cpu")
     assert rows["W4A4 share of Linear parameters"].endswith("%") and not list(tmp_path.iterdir())

@@ -1,0 +1,51 @@
+"""What replay gathers: Hessians of wide inputs, and which records are replayed at all."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from quantization_helpers import FULL, file_digests, make_settings, run
+
+from ptq.calibration.records import CalibrationSet, Record
+from ptq.quantization.calls import spread
+from ptq.quantization.collect import COLUMNS, InputCollector
+
+
+@pytest.mark.parametrize("k", [64, COLUMNS, COLUMNS + 64, 2 * COLUMNS + 192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_hessian_is_the_weighted_sum_over_all_tokens(k, dtype):
+    generator = torch.Generator().manual_seed(0)
+    parts, weights = [torch.randn(1, n, k, generator=generator) for n in (40, 7)], (0.5, 2.0)
+    collector = InputCollector(5, hessian=True, dtype=dtype)
+    for x, weight in zip(parts, weights, strict=True):
+        collector.update(x, weight)
+    stats = collector.stats()
+    expected = sum(w * x[0].double().T @ x[0].double() for x, w in zip(parts, weights, strict=True))
+    assert stats.h_kk.dtype == dtype and torch.equal(stats.h_kk, stats.h_kk.T)
+    torch.testing.assert_close(stats.h_kk.double(), expected, rtol=1e-4, atol=1e-4)
+    assert (stats.n_tokens, stats.weight_sum, len(stats.x_tk)) == (47, 0.5 * 40 + 2.0 * 7, 10)
+
+
+def record(index: int, sigma: float) -> Record:
+    return Record(f"{index}", "f", "p", "transformer", index, 1000 * sigma, sigma, 0.1, "cond")
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.integers(1, 40))
+def test_spread_takes_evenly_from_first_step_to_last(sigmas, limit):
+    records = [record(i, sigma) for i, sigma in enumerate(sigmas)]
+    found = spread(records, limit)
+    assert len(found) == min(limit, len(records))
+    assert found == [r for r in records if r in found], "in file order"
+    if limit > 1:
+        assert {min(sigmas), max(sigmas)} <= {r.sigma for r in found}
+    assert spread(records, None) == records
+
+
+def test_plain_rounding_replays_few_records_and_gives_the_same_codes(single, single_records, tmp_path):
+    total = len(CalibrationSet(single_records).of_expert("transformer"))
+    few = run(single, single_records, tmp_path / "few", make_settings("hif4"))
+    every = run(single, single_records, tmp_path / "every", make_settings("hif4", "records.for_report=1000"))
+    full = run(single, single_records, tmp_path / "full", make_settings("hif4", *FULL))
+    assert [m.experts[0].records for m in (few, every, full)] == [2, total, total] and total > 2
+    assert file_digests(tmp_path / "few") == file_digests(tmp_path / "every")
+    assert few.experts[0].denoiser_error == pytest.approx(every.experts[0].denoiser_error, rel=0.5)
