@@ -20,8 +20,10 @@ from ptq.runtime.kernels.ffn_fused import ffn_up_quantized, ffn_up_quantized_ref
 from ptq.runtime.kernels.gemm_fp8 import gemm_fp8
 from ptq.runtime.kernels.gemm_packed import gemm_packed
 from ptq.runtime.kernels.hadamard_quantize import hadamard_quantize, hadamard_quantize_reference
+from ptq.transforms import encode_blocks
 
 MXFP4, HIF4 = QuantSpec("mxfp4", 32, True), QuantSpec("hif4", 32, True)
+LEARNED = QuantSpec("mxfp4", 64, scale_rule="even", learned=True), QuantSpec("hif4", 64, scale_rule="mse", learned=True)
 FP8_LIMIT, FP8_ACCURATE_LIMIT, F32_LIMIT = 1.6e-3, 4e-4, 2e-6
 """Relative error of float32 results: fast FP8 accumulation (14 bits), promoted every 512, true float32."""
 CODE_LIMIT = 1e-4
@@ -76,17 +78,29 @@ def _weight(case: Case, name: str, device: torch.device) -> tuple[Tensor, Tensor
     return packed.to(device), scale.to(device)
 
 
+def _blocks(k: int, device: torch.device) -> Tensor:
+    """Random learned blocks of 64 with entries that are multiples of 1/8."""
+    entries = torch.randint(-8, 9, (k // 64, 64, 64), generator=torch.Generator().manual_seed(k))
+    entries[:, 0, 0] = 8
+    return encode_blocks(entries.float()).to(device)
+
+
 def _quantizer(case: Case, x: Tensor, smooth: Tensor) -> Iterator[Check]:
-    for spec, outs in ((MXFP4, ("packed", "bf16", "fp8")), (HIF4, ("packed", "bf16"))):
-        for out in outs:
-            found = hadamard_quantize(x, smooth, spec, out)
-            expected = hadamard_quantize_reference(x, smooth, spec, out)
-            yield Check(f"quantize {spec.format} {out} {case}", _mismatch(found.values, expected.values), CODE_LIMIT)
+    blocks = _blocks(case.k, x.device)
+    for spec in (MXFP4, HIF4, *LEARNED):
+        basis = blocks if spec.learned else smooth
+        for out in ("packed", "bf16", "fp8") if spec.format == "mxfp4" else ("packed", "bf16"):
+            found = hadamard_quantize(x, basis, spec, out)
+            expected = hadamard_quantize_reference(x, basis, spec, out)
+            name = f"quantize {spec.format}{' learned' * spec.learned} {out} {case}"
+            yield Check(name, _mismatch(found.values, expected.values), CODE_LIMIT)
     integers = (x.float() * 8).round().clamp(-127, 127).to(torch.bfloat16)  # every rotation sum is exact
-    for spec, out in ((QuantSpec("mxfp4", 32), "fp8"), (QuantSpec("hif4", 64), "bf16")):
-        found = hadamard_quantize(integers, None, spec, out).values
-        expected = hadamard_quantize_reference(integers, None, spec, out).values
-        yield Check(f"quantize {spec.format} {out}, exact sums {case}", _mismatch(found, expected), 0.0)
+    for spec in (QuantSpec("mxfp4", 32), QuantSpec("hif4", 64), *LEARNED):
+        out, basis = "fp8" if spec.format == "mxfp4" else "bf16", blocks if spec.learned else None
+        found = hadamard_quantize(integers, basis, spec, out).values
+        expected = hadamard_quantize_reference(integers, basis, spec, out).values
+        name = f"quantize {spec.format}{' learned' * spec.learned} {out}, exact sums {case}"
+        yield Check(name, _mismatch(found, expected), 0.0)
 
 
 def _products(case: Case, x: Tensor, smooth: Tensor, device: torch.device) -> Iterator[Check]:
@@ -121,21 +135,27 @@ def _fused(case: Case, a: Tensor, w: Tensor, placement: Placement) -> Iterator[C
 
 def _layers(case: Case, rows: tuple[int, ...], device: torch.device) -> Iterator[Check]:
     """Every backend that can run here, through QuantLinear, against the float32 path on the CPU."""
-    for spec in (MXFP4, HIF4):
+    for spec in (MXFP4, HIF4, *LEARNED):
         packed, scale = _weight(case, spec.format, torch.device("cpu"))
         codes = formats.get(spec.format).unpack(packed, scale)
-        smooth = _input(case, torch.device("cpu"))[1]
-        layer = QuantLinear.from_codes(codes, spec, torch.linspace(-1, 1, case.n), smooth)
+        basis = _blocks(case.k, packed.device) if spec.learned else _input(case, packed.device)[1]
+        layer = QuantLinear.from_codes(codes, spec, torch.linspace(-1, 1, case.n), basis)
         for m in rows:
             x = _input(Case(m, case.n, case.k), torch.device("cpu"))[0]
-            expected = cpu.linear(x.float(), packed, scale, layer.bias, smooth, spec)
+            expected = cpu.linear(x.float(), packed, scale, layer.bias, basis, spec)
             for backend, found in _each_backend(layer, x, device):
-                yield Check(f"layer {spec.format} {backend} {m} rows", _relative(found.cpu(), expected), 8e-3)
+                name = f"layer {spec.format}{' learned' * spec.learned} {backend} {m} rows"
+                yield Check(name, _relative(found.cpu(), expected), 8e-3)
 
 
 def _each_backend(layer: QuantLinear, x: Tensor, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     state = {name: tensor.to(device) for name, tensor in layer.state_dict().items()}
-    tensors = (state["weight_packed"], state["weight_scale"], state["bias"], state["smooth"])
+    tensors = (
+        state["weight_packed"],
+        state["weight_scale"],
+        state["bias"],
+        state["transform" if layer.spec.learned else "smooth"],
+    )
     placement = ops.placement_of(*tensors[:2], layer.spec.format)
     shape = backends.Shape(x.shape[0], layer.out_features, layer.in_features)
     machine = backends.machine_of(device)

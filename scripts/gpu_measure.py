@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptq.runtime import QuantSpec
-from ptq.runtime.bench_linear import median_seconds, quantized_layer
+from ptq.runtime.bench_linear import SPECS, median_seconds, plain_basis, quantized_layer
 from ptq.runtime.exactness import place
 from ptq.runtime.kernels import ffn_fused, gemm_fp8
 from ptq.runtime.kernels.expand_weight import expand_weight
@@ -25,7 +25,8 @@ TI2V_5B = {"heads": 24, "ffn": 14336, "layers": 30, "channels": 48, "latent": (3
 """Geometry of one denoiser call: 832 x 480 x 81 frames and 1280 x 704 x 121 frames."""
 TEXT_TOKENS, TEXT_DIM = 512, 4096
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
-SPECS = {"mxfp4": QuantSpec("mxfp4", 32), "hif4": QuantSpec("hif4", 64)}
+HADAMARD = QuantSpec("mxfp4", 32)
+"""For kernels by themselves: the fused feed-forward takes no learned transform."""
 TILE_CANDIDATES = tuple(
     Tile(m, n, k, warps, stages)
     for m, n, warps in ((64, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8))
@@ -68,6 +69,10 @@ def quantizer_bandwidth(rows: int, width: int, device: torch.device, repeats: in
             spec = QuantSpec(name, 32, True)
             run = lambda spec=spec, out=out: hadamard_quantize(x, smooth, spec, out).values  # noqa: E731
             jobs[f"{name} {out}"] = (run, nbytes)
+    for name, spec in SPECS.items():
+        out, basis = ("fp8", "bf16")[name == "hif4"], plain_basis(spec, width, device)
+        run = lambda spec=spec, out=out, basis=basis: hadamard_quantize(x, basis, spec, out).values  # noqa: E731
+        jobs[f"{name} {out}, default recipe"] = (run, {"fp8": 3.0, "bf16": 4.0}[out])
     seconds = median_seconds({name: run for name, (run, _) in jobs.items()}, device, repeats)
     rate = {name: x.numel() * nbytes / seconds[name] / 1e9 for name, (_, nbytes) in jobs.items()}
     return [
@@ -78,7 +83,7 @@ def quantizer_bandwidth(rows: int, width: int, device: torch.device, repeats: in
 
 def fused_ffn(rows: int, width: int, ffn: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
     """Up projection, GELU and quantization of the down projection's input: one kernel against three."""
-    spec = SPECS["mxfp4"]
+    spec = HADAMARD
     layer = quantized_layer(torch.randn(ffn, width, device=device) / width**0.5, spec)
     placement = place(layer.weight_packed, layer.weight_scale)
     w = expand_weight(layer.weight_packed, layer.weight_scale, "mxfp4", placement)
@@ -128,10 +133,10 @@ def tile_candidates(rows: int, n: int, k: int, device: torch.device, repeats: in
     """TFLOP/s of gemm_fp8 for each candidate tile that runs, fastest first: entries for kernels/tiles.py."""
     from triton.runtime.errors import OutOfResources
 
-    layer = quantized_layer(torch.randn(n, k, device=device) / k**0.5, SPECS["mxfp4"])
+    layer = quantized_layer(torch.randn(n, k, device=device) / k**0.5, HADAMARD)
     placement = place(layer.weight_packed, layer.weight_scale)
     w = expand_weight(layer.weight_packed, layer.weight_scale, "mxfp4", placement)
-    a = hadamard_quantize(torch.randn(rows, k, device=device).bfloat16(), None, SPECS["mxfp4"], "fp8").values
+    a = hadamard_quantize(torch.randn(rows, k, device=device).bfloat16(), None, HADAMARD, "fp8").values
     found = []
     for tile in TILE_CANDIDATES:
         run = lambda tile=tile: gemm_fp8.gemm_fp8(a, w, placement.exponent, None, None, torch.bfloat16, tile=tile)  # noqa: E731

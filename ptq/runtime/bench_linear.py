@@ -22,12 +22,17 @@ from ptq.runtime import cpu
 from ptq.runtime.linear import QuantLinear
 from ptq.runtime.sharing import forget_input
 from ptq.runtime.spec import QuantSpec
+from ptq.transforms import encode_blocks, hadamard_matrix
 
 CPU_SHAPES = ((256, 192, 192), (256, 512, 192), (256, 192, 512), (1024, 1536, 1536))
 """[M, N, K] of small models, and one layer that no cache hides."""
 GPU_SHAPES = ((32760, 5120, 5120), (32760, 13824, 5120), (32760, 5120, 13824), (512, 5120, 5120))
 """The block Linears of A14B at 832 x 480 x 81 frames: attention, feed-forward up and down, text keys and values."""
-SPECS = {"mxfp4": QuantSpec("mxfp4", 32), "hif4": QuantSpec("hif4", 64)}
+SPECS = {
+    "mxfp4": QuantSpec("mxfp4", 64, scale_rule="even", learned=True),
+    "hif4": QuantSpec("hif4", 64, scale_rule="mse", learned=True),
+}
+"""The numerics of the default recipes."""
 BASELINE = {"cpu": "float32", "cuda": "bf16"}
 
 Run = Callable[[], Tensor]
@@ -158,8 +163,8 @@ def _candidates(x: Tensor, weight: Tensor) -> dict[str, tuple[Run, int, QuantSpe
     for name, spec in SPECS.items():
         layer = quantized_layer(weight, spec)
         decoded = cpu.decode(layer.weight_packed, layer.weight_scale, name).to(x.dtype)
-        fake = _fake_quant(x, decoded, spec)
-        packed = layer.weight_packed.nbytes + layer.weight_scale.nbytes
+        fake = _fake_quant(x, decoded, layer)
+        packed = sum(p.nbytes for p in layer.parameters())
         cached = decoded.numel() * 4 if x.device.type == "cpu" else 0
         kept = packed + (cached if cached <= cpu.decoded_cache.limit_bytes else 0)
         found[f"{name} fake-quant"] = (fake, decoded.nbytes, spec)
@@ -171,8 +176,17 @@ def _candidates(x: Tensor, weight: Tensor) -> dict[str, tuple[Run, int, QuantSpe
 
 def quantized_layer(weight: Tensor, spec: QuantSpec, bias: Tensor | None = None) -> QuantLinear:
     """Round a weight [N, K] to nearest, for speed measurements (no calibration)."""
-    codes = formats.get(spec.format).quantize(spec.transform_weight(weight.float(), None))
-    return QuantLinear.from_codes(codes, spec, bias, None)
+    basis = plain_basis(spec, weight.shape[1], weight.device)
+    codes = formats.get(spec.format).quantize(spec.transform_weight(weight.float(), basis))
+    return QuantLinear.from_codes(codes, spec, bias, basis)
+
+
+def plain_basis(spec: QuantSpec, k: int, device: torch.device) -> Tensor | None:
+    """What a layer of this spec stores where nothing was learned: Hadamard blocks, or None."""
+    if not spec.learned:
+        return None
+    blocks = hadamard_matrix(spec.rotation).expand(k // spec.rotation, -1, -1)
+    return encode_blocks(blocks.to(device))
 
 
 def _layer_call(layer: QuantLinear, x: Tensor) -> Run:
@@ -183,8 +197,8 @@ def _layer_call(layer: QuantLinear, x: Tensor) -> Run:
     return run
 
 
-def _fake_quant(x: Tensor, decoded: Tensor, spec: QuantSpec) -> Run:
-    return lambda: F.linear(spec.quantize_input(x, None).to(x.dtype), decoded)
+def _fake_quant(x: Tensor, decoded: Tensor, layer: QuantLinear) -> Run:
+    return lambda: F.linear(layer.spec.quantize_input(x, layer.basis).to(x.dtype), decoded)
 
 
 def _plain_dot_scaled(x: Tensor, layer: QuantLinear) -> Run:
@@ -193,7 +207,7 @@ def _plain_dot_scaled(x: Tensor, layer: QuantLinear) -> Run:
     from ptq.runtime.kernels.tiles import Tile
 
     def run() -> Tensor:
-        a = hadamard_quantize(x, None, layer.spec, "packed")
+        a = hadamard_quantize(x, layer.basis, layer.spec, "packed")
         weight = (layer.weight_packed, layer.weight_scale)
         return gemm_dot_scaled(a.values, a.scales, *weight, None, x.dtype, tile=Tile(128, 128, 128, stages=3))
 
@@ -212,6 +226,7 @@ def _w8a8(x: Tensor, w8: Tensor, w_factor: Tensor) -> Tensor:
 
 def _error(found: Tensor, spec: QuantSpec, x: Tensor, weight: Tensor, rows: int = 64) -> float:
     """Relative difference to the float64 product of fake-quantized input and decoded weight, on the first rows."""
-    codes = formats.get(spec.format).quantize(spec.transform_weight(weight.float(), None))
-    exact = spec.quantize_input(x[:rows], None).double() @ formats.get(spec.format).dequantize(codes).double().T
+    basis = plain_basis(spec, weight.shape[1], weight.device)
+    codes = formats.get(spec.format).quantize(spec.transform_weight(weight.float(), basis))
+    exact = spec.quantize_input(x[:rows], basis).double() @ formats.get(spec.format).dequantize(codes).double().T
     return float((found[:rows].double() - exact).abs().max() / exact.abs().max())

@@ -34,15 +34,15 @@ def test_figures_of_one_shape():
     for row in rows.values():
         assert row.tflops == pytest.approx(2 * 32 * 128 * 256 / row.seconds / 1e12)
         assert row.speedup == pytest.approx(base.seconds / row.seconds)
-    assert rows["mxfp4 ptq"].weight_bytes == 128 * 256 * (4 + 4.25 / 8)  # decoded cache and codes
-    assert rows["hif4 ptq"].weight_bytes == 128 * 256 * (4 + 4.5 / 8)
+    assert rows["mxfp4 ptq"].weight_bytes == 128 * 256 * (4 + 4.25 / 8) + 256 * 64  # cache, codes, blocks
+    assert rows["hif4 ptq"].weight_bytes == 128 * 256 * (4 + 4.5 / 8) + 256 * 64
     assert rows["mxfp4 ptq"].error < 1e-6 and rows["hif4 ptq"].error < 1e-6
 
 
 def test_only_codes_are_kept_where_the_cache_is_too_small(monkeypatch):
     monkeypatch.setattr(bench_linear.cpu.decoded_cache, "limit_bytes", 1000)
     rows = {row.candidate: row for row in bench_linear.measure_shape((8, 64, 64), CPU, repeats=1)}
-    assert rows["mxfp4 ptq"].weight_bytes == 64 * 64 * 4.25 / 8
+    assert rows["mxfp4 ptq"].weight_bytes == 64 * 64 * (4.25 / 8 + 1)
 
 
 def test_a_wrong_result_shows_in_the_error_column(monkeypatch):

@@ -57,8 +57,9 @@ def test_tables_of_kernels(monkeypatch):
 
 def test_table_of_a_block_shows_the_memory_saved():
     rows = {row["candidate"]: row for row in gpu_measure.block_linears(64, 128, 256, CPU, 1)}
-    assert rows["mxfp4"]["memory ratio"] == pytest.approx(4.25 / 16)
-    assert rows["hif4"]["memory ratio"] == pytest.approx(4.5 / 16)
+    values, blocks = 8 * 128 * 128 + 2 * 128 * 256, 64 * (9 * 128 + 256)
+    for name, bits in (("mxfp4", 4.25), ("hif4", 4.5)):
+        assert rows[name]["memory ratio"] == pytest.approx((values * bits / 8 + blocks) / (2 * values))
 
 
 def test_denoiser_step_quantizes_ten_linears_a_block():
