@@ -39,7 +39,7 @@ OFF = {
 }
 SMOOTHING = {"smoothing": (0.4, 0.5, 0.6)}
 LEARNED = {"smoothing": (), "learned_transform": True}
-DAMPINGS = (0.03, 0.1)
+DAMPINGS = (0.01, 0.1)
 
 
 def variants(default: Recipe, format_name: str, widths: set[int]) -> dict[str, Recipe]:

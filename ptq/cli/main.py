@@ -5,6 +5,7 @@ Nothing heavy is imported here or at the top of a command file: `ptq --help` ans
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -42,7 +43,12 @@ app.add_typer(bench_app, name="bench")
 
 
 def run() -> None:
-    """Entry point of the `ptq` command. `--debug` anywhere shows tracebacks of user errors too."""
+    """Entry point of the `ptq` command. `--debug` anywhere shows tracebacks of user errors too.
+
+    Tensors in CPU memory get huge pages where the system has them (Linux): a block at A14B width otherwise spends a third
+    of its time on page faults (docs/benchmarks.md). torch reads the variable at its first allocation.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:

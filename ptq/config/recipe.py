@@ -29,7 +29,7 @@ class GptqSettings(_Strict):
         precision: of the factorisation.
     """
 
-    damping: float = Field(default=0.01, gt=0, le=1)
+    damping: float = Field(default=0.03, gt=0, le=1)
     act_order: bool = True
     precision: Literal["float32", "float64"] = "float32"
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from ptq.solvers.factor import check_hessian
 from ptq.solvers.rtn import check_weight
 from ptq.transforms import encode_blocks, hadamard_matrix
+from ptq.transforms.learned import ROWS
 
 SHRINKAGE = 0.03
 """Share by which correlations are shrunk. 0.01, 0.03 and 0.1 differ by 0.1 dB of denoiser error on `tiny`."""
@@ -46,8 +47,7 @@ def learn_transform(h_kk: Tensor, weights: Sequence[Tensor], size: int) -> Tenso
     x_gbb = _diagonal_blocks(h_kk, size)
     g_gbb = torch.zeros_like(x_gbb)
     for w_nk in weights:
-        columns = w_nk.double().reshape(len(w_nk), -1, size).transpose(0, 1)
-        gram = columns.transpose(-2, -1) @ columns
+        gram = sum(_gram(rows, size) for rows in w_nk.split(ROWS))
         g_gbb += gram / gram.diagonal(dim1=-2, dim2=-1).sum().clamp(min=1e-300)
     x_size, x_gbb = _correlations(x_gbb)
     g_size, g_gbb = _correlations(g_gbb)
@@ -59,6 +59,12 @@ def learn_transform(h_kk: Tensor, weights: Sequence[Tensor], size: int) -> Tenso
     equalized = energy.clamp(min=0.0).pow(0.25).unsqueeze(-1) * u.transpose(-2, -1)
     t = hadamard_matrix(size).to(u) @ equalized @ inverse_root
     return encode_blocks(t.transpose(-2, -1) * s.unsqueeze(-1))
+
+
+def _gram(w_nk: Tensor, size: int) -> Tensor:
+    """W^T W of each block of columns, float64 [K/size, size, size]."""
+    columns = w_nk.double().reshape(len(w_nk), -1, size).transpose(0, 1)
+    return columns.transpose(-2, -1) @ columns
 
 
 def _diagonal_blocks(h_kk: Tensor, size: int) -> Tensor:

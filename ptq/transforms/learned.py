@@ -55,5 +55,13 @@ def restore_weight(w_nk: Tensor, blocks_gbb: Tensor) -> Tensor:
 
 def transform_hessian(h_kk: Tensor, blocks_gbb: Tensor) -> Tensor:
     """Hessian [K, K] = sum x x^T of raw inputs -> A^T H A, in the dtype of `h_kk`."""
+    size, changed = blocks_gbb.shape[1], h_kk.clone()
+    columns = [slice(start, start + size) for start in range(0, len(h_kk), size)]
     blocks = blocks_gbb.to(h_kk.dtype)
-    return transform_input(transform_input(h_kk, blocks).T, blocks).T
+    for part, block in zip(
+        columns, blocks, strict=True
+    ):  # block by block: a wide Hessian is held twice, not four times
+        changed[:, part] = changed[:, part] @ block
+    for part, block in zip(columns, blocks, strict=True):
+        changed[part] = block.T @ changed[part]
+    return changed
