@@ -6,10 +6,11 @@
  - A search of the inputs' group scales: E6M2 bytes around the reference's, the micro-exponents by the reference's
    thresholds or free, the smallest squared error of the group wins. What is stored stays plain HiF4.
 
-Everything else is the default recipe, solved with the candidate in place: its search of weight scales (of powers of two
-where weights are confined to them) with GPTQ on top, its smoothing search and bias correction with inputs quantized the
-candidate's way. Records and measure are those of scripts/ablation.py; both scripts can share a work directory. CPU only.
-Writes <out>/hif4-candidates-<model>.json; `ratio` and `gain_db` are against HiF4's default recipe.
+The rule that won, bytes 0..+2 with free micro-exponents, is `mse` in `ptq.formats.hif4` and the default of inputs; here
+everything counts against the reference's scales. Everything else is the default recipe, solved with the candidate in place:
+its search of weight scales (of powers of two where weights are confined to them) with GPTQ on top, its choice of a basis and
+bias correction with inputs quantized the candidate's way. Records and measure are those of scripts/ablation.py; both scripts
+can share a work directory. CPU only. Writes <out>/hif4-candidates-<model>.json.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ptq.quantization.sweep import sweep
 from ptq.solvers import scales as weight_search
 from ptq.wan.loading import resolve_model
 
-DEFAULT = "default recipe"
+DEFAULT = "default recipe, reference's scales"
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def search_weights(w_nk: Tensor, fmt: formats.Format, *, weights_k: Tensor | Non
 
 
 def candidates() -> dict[str, Candidate]:
-    """Name -> candidate; the default recipe, against which the others count, first."""
+    """Name -> candidate; the one against which the others count first."""
     return {
         DEFAULT: Candidate(),
         "power of two, weights": Candidate(weights=POWER_OF_TWO),
@@ -169,7 +170,7 @@ def main() -> None:
     layout = resolve_model(args.model)
     own, other = record_both(args, layout)
     found = candidates()
-    recipe = load_recipe("hif4", "hif4")
+    recipe = load_recipe("hif4", "hif4", ("activations.scale_rule=reference",))
     settings = {name: QuantizeSettings(name, recipe, name, {}) for name in found}
     settings["MXFP4, default recipe"] = QuantizeSettings("mxfp4", load_recipe("mxfp4", "mxfp4"), "mxfp4", {})
     with mock.patch.dict(formats.FORMATS, found), mock.patch("ptq.solvers.solve.search_scales", search_weights):
