@@ -1,8 +1,8 @@
-"""Decoded weights kept in memory up to a limit, so that small models do not decode the same codes at every call.
+"""Decoded weights and learned blocks kept in memory up to a limit, so that small models do not decode them at every call.
 
 The limit is in bytes over all layers of the process (environment variable PTQ_DECODED_CACHE_MB, default 1024). Least
 recently used weights leave first. A weight larger than the whole limit is never cached: the layer then decodes it tile
-by tile. Codes are identified by the identity, version counter and address of both their tensors, so loading other codes or
+by tile. Entries are identified by the identity, version counter and address of the stored tensors, so loading other codes or
 scales into a layer invalidates them, and so does putting other storage behind a parameter, as offloading does.
 """
 
@@ -22,18 +22,23 @@ State = tuple[int, int]
 
 
 class DecodedCache:
-    """LRU map from packed codes to decoded float32 weights, bounded in bytes."""
+    """LRU map from stored tensors to what they decode to in float32, bounded in bytes."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.used_bytes = 0
-        self._entries: OrderedDict[tuple[int, int], tuple[tuple[State, State], Tensor]] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, ...], tuple[tuple[State, ...], Tensor]] = OrderedDict()
 
-    def get(self, packed: Tensor, scale: Tensor, nbytes: int, decode: Callable[[], Tensor]) -> Tensor | None:
-        """The decoded weight of these codes, decoding it when absent; None when `nbytes` exceeds the limit."""
+    def get(self, stored: tuple[Tensor, ...], nbytes: int, decode: Callable[[], Tensor]) -> Tensor | None:
+        """What these tensors decode to, decoding them when absent; None when `nbytes` exceeds the limit.
+
+        Args:
+            stored: codes and scales of a weight, or a layer's learned blocks.
+            nbytes: size of the decoded tensor.
+        """
         if nbytes > self.limit_bytes:
             return None
-        identity, states = (id(packed), id(scale)), (tensor_state(packed), tensor_state(scale))
+        identity, states = tuple(map(id, stored)), tuple(map(tensor_state, stored))
         entry = self._entries.get(identity)
         if entry is not None and entry[0] == states:
             self._entries.move_to_end(identity)
@@ -41,14 +46,14 @@ class DecodedCache:
         self._drop(identity)
         while self.used_bytes + nbytes > self.limit_bytes:
             self._drop(next(iter(self._entries)))
-        weight = decode()
-        self._entries[identity] = (states, weight)
+        decoded = decode()
+        self._entries[identity] = (states, decoded)
         self.used_bytes += nbytes
-        for tensor in (packed, scale):
+        for tensor in stored:
             weakref.finalize(tensor, self._drop, identity)
-        return weight
+        return decoded
 
-    def _drop(self, identity: tuple[int, int]) -> None:
+    def _drop(self, identity: tuple[int, ...]) -> None:
         entry = self._entries.pop(identity, None)
         if entry is not None:
             self.used_bytes -= entry[1].nbytes

@@ -14,6 +14,7 @@ from ptq import formats
 from ptq.runtime.cache import from_environment
 from ptq.runtime.sharing import shared_input
 from ptq.runtime.spec import QuantSpec
+from ptq.transforms import decode_blocks
 
 TILE_BYTES = 64 * 2**20
 """Decoded float32 bytes of one tile of output rows where the whole weight is not cached."""
@@ -29,11 +30,11 @@ def linear(
     Args:
         weight_packed, weight_scale: as in a checkpoint. bias: any float [N]. basis: as `spec` says.
     """
-    quantized = shared_input(x, basis, spec, lambda: spec.quantize_input(x, basis))
+    quantized = shared_input(x, basis, spec, lambda: spec.quantize_input(x, _decoded_basis(basis, spec)))
     bias = None if bias is None else bias.float()
     n, k = weight_packed.shape[0], weight_packed.shape[1] * 2
     codes = (weight_packed, weight_scale)
-    weight = decoded_cache.get(*codes, 4 * n * k, lambda: decode(*codes, spec.format))
+    weight = decoded_cache.get(codes, 4 * n * k, lambda: decode(*codes, spec.format))
     if weight is not None:
         return F.linear(quantized, weight, bias).to(x.dtype)
     output = quantized.new_empty(*x.shape[:-1], n)
@@ -43,6 +44,14 @@ def linear(
         weight = decode(weight_packed[tile], weight_scale[tile], spec.format)
         output[..., tile] = F.linear(quantized, weight, None if bias is None else bias[tile])
     return output.to(x.dtype)
+
+
+def _decoded_basis(basis: Tensor | None, spec: QuantSpec) -> Tensor | None:
+    """Learned blocks in float32, from the cache where they fit; any other basis as it is."""
+    if basis is None or not spec.learned:
+        return basis
+    decoded = decoded_cache.get((basis,), 4 * basis.numel(), lambda: decode_blocks(basis))
+    return decode_blocks(basis) if decoded is None else decoded
 
 
 def decode(weight_packed: Tensor, weight_scale: Tensor, format_name: str) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ptq.runtime.cache import tensor_state
+
 T = TypeVar("T")
 
 
@@ -64,9 +66,9 @@ def _forget(reference: weakref.ref[Tensor]) -> None:
 
 
 def _digest(basis: Tensor) -> bytes:
-    version = 0 if basis.is_inference() else basis._version
+    state = tensor_state(basis)
     known = _digests.get(basis)
-    if known is None or known[0] != version:
+    if known is None or known[0] != state:
         data = basis.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        known = _digests[basis] = (version, hashlib.sha256(data).digest())
+        known = _digests[basis] = (state, hashlib.sha256(data).digest())
     return known[1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ptq import formats
@@ -60,10 +61,14 @@ class QuantSpec:
         return k * self.rotation if self.learned else 2 * k if self.smooth else 0
 
     def transform_input(self, x: Tensor, basis: Tensor | None) -> Tensor:
-        """Input [..., K] -> the input in the basis in which it is quantized."""
+        """Input [..., K] -> the input in the basis in which it is quantized.
+
+        Args:
+            basis: as stored; learned blocks may be decoded already.
+        """
         if self.learned:
             assert basis is not None
-            return transform_input(x, decode_blocks(basis, x.dtype))
+            return transform_input(x, decode_blocks(basis, x.dtype) if basis.dtype == torch.uint8 else basis)
         return rotate_input(smooth_input(x, basis), self.rotation)
 
     def transform_weight(self, w_nk: Tensor, basis: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from ptq import formats
 from ptq.runtime import QuantLinear, QuantSpec, cpu
 from ptq.runtime.cache import DecodedCache, from_environment
+from ptq.transforms import encode_blocks
 
 
 def codes() -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,38 +28,38 @@ def never() -> torch.Tensor:
 
 def test_a_weight_is_decoded_once() -> None:
     cache, key = DecodedCache(100), codes()
-    first = cache.get(*key, 40, weight)
-    assert cache.get(*key, 40, never) is first and cache.used_bytes == 40
+    first = cache.get(key, 40, weight)
+    assert cache.get(key, 40, never) is first and cache.used_bytes == 40
 
 
 def test_a_weight_over_the_limit_is_not_decoded_at_all() -> None:
     cache = DecodedCache(39)
-    assert cache.get(*codes(), 40, never) is None and cache.used_bytes == 0
+    assert cache.get(codes(), 40, never) is None and cache.used_bytes == 0
 
 
 def test_least_recently_used_leaves_first() -> None:
     cache, keys = DecodedCache(100), [codes() for _ in range(3)]
-    a, b = (cache.get(*key, 40, weight) for key in keys[:2])
-    assert cache.get(*keys[0], 40, never) is a  # now b is the oldest
-    cache.get(*keys[2], 40, weight)
+    a, b = (cache.get(key, 40, weight) for key in keys[:2])
+    assert cache.get(keys[0], 40, never) is a  # now b is the oldest
+    cache.get(keys[2], 40, weight)
     assert cache.used_bytes == 80
-    assert cache.get(*keys[0], 40, never) is a
-    assert cache.get(*keys[1], 40, weight) is not b and cache.used_bytes == 80
+    assert cache.get(keys[0], 40, never) is a
+    assert cache.get(keys[1], 40, weight) is not b and cache.used_bytes == 80
 
 
 @pytest.mark.parametrize("part", [0, 1])
 def test_codes_written_in_place_are_decoded_again(part: int) -> None:
     cache, key = DecodedCache(100), codes()
-    old = cache.get(*key, 40, weight)
+    old = cache.get(key, 40, weight)
     key[part].add_(1)
-    assert cache.get(*key, 40, weight) is not old
+    assert cache.get(key, 40, weight) is not old
     assert cache.used_bytes == 40
 
 
 @pytest.mark.parametrize("part", [0, 1])
 def test_memory_goes_with_the_codes(part: int) -> None:
     cache, key = DecodedCache(100), list(codes())
-    cache.get(*key, 40, weight)
+    cache.get(key, 40, weight)
     key[part] = None
     gc.collect()
     assert cache.used_bytes == 0
@@ -72,8 +73,11 @@ def test_limit_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def layer(seed: int) -> QuantLinear:
+    """With learned blocks, which are decoded and cached as the weight is."""
     values = torch.randn(8, 64, generator=torch.Generator().manual_seed(seed))
-    return QuantLinear.from_codes(formats.get("mxfp4").quantize(values), QuantSpec("mxfp4"), None, None)
+    blocks = encode_blocks(torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(seed)))
+    codes = formats.get("mxfp4").quantize(values)
+    return QuantLinear.from_codes(codes, QuantSpec("mxfp4", 64, learned=True), None, blocks)
 
 
 def replace_scale(target: QuantLinear, source: QuantLinear) -> None:
@@ -83,7 +87,7 @@ def replace_scale(target: QuantLinear, source: QuantLinear) -> None:
 
 
 def replace_storage(target: QuantLinear, source: QuantLinear) -> None:
-    for name in ("weight_packed", "weight_scale"):
+    for name in ("weight_packed", "weight_scale", "transform"):
         getattr(target, name).data = getattr(source, name).data
 
 
@@ -94,6 +98,9 @@ CHANGES: dict[str, Callable[[QuantLinear, QuantLinear], object]] = {
     "scale in place": lambda a, b: a.weight_scale.add_(1),
     "scale as a new tensor": replace_scale,
     "other storage behind the parameters": replace_storage,
+    "blocks only": lambda a, b: setattr(a, "transform", b.transform),
+    "blocks in place": lambda a, b: a.transform.copy_(b.transform),
+    "storage of the blocks": lambda a, b: setattr(a.transform, "data", b.transform.data),
 }
 
 
@@ -106,6 +113,6 @@ def test_a_layer_given_other_codes_computes_with_them(change: str) -> None:
     after = a(x)
     assert not torch.equal(after, before)
     expected = torch.nn.functional.linear(
-        a.spec.quantize_input(x, None), cpu.decode(a.weight_packed, a.weight_scale, "mxfp4")
+        a.spec.quantize_input(x, a.transform), cpu.decode(a.weight_packed, a.weight_scale, "mxfp4")
     )
     assert torch.equal(after, expected)
