@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ptq.checkpoint.manifest import Coverage
 from ptq.report.cells import Table
 from ptq.report.facts import Facts
 from ptq.report.figures import Figure, draw_figures
@@ -100,11 +101,16 @@ def key_facts(facts: Facts) -> list[tuple[str, str]]:
     if facts.manifest is not None:
         coverage = facts.manifest.coverage
         found += [
-            ("bits a weight", f"{coverage.bits_per_quantized_value:g} (was 16)"),
+            ("bits a weight: codes + basis", f"{_bits(coverage)} (was 16)"),
             ("Linear FLOPs in W4A4", f"{100 * coverage.flop_share:.1f} %"),
             ("blocks in high precision", str(len(facts.manifest.high_precision))),
         ]
     return found
+
+
+def _bits(coverage: Coverage) -> str:
+    codes = coverage.bits_per_quantized_value
+    return f"{codes:g} + {coverage.bits_with_basis - codes:.2f}"
 
 
 def _no_clips(facts: Facts) -> str:

@@ -115,7 +115,7 @@ def _smoothing(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
 
 def _rotation(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
     block = recipe.get("rotation", 0)
-    if not block:
+    if not block or recipe.get("learned_transform"):
         return None
     return Step(
         "rotation",
@@ -131,10 +131,11 @@ def _learned(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
     return Step(
         "learned",
         "Learned block transform",
-        f"In place of smoothing and Hadamard matrix, blocks of {recipe['rotation']} channels may get the matrix for which "
+        f"Input and weight change their basis in blocks of {recipe['rotation']} channels, by the matrix for which "
         "quantization noise costs the layer least, in closed form from the second moments of input and weight (WUSH, arXiv "
-        "2512.00956). Blocks are stored with 8 bits an entry and applied to the input at run time. Tried for each input "
-        "beside the candidates above" + _kept(manifest),
+        "2512.00956); its last factor is a Hadamard matrix, which spreads outliers. Blocks are stored with 8 bits an entry "
+        "and applied to the input at run time. Tried for each input beside the Hadamard matrix alone (off)"
+        + _kept(manifest),
     )
 
 
