@@ -79,6 +79,13 @@ def test_the_method_names_only_what_was_on(job):
     rich = manifest.model_copy(update={"recipe": {**manifest.recipe, **full}})
     expected = {"gptq", "scales", "bias", "rotation", "smoothing", "weighting", "activations", "format-hif4"}
     assert expected <= {step.key for step in describe_method(rich)}
+    rows = [row.model_copy(update={"basis": "learned"}) for row in manifest.layers]
+    learned = {**manifest.recipe, "rotation": 64, "smoothing": [], "learned_transform": True}
+    steps = {
+        step.key: step for step in describe_method(manifest.model_copy(update={"recipe": learned, "layers": rows}))
+    }
+    assert "blocks of 64" in steps["learned"].text and f"learned for {len(rows)}" in steps["learned"].text
+    assert "rotation" not in steps and "smoothing" not in steps
 
 
 def test_every_equation_that_a_step_names_is_in_the_template(job):
@@ -88,7 +95,8 @@ def test_every_equation_that_a_step_names_is_in_the_template(job):
     full = {"rounding": "gptq", "clip_search": True, "bias_correction": True}
     template = read_template("report.typ")
     equal = {**full, "records": {"weighting": "uniform", "inputs": "original"}}
-    for fmt, recipe in (("hif4", full), ("hif4", equal), ("mxfp4", {**full, "rounding": "rtn"})):
+    learned = {**full, "rotation": 64, "learned_transform": True}
+    for fmt, recipe in (("hif4", full), ("hif4", equal), ("hif4", learned), ("mxfp4", {**full, "rounding": "rtn"})):
         changed = manifest.model_copy(update={"format": fmt, "recipe": {**manifest.recipe, **recipe}})
         for step in describe_method(changed):
             assert not step.key or step.key == "records" or f'"{step.key}": $' in template, step
