@@ -51,14 +51,18 @@ def random_pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
 def packed(random_pipelines: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Format -> packed checkpoint in many shards, made with the real calibrate and quantize stages.
 
-    hif4: two experts (T2V-A14B), rotated and smoothed. mxfp4: one expert (TI2V-5B), rotated, block 1 kept in bf16.
+    hif4: two experts (T2V-A14B), rotated and smoothed. mxfp4: one expert (TI2V-5B), learned transform, block 1 kept in bf16.
     """
     root = tmp_path_factory.mktemp("packed")
     (root / "prompts.txt").write_text("a red ball rolls over the grass\na dog runs along the beach\n", encoding="utf-8")
     return {
         "hif4": _quantize(random_pipelines["T2V-A14B"], root, "hif4", ("rotation=64", "smoothing=[0.5]"), {}),
         "mxfp4": _quantize(
-            random_pipelines["TI2V-5B"], root, "mxfp4", ("rotation=32",), {"transformer": {1: "kept for the test"}}
+            random_pipelines["TI2V-5B"],
+            root,
+            "mxfp4",
+            ("rotation=32", "learned_transform=true"),
+            {"transformer": {1: "kept for the test"}},
         ),
     }
 

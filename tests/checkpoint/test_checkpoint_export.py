@@ -67,14 +67,21 @@ def test_bf16_equals_runtime_weights_and_loads_without_us(plain, tmp_path, name)
     assert torch.equal(weight, decoded(plain[name], LAYER))
 
 
-def test_bf16_undoes_rotation_and_smoothing(packed, tmp_path):
+@pytest.mark.parametrize("name", ["hif4", "mxfp4"])
+def test_bf16_undoes_the_change_of_basis(packed, random_pipelines, tmp_path, name):
+    """hif4: rotation and smoothing; mxfp4: a learned transform."""
     from ptq.wan.loading import load_pipeline
 
     out = tmp_path / "bf16"
-    export_pipeline(packed["hif4"], read_layout(packed["hif4"]).experts, out, "bf16")
-    layer = load_pipeline(packed["hif4"]).transformer.get_submodule(LAYER)
-    exported = ShardSet(out / "transformer").read(f"{LAYER}.weight")
+    export_pipeline(packed[name], read_layout(packed[name]).experts, out, "bf16")
+    layer = load_pipeline(packed[name]).transformer.get_submodule(LAYER)
+    shards = ShardSet(out / "transformer")
+    exported = shards.read(f"{LAYER}.weight")
     assert torch.equal(exported, layer.dequantize().to(torch.bfloat16))
+    assert not any(name.endswith((".smooth", ".transform")) for name in shards.entries)
+    variant = {"hif4": "T2V-A14B", "mxfp4": "TI2V-5B"}[name]
+    original = ShardSet(random_pipelines[variant] / "transformer").read(f"{LAYER}.weight").float()
+    assert (exported.float() - original).norm() < 0.2 * original.norm()
 
 
 def test_msmodelslim_word_by_hand():
@@ -99,6 +106,7 @@ def test_msmodelslim_export_keeps_elements(plain, tmp_path):
     [
         ("hif4", "compressed-tensors", "takes mxfp4"),
         ("hif4", "msmodelslim", "rotation=0"),
+        ("mxfp4", "compressed-tensors", "transform learned.*learned_transform=false"),
         ("hif4", "gguf", "takes one of"),
     ],
 )

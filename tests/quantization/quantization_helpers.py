@@ -25,6 +25,7 @@ from ptq.wan.structure import read_layout
 
 SIZE = {"height": 32, "width": 32, "num_frames": 9, "steps": 6, "max_sequence_length": 16}
 ALL_TOKENS = "records.tokens_per_record=100000"
+LEARNED = ("rounding=gptq", "rotation=64", "learned_transform=true", "clip_search=true", "bias_correction=true")
 FULL = ("rounding=gptq", "rotation=32", "smoothing=[0.5]", "clip_search=true", "bias_correction=true")
 
 

@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from quantization_helpers import FULL, file_digests, make_settings, manifest_facts, run, start_child
+from quantization_helpers import FULL, LEARNED, file_digests, make_settings, manifest_facts, run, start_child
 
 from ptq.quantization import block
 from ptq.quantization.processes import Processes
-
-LEARNED = ("rounding=gptq", "rotation=64", "learned_transform=true", "clip_search=true", "bias_correction=true")
 
 
 def as_rank(rank: int, size: int, port: int, log: Path, *arguments: object) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from quantization_helpers import (
     FULL,
+    LEARNED,
     file_digests,
     make_records,
     make_settings,
@@ -45,7 +46,7 @@ def test_killed_at_a_random_block(model, records, uninterrupted, recipe, tmp_pat
 
 
 def test_killed_again_and_again_in_the_middle_of_writes(single, single_records, tmp_path):
-    settings = make_settings("hif4", *FULL)
+    settings = make_settings("hif4", *LEARNED)
     run(single, single_records, tmp_path / "whole", settings)
     out = tmp_path / "out"
     # Writing: statistics of block 0; tensors of block 1; statistics of block 1; the index of the shards; the manifest.
