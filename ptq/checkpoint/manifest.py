@@ -33,6 +33,7 @@ class LayerEntry(_Strict):
 
     Errors are squared norm ratios. output_error: sample tokens, inputs quantized too. trace_error: all calibration
     tokens, weights only (absent where the recipe needs no Hessian). weight_sqnr_db: None where weight or error is zero.
+    tokens: of the records, in the Hessian (where the recipe needs none: replayed); sample_tokens: those of the searches.
     basis: off, the exponent of smoothing, or learned; basis_errors: output errors of what it was chosen from.
     """
 
@@ -46,6 +47,8 @@ class LayerEntry(_Strict):
     trace_error_rtn: float | None = None
     trace_error: float | None = None
     rows_kept_rtn: int = 0
+    tokens: int
+    sample_tokens: int
     basis: str = "off"
     basis_errors: dict[str, float] = {}
     damping: float | None = None

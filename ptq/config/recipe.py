@@ -47,7 +47,8 @@ class RecordSettings(_Strict):
     Attributes:
         weighting: weight of a record in statistics: d_sigma2 (what an error there adds to the final latent) or uniform.
         inputs: the stream that feeds the statistics: of the original model, or propagated through quantized blocks.
-        tokens_per_record: tokens sampled from each record for the searches (the Hessian uses all tokens).
+        tokens_per_record: tokens sampled from each record for the searches.
+        hessian_tokens: tokens sampled from each record for the Hessians, weighted up to stand for all; None: all.
         for_report: records of each expert that are replayed where the codes take nothing from records: those of plain
             rounding only serve the errors in the report.
     """
@@ -55,6 +56,7 @@ class RecordSettings(_Strict):
     weighting: Literal["d_sigma2", "uniform"] = "d_sigma2"
     inputs: Literal["original", "propagated"] = "original"
     tokens_per_record: int = Field(default=128, gt=0)
+    hessian_tokens: int | None = Field(default=None, gt=0)
     for_report: int = Field(default=2, gt=0)
 
 

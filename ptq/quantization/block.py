@@ -51,6 +51,18 @@ def forward_stream(
         target[item.record.record] = run_block(block, hidden, item.context())
 
 
+def make_collector(settings: QuantizeSettings, index: int) -> InputCollector:
+    """A collector of what the recipe needs to know of one input; `index` tells inputs apart in the seeds."""
+    recipe = settings.recipe
+    return InputCollector(
+        recipe.records.tokens_per_record,
+        hessian=recipe.needs_hessian,
+        hessian_tokens=recipe.records.hessian_tokens,
+        seed=settings.seed + index,
+        dtype=torch.float64 if recipe.gptq.precision == "float64" else torch.float32,
+    )
+
+
 def collect_statistics(
     block: nn.Module,
     records: Sequence[ReplayRecord],
@@ -64,12 +76,7 @@ def collect_statistics(
     Args:
         target: where to store the block's outputs, if they are wanted.
     """
-    dtype = torch.float64 if settings.recipe.gptq.precision == "float64" else torch.float32
-    tokens, hessian = settings.recipe.records.tokens_per_record, settings.recipe.needs_hessian
-    collectors = {
-        name: InputCollector(tokens, hessian=hessian, seed=settings.seed + index, dtype=dtype)
-        for index, name in enumerate(INPUTS)
-    }
+    collectors = {name: make_collector(settings, index) for index, name in enumerate(INPUTS)}
     with collecting(input_modules(block), collectors) as state:
         for item in records:
             state["weight"] = item.weight

@@ -1,7 +1,8 @@
 """Gathering the statistics of layer inputs while records run through a block.
 
-One collector for each distinct input. All tokens go into the Hessian, the mean and the maxima; a seeded subsample of
-tokens is kept for searches that need activations themselves. Sums are float32 on the device of the activations.
+One collector for each distinct input. All tokens go into the mean and the maxima, all or a seeded subsample into the
+Hessian; another seeded subsample is kept for searches that need activations themselves. Sums are float32 (float64 where the
+recipe asks for it) on the device of the activations.
 """
 
 from __future__ import annotations
@@ -24,14 +25,22 @@ class InputCollector:
     Args:
         sample_per_record: tokens kept of each update.
         hessian: accumulate sum w x x^T too (K x K); without it the statistics serve rounding to nearest only.
-        seed: of the token subsample.
+        hessian_tokens: tokens of each update that go into it, weighted up to stand for all; None: all.
+        seed: of the token subsamples.
         dtype: of the Hessian.
     """
 
     def __init__(
-        self, sample_per_record: int, *, hessian: bool, seed: int = 0, dtype: torch.dtype = torch.float32
+        self,
+        sample_per_record: int,
+        *,
+        hessian: bool,
+        hessian_tokens: int | None = None,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._sample, self._hessian, self._dtype = sample_per_record, hessian, dtype
+        self._hessian_tokens = hessian_tokens
         self._generator = torch.Generator().manual_seed(seed)
         self._h_kk: Tensor | None = None
         self._sum_k: Tensor | None = None
@@ -50,17 +59,28 @@ class InputCollector:
             self._h_kk = x32.new_zeros(x32.shape[-1], x32.shape[-1]) if self._hessian else None
         self._sum_k += x32.sum(0) * weight
         torch.maximum(self._absmax_k, x32.abs().amax(0), out=self._absmax_k)
-        if self._h_kk is not None:
-            # Symmetric: only blocks on and above the diagonal are computed, `stats` mirrors them.
-            for start in range(0, x32.shape[1], COLUMNS):
-                part = slice(start, start + COLUMNS)
-                above = x32[:, : part.stop]
-                self._h_kk[: part.stop, part].addmm_(above.T, x32[:, part], alpha=weight)
+        self._tokens += len(x_tk) if self._h_kk is None else self._add_to_hessian(x32, weight)
         self._weight += weight * len(x_tk)
-        self._tokens += len(x_tk)
-        picked = torch.randperm(len(x_tk), generator=self._generator)[: self._sample].sort().values
-        self._samples.append(x_tk[picked.to(x_tk.device)].float())
+        picked = self._pick(len(x_tk), self._sample, x_tk.device)
+        self._samples.append(x_tk[picked].float())
         self._sample_weights.append(torch.full((len(picked),), weight, device=x_tk.device))
+
+    def _add_to_hessian(self, x_tk: Tensor, weight: float) -> int:
+        """Returns how many tokens were added."""
+        assert self._h_kk is not None
+        total = len(x_tk)
+        if self._hessian_tokens is not None and self._hessian_tokens < total:
+            x_tk = x_tk[self._pick(total, self._hessian_tokens, x_tk.device)]
+        # Symmetric: only blocks on and above the diagonal are computed, `stats` mirrors them.
+        for start in range(0, x_tk.shape[1], COLUMNS):
+            part = slice(start, start + COLUMNS)
+            above = x_tk[:, : part.stop]
+            self._h_kk[: part.stop, part].addmm_(above.T, x_tk[:, part], alpha=weight * total / len(x_tk))
+        return len(x_tk)
+
+    def _pick(self, total: int, count: int, device: torch.device) -> Tensor:
+        """Ascending indices of `count` of `total` tokens."""
+        return torch.randperm(total, generator=self._generator)[:count].sort().values.to(device)
 
     def stats(self) -> InputStats:
         """The statistics so far.

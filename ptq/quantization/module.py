@@ -18,7 +18,7 @@ from torch import nn
 from ptq import formats
 from ptq.config import Recipe, load_recipe
 from ptq.errors import UsageError
-from ptq.quantization.block import install, solve_block
+from ptq.quantization.block import install, make_collector, solve_block
 from ptq.quantization.collect import InputCollector, collecting
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.sharing import InputGroup, find_shared_inputs
@@ -198,12 +198,7 @@ def _collect(
     model: nn.Module, batches: Sequence[Mapping[str, Any]], groups: Sequence[InputGroup], settings: QuantizeSettings
 ) -> dict[str, InputCollector]:
     """Statistics of these groups' inputs, each under its first Linear's name."""
-    dtype = torch.float64 if settings.recipe.gptq.precision == "float64" else torch.float32
-    tokens, hessian = settings.recipe.records.tokens_per_record, settings.recipe.needs_hessian
-    collectors = {
-        group.names[0]: InputCollector(tokens, hessian=hessian, seed=settings.seed + group.index, dtype=dtype)
-        for group in groups
-    }
+    collectors = {group.names[0]: make_collector(settings, group.index) for group in groups}
     with collecting({name: model.get_submodule(name) for name in collectors}, collectors):
         for batch in batches:
             model(**batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -60,6 +61,12 @@ def describe_plan(
             f"{layout.num_blocks(expert)} blocks, {records} of {recorded} records of {tokens} tokens, "
             f"hidden states {gigabytes(stream_bytes(layout, calibration, settings, expert))}"
         )
+        if settings.recipe.needs_hessian:
+            used = settings.recipe.records
+            hessian = min(tokens, used.hessian_tokens or tokens)
+            plan[f"{expert}, tokens"] = (
+                f"{records * hessian} in each Hessian, {records * min(tokens, used.tokens_per_record)} in the searches"
+            )
     needs = estimate_needs(layout, calibration, settings, device, out)
     plan["recipe"] = f"{settings.recipe_name}: {settings.recipe.description}"
     plan["experts before"] = gigabytes(coverage.original_bytes)
@@ -165,7 +172,9 @@ def estimate_seconds(
         size, records = _size(layout, calibration, expert), _used_records(calibration, settings, expert)
         seconds += passes * records * forward_flops(config, size) / (rate * EFFICIENCY)
         if settings.recipe.needs_hessian:
-            seconds += records * hessian_flops(config, size) / (rate32 * EFFICIENCY)
+            limit = settings.recipe.records.hessian_tokens or size.tokens + size.text
+            sampled = replace(size, tokens=min(size.tokens, limit), text=min(size.text, limit))
+            seconds += records * hessian_flops(config, sampled) / (rate32 * EFFICIENCY)
         if settings.recipe.rounding == "gptq":
             seconds += solve_flops(config) / (rate32 * EFFICIENCY)
     return seconds

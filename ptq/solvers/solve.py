@@ -69,6 +69,7 @@ class LayerSolution:
             rows_kept_rtn: output rows for which plain rounding was the better of the two and was kept (with a Hessian).
             output_error_rtn, output_error: the same over the sample tokens with quantized inputs, the latter with the
             corrected bias (with statistics).
+            tokens, sample_tokens: in the Hessian (without one: in the mean), and in the sample (with statistics).
             basis (its name), basis_errors (where searched); damping, damping_retries, dead_columns (gptq).
     """
 
@@ -113,14 +114,16 @@ def _solve(
     choice = _basis(list(weights.values()), stats, fmt, settings)
     basis = choice.basis
     inputs = None
+    counts: dict[str, object] = {}
     if stats is not None:
         rule, ties = settings.activation_scale_rule, settings.activation_ties
         inputs = QuantizedInputs.of(stats, basis, fmt, scale_rule=rule, ties=ties)
+        counts = {"tokens": stats.n_tokens, "sample_tokens": len(stats.w_t)}
     # Rows are independent: Linears of one input are one tall matrix.
     stacked = torch.cat([basis.weight(w) for w in weights.values()])
     rtn = round_to_nearest(stacked, fmt, scale_rule=settings.weight_scale_rule)
     codes, shared, traces = _codes(stacked, rtn, stats, basis, fmt, settings)
-    shared |= {"basis": choice.name, "basis_errors": choice.errors}
+    shared |= counts | {"basis": choice.name, "basis_errors": choice.errors}
 
     solutions: dict[str, LayerSolution] = {}
     start = 0

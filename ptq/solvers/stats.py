@@ -26,8 +26,8 @@ class InputStats:
         h_kk: sum over tokens of w_t x_t x_t^T, float32 or float64 [K, K]; None where only rounding to nearest is wanted.
         mean_k: weighted mean of x, float [K].
         absmax_k: max |x| over all tokens, float [K].
-        weight_sum: sum of w_t over the tokens in `h_kk`.
-        n_tokens: how many tokens are in `h_kk`.
+        weight_sum: sum of w_t over all tokens, those that tokens in `h_kk` stand for included.
+        n_tokens: how many tokens are in `h_kk` (without one: in the mean).
         x_tk: sample tokens, float32 [T, K]: what activation errors are measured on.
         w_t: their weights, float32 [T].
     """

@@ -26,6 +26,40 @@ def test_a_hessian_is_the_weighted_sum_over_all_tokens(k, dtype):
     assert (stats.n_tokens, stats.weight_sum, len(stats.x_tk)) == (47, 0.5 * 40 + 2.0 * 7, 10)
 
 
+def test_a_subsample_stands_for_all_tokens():
+    """An unbiased estimate: the weight of the sampled tokens is that of all; mean, maxima and sample see every token."""
+    x = torch.randn(1, 4000, 16, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 17.0)
+    every, some = InputCollector(9, hessian=True), InputCollector(9, hessian=True, hessian_tokens=1000)
+    for collector in (every, some):
+        collector.update(x, 2.0)
+        collector.update(x[:, :500], 0.5)
+    all_tokens, sampled = every.stats(), some.stats()
+    assert (all_tokens.n_tokens, sampled.n_tokens) == (4500, 1500)
+    assert all_tokens.weight_sum == sampled.weight_sum
+    torch.testing.assert_close(sampled.rms_k, all_tokens.rms_k, rtol=0.1, atol=0)
+    assert not torch.equal(sampled.rms_k, all_tokens.rms_k)
+    for name in ("mean_k", "absmax_k"):
+        assert torch.equal(getattr(sampled, name), getattr(all_tokens, name))
+
+
+def test_the_manifest_states_the_tokens(single, single_records, tmp_path):
+    found = CalibrationSet(single_records)
+    records = found.of_expert("transformer")
+    settings = make_settings("hif4", *FULL, "records.hessian_tokens=2", "records.tokens_per_record=1")
+    manifest = run(single, single_records, tmp_path / "out", settings)
+    counts = {row.layer: (row.tokens, row.sample_tokens) for row in manifest.layers}
+    texts = {"attn2.to_k", "attn2.to_v"}
+    assert {counts[name] for name in counts.keys() - texts} == {(2 * len(records), len(records))}
+    text_tokens = found.text_tokens(records[0])
+    assert {counts[name] for name in texts} == {(min(2, text_tokens) * len(records), len(records))}
+    plain = run(single, single_records, tmp_path / "plain", make_settings("hif4", *FULL))
+    _, t, h, w = found.shape(records[0])
+    video = next(row for row in plain.layers if row.layer == "attn1.to_q")
+    text = next(row for row in plain.layers if row.layer == "attn2.to_k")
+    assert video.tokens == len(records) * t * (h // 2) * (w // 2)
+    assert text.tokens == len(records) * found.text_tokens(records[0])
+
+
 def record(index: int, sigma: float) -> Record:
     return Record(f"{index}", "f", "p", "transformer", index, 1000 * sigma, sigma, 0.1, "cond")
 
