@@ -43,13 +43,14 @@ DAMPINGS = (0.01, 0.1)
 
 
 def variants(default: Recipe, format_name: str, widths: set[int]) -> dict[str, Recipe]:
-    """Name -> recipe: the ladder, each ingredient alone, the default without each, other values of its keys.
+    """Name -> recipe: the ladder, each ingredient alone, all without each, other values of keys.
 
     Args:
         widths: every K of the model; only rotations that divide them all are tried.
     """
     fmt = formats.get(format_name)
-    gptq, clip, bias = ({key: getattr(default, key)} for key in ("rounding", "clip_search", "bias_correction"))
+    gptq, clip = ({key: getattr(default, key)} for key in ("rounding", "clip_search"))
+    bias = {"bias_correction": True}  # not in the default recipes: the gate's loss is smaller without
     rotation, activations = {"rotation": default.rotation}, {"activations": default.activations}
     plain = default.model_copy(update=OFF | {"activations": Recipe().activations})
     chosen: dict[str, Recipe] = {"rtn": plain}
@@ -59,30 +60,32 @@ def variants(default: Recipe, format_name: str, widths: set[int]) -> dict[str, R
     for name, update in steps.items():
         recipe = recipe.model_copy(update=update)
         chosen[f"rtn + ... + {name}"] = recipe
-    chosen["default recipe"] = default
+    chosen["default recipe (all without bias)"] = default
+    everything = default.model_copy(update=bias)
+    chosen["all"] = everything
     only = steps | {"learned transform": rotation | LEARNED, "activation scales": activations}
     for name, update in only.items():
         chosen[f"only {name}"] = plain.model_copy(update=update)
     without = {
         "any change of basis": {"rotation": 0, "learned_transform": False},
         "learned transform": {"learned_transform": False},
-        **{name: {key: OFF[key] for key in steps[name]} for name in ("gptq", "clip", "bias")},
+        **{name: {key: OFF[key] for key in steps[name]} for name in ("gptq", "clip")},
         "activation scales": {"activations": Recipe().activations},
     }
     for name, update in without.items():
-        chosen[f"all without {name}"] = default.model_copy(update=update)
+        chosen[f"all without {name}"] = everything.model_copy(update=update)
     smoothed = {"learned_transform": False} | SMOOTHING
-    chosen["all, smoothing for learned transform"] = default.model_copy(update=smoothed)
+    chosen["all, smoothing for learned transform"] = everything.model_copy(update=smoothed)
     for size in (size for size in BLOCK_SIZES if all(k % size == 0 for k in widths)):
         learned = default.learned_transform and size % fmt.group_size == 0
         label = f"all, blocks of {size}" if learned else f"all, smoothing for learned transform, blocks of {size}"
-        chosen[label] = default.model_copy(update={"rotation": size} | ({} if learned else smoothed))
+        chosen[label] = everything.model_copy(update={"rotation": size} | ({} if learned else smoothed))
     for rule in fmt.scale_rules:
-        scales = default.activations.model_copy(update={"scale_rule": rule})
-        chosen[f"all, activations {rule}"] = default.model_copy(update={"activations": scales})
+        scales = everything.activations.model_copy(update={"scale_rule": rule})
+        chosen[f"all, activations {rule}"] = everything.model_copy(update={"activations": scales})
     for damping in DAMPINGS:
-        chosen[f"all, damping {damping:g}"] = default.model_copy(
-            update={"gptq": default.gptq.model_copy(update={"damping": damping})}
+        chosen[f"all, damping {damping:g}"] = everything.model_copy(
+            update={"gptq": everything.gptq.model_copy(update={"damping": damping})}
         )
     return chosen
 
