@@ -7,10 +7,10 @@
    thresholds or free, the smallest squared error of the group wins. What is stored stays plain HiF4.
 
 The rule that won, bytes 0..+2 with free micro-exponents, is `mse` in `ptq.formats.hif4` and the default of inputs; here
-everything counts against the reference's scales. Everything else is the default recipe with bias correction, solved with the candidate in place:
-its search of weight scales (of powers of two where weights are confined to them) with GPTQ on top, its choice of a basis and
-bias correction with inputs quantized the candidate's way. Records and measure are those of scripts/ablation.py; both scripts
-can share a work directory. CPU only. Writes <out>/hif4-candidates-<model>.json.
+everything counts against the reference's scales. Everything else is the default recipe with bias correction, solved with the
+candidate in place: its search of weight scales (of powers of two where weights are confined to them) with GPTQ on top, its
+choice of a basis and bias correction with inputs quantized the candidate's way. Records and measure are those of
+scripts/ablation.py; both scripts can share a work directory. CPU only. Writes <out>/hif4-candidates-<model>.json.
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ def main() -> None:
     found = candidates()
     recipe = load_recipe("hif4", "hif4", ("activations.scale_rule=reference", "bias_correction=true"))
     settings = {name: QuantizeSettings(name, recipe, name, {}) for name in found}
-    settings["MXFP4, default recipe"] = QuantizeSettings("mxfp4", load_recipe("mxfp4", "mxfp4", ("bias_correction=true",)), "mxfp4", {})
+    mxfp4 = load_recipe("mxfp4", "mxfp4", ("bias_correction=true",))
+    settings["MXFP4, default recipe"] = QuantizeSettings("mxfp4", mxfp4, "mxfp4", {})
     with mock.patch.dict(formats.FORMATS, found), mock.patch("ptq.solvers.solve.search_scales", search_weights):
         table = as_table(sweep(layout, own, other, settings))
     for row in table:
