@@ -55,7 +55,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     """Print a result table to stdout; the first column is left-aligned, the others right-aligned."""
     result = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index == 0 else "right")
+        result.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         result.add_row(*(escape(str(cell)) for cell in row))
     console.print(result)
