@@ -114,7 +114,7 @@ def _converted(shards: ShardSet, packed: PackedConfig, target: str) -> Iterator[
             yield f"{name}.weight_scale", msmodelslim_words(words)
             continue
         codes = fmt.unpack(shards.read(f"{name}.weight_packed"), words)
-        stored = "transform" if packed.spec.learned else "smooth" if packed.spec.smooth else None
+        stored = packed.spec.basis_name
         basis = None if stored is None else shards.read(f"{name}.{stored}")
         layer = QuantLinear.from_codes(Codes(codes.elements, codes.scales), packed.spec, None, basis)
         yield f"{name}.weight", layer.dequantize().to(torch.bfloat16)

@@ -120,13 +120,12 @@ class PackedConfig(_Strict):
             problems.append(f"the ties option {inputs.ties!r}")
         if (transform.type == "none") != (transform.block_size == 0):
             problems.append(f"a transform of type {transform.type} with block size {transform.block_size}")
-        if transform.type == "learned" and (transform.smooth or transform.block_size % fmt.group_size):
-            problems.append(
-                f"learned blocks of {transform.block_size} with smooth {transform.smooth} (they hold whole groups of "
-                f"{fmt.group_size}, and no smoothing goes beside them)"
-            )
         if problems:
             raise PtqError(f"{where} asks for {' and for '.join(problems)}, which this version cannot run.")
+        try:
+            _ = self.spec
+        except formats.FormatError as error:
+            raise PtqError(f"{where}: {error}") from error
 
     @property
     def spec(self) -> QuantSpec:

@@ -160,7 +160,7 @@ class ExpertRun:
             codes = fmt.unpack(tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"])
             bias = tensors.get(f"{name}.bias", linear.bias)
             bias = None if bias is None else bias.float()
-            basis = tensors.get(f"{name}.transform", tensors.get(f"{name}.smooth"))
+            basis = tensors.get(f"{name}.{self.settings.spec.basis_name}")
             layer = QuantLinear.from_codes(codes, self.settings.spec, bias, basis)
             block.set_submodule(name, layer.to(self.replay.device))
 

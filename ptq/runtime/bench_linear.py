@@ -22,7 +22,7 @@ from ptq.runtime import cpu
 from ptq.runtime.linear import QuantLinear
 from ptq.runtime.sharing import forget_input
 from ptq.runtime.spec import QuantSpec
-from ptq.transforms import encode_blocks, hadamard_matrix
+from ptq.transforms import hadamard_blocks
 
 CPU_SHAPES = ((256, 192, 192), (256, 512, 192), (256, 192, 512), (1024, 1536, 1536))
 """[M, N, K] of small models, and one layer that no cache hides."""
@@ -183,10 +183,7 @@ def quantized_layer(weight: Tensor, spec: QuantSpec, bias: Tensor | None = None)
 
 def plain_basis(spec: QuantSpec, k: int, device: torch.device) -> Tensor | None:
     """What a layer of this spec stores where nothing was learned: Hadamard blocks, or None."""
-    if not spec.learned:
-        return None
-    blocks = hadamard_matrix(spec.rotation).expand(k // spec.rotation, -1, -1)
-    return encode_blocks(blocks.to(device))
+    return hadamard_blocks(k, spec.rotation).to(device) if spec.learned else None
 
 
 def _layer_call(layer: QuantLinear, x: Tensor) -> Run:

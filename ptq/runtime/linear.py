@@ -71,8 +71,8 @@ class QuantLinear(nn.Module):
         layer = cls(k, n, bias is not None, spec, device="meta")
         layer.weight_packed, layer.weight_scale = _frozen(packed), _frozen(scale)
         layer.bias = None if bias is None else _frozen(bias)
-        if basis is not None:
-            setattr(layer, "transform" if spec.learned else "smooth", _frozen(basis))
+        if spec.basis_name is not None:
+            setattr(layer, spec.basis_name, None if basis is None else _frozen(basis))
         return layer
 
     @property

@@ -56,6 +56,11 @@ class QuantSpec:
                 "or switch learned_transform off."
             )
 
+    @property
+    def basis_name(self) -> str | None:
+        """Name of the basis tensor in a layer's state, None where there is none."""
+        return "transform" if self.learned else "smooth" if self.smooth else None
+
     def basis_bytes(self, k: int) -> int:
         """Bytes of the basis tensor of a layer with K input channels."""
         return k * self.rotation if self.learned else 2 * k if self.smooth else 0

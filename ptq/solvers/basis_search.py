@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ptq.formats import Format
@@ -19,7 +18,7 @@ from ptq.solvers.measure import relative, token_error
 from ptq.solvers.rtn import round_to_nearest
 from ptq.solvers.smoothing import column_size, smoothing_factors
 from ptq.solvers.stats import InputStats, SolverError
-from ptq.transforms import encode_blocks, hadamard_matrix
+from ptq.transforms import hadamard_blocks
 
 OFF, LEARNED = "off", "learned"
 SEARCH_ROWS = 1024
@@ -86,22 +85,16 @@ def search_basis(
 def _candidates(
     weights: Sequence[Tensor], stats: InputStats, rotation: int, alphas: Sequence[float], learned: bool
 ) -> dict[str, Basis]:
-    w_size_k, x_size_k = column_size(weights), stats.rms_k
     candidates = {OFF: Basis(rotation)}
-    for alpha in alphas:
-        candidates[f"{alpha:g}"] = Basis(rotation, smoothing_factors(x_size_k, w_size_k, alpha))
+    if alphas:
+        w_size_k, x_size_k = column_size(weights), stats.rms_k
+        for alpha in alphas:
+            candidates[f"{alpha:g}"] = Basis(rotation, smoothing_factors(x_size_k, w_size_k, alpha))
     if not learned:
         return candidates
     if stats.h_kk is None:
         raise SolverError("A learned transform needs the input's Hessian, and there is none. Collect it.")
-    blocks = {name: _as_blocks(basis, len(stats.mean_k)) for name, basis in candidates.items()}
+    device, k = stats.h_kk.device, len(stats.mean_k)
+    blocks = {name: hadamard_blocks(k, rotation, basis.smooth_k).to(device) for name, basis in candidates.items()}
     blocks[LEARNED] = learn_transform(stats.h_kk, weights, rotation)
     return {name: Basis(rotation, learned_gbb=stored) for name, stored in blocks.items()}
-
-
-def _as_blocks(basis: Basis, k: int) -> Tensor:
-    """Smoothing and Hadamard rotation as stored blocks, uint8 [K/rotation, rotation, rotation]."""
-    size = basis.rotation
-    smooth_k = torch.ones(k) if basis.smooth_k is None else basis.smooth_k
-    hadamard = hadamard_matrix(size).to(smooth_k.device)
-    return encode_blocks(smooth_k.float().reshape(-1, size, 1) * hadamard)

@@ -12,6 +12,7 @@ from ptq.transforms.hadamard import (
 from ptq.transforms.learned import (
     decode_blocks,
     encode_blocks,
+    hadamard_blocks,
     restore_weight,
     transform_hessian,
     transform_input,
@@ -23,6 +24,7 @@ __all__ = [
     "BLOCK_SIZES",
     "decode_blocks",
     "encode_blocks",
+    "hadamard_blocks",
     "hadamard_matrix",
     "restore_weight",
     "rotate_hessian",

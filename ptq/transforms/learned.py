@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptq.transforms.hadamard import hadamard_matrix
+
 LARGEST = 256.0
 """Magnitude of a block's largest entry as stored; decoded it is 1. e4m3 then holds entries down to 2^-17 of it."""
 ROWS = 1024
@@ -32,6 +34,14 @@ def encode_blocks(blocks_gbb: Tensor) -> Tensor:
 def decode_blocks(stored_gbb: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 [G, B, B] -> float [G, B, B], exact in float32 and bfloat16; the largest entry of a block is 1."""
     return (stored_gbb.view(torch.float8_e4m3fn).float() / LARGEST).to(dtype)
+
+
+def hadamard_blocks(k: int, size: int, smooth_k: Tensor | None = None) -> Tensor:
+    """Smoothing by float [K] (None: none) and block Hadamard rotation as stored blocks, uint8 [K/size, size, size]."""
+    rotation = hadamard_matrix(size)
+    if smooth_k is None:
+        return encode_blocks(rotation.expand(k // size, -1, -1))
+    return encode_blocks(smooth_k.float().reshape(-1, size, 1) * rotation.to(smooth_k.device))
 
 
 def transform_input(x: Tensor, blocks_gbb: Tensor) -> Tensor:
