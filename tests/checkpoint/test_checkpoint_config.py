@@ -65,6 +65,8 @@ def changed(path: str, value: object) -> dict:
         ("input_activations.ties", "odd"),
         ("transform.block_size", 48),
         ("transform.type", "none"),
+        ("transform", {"type": "learned", "block_size": 32, "smooth": True}),
+        ("transform", {"type": "learned", "block_size": 16, "smooth": False}),
         ("targets", [3]),
     ],
 )
