@@ -101,7 +101,7 @@ def key_facts(facts: Facts) -> list[tuple[str, str]]:
     if facts.manifest is not None:
         coverage = facts.manifest.coverage
         found += [
-            ("bits a weight: codes + basis", f"{_bits(coverage)} (was 16)"),
+            ("bits a weight + its basis", _bits(coverage)),
             ("Linear FLOPs in W4A4", f"{100 * coverage.flop_share:.1f} %"),
             ("blocks in high precision", str(len(facts.manifest.high_precision))),
         ]
