@@ -19,13 +19,13 @@ from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from ptq.config import load_recipe
 from ptq.evaluation import evaluate_runs
-from ptq.fs import write_bytes
 from ptq.generation import Settings, identify_model, run_generation
 from ptq.generation.video import encode_video, write_video
 from ptq.prompts import PromptSet, read_prompts
 from ptq.quantization.run import quantize
 from ptq.quantization.settings import QuantizeSettings
 from ptq.report import Sources, render
+from ptq.store.files import write_bytes
 from ptq.submission.package import PASS, package
 from ptq.tiny.grammar import calibration_prompts, held_out_prompts
 from ptq.tiny.prompt_files import write_prompt_file

@@ -19,13 +19,13 @@ from ptq.calibration.records import CalibrationSet
 from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.cli.common import quiet_libraries
 from ptq.config import Recipe, load_recipe
-from ptq.fs import write_json
 from ptq.prompts import read_prompts
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.sweep import SweepRow, sweep
+from ptq.scheme import BLOCK_SIZES
+from ptq.store.files import write_json
 from ptq.tiny.grammar import calibration_prompts, held_out_prompts
 from ptq.tiny.prompt_files import write_prompt_file
-from ptq.transforms import BLOCK_SIZES
 from ptq.wan.loading import load_pipeline, resolve_model
 from ptq.wan.structure import ModelLayout
 

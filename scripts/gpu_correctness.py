@@ -20,7 +20,7 @@ from ptq.runtime.kernels.ffn_fused import ffn_up_quantized, ffn_up_quantized_ref
 from ptq.runtime.kernels.gemm_fp8 import gemm_fp8
 from ptq.runtime.kernels.gemm_packed import gemm_packed
 from ptq.runtime.kernels.hadamard_quantize import hadamard_quantize, hadamard_quantize_reference
-from ptq.transforms import encode_blocks
+from ptq.scheme import encode_blocks
 
 MXFP4, HIF4 = QuantSpec("mxfp4", 32, True), QuantSpec("hif4", 32, True)
 LEARNED = QuantSpec("mxfp4", 64, scale_rule="even", learned=True), QuantSpec("hif4", 64, scale_rule="mse", learned=True)

@@ -21,8 +21,8 @@ import torch
 import triton
 
 from ptq import ui
-from ptq.fs import write_json
 from ptq.runtime.bench_linear import GPU_SHAPES, bench_linear
+from ptq.store.files import write_json
 
 CASES = [gpu_correctness.Case(512, n, k) for n, k in ((5120, 5120), (13824, 5120), (5120, 13824), (3072, 3072))]
 WAN_5B = ((27280, 3072, 3072), (27280, 14336, 3072), (27280, 3072, 14336))

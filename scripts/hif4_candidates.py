@@ -6,7 +6,7 @@
  - A search of the inputs' group scales: E6M2 bytes around the reference's, the micro-exponents by the reference's
    thresholds or free, the smallest squared error of the group wins. What is stored stays plain HiF4.
 
-The rule that won, bytes 0..+2 with free micro-exponents, is `mse` in `ptq.formats.hif4` and the default of inputs; here
+The rule that won, bytes 0..+2 with free micro-exponents, is `mse` in `ptq.scheme.hif4` and the default of inputs; here
 everything counts against the reference's scales. Everything else is the default recipe with bias correction, solved with the
 candidate in place: its search of weight scales (of powers of two where weights are confined to them) with GPTQ on top, its
 choice of a basis and bias correction with inputs quantized the candidate's way. Records and measure are those of
@@ -25,12 +25,12 @@ from torch import Tensor
 from ptq import formats
 from ptq.cli.common import quiet_libraries
 from ptq.config import load_recipe
-from ptq.formats.base import Codes, grouped
-from ptq.formats.hif4 import NAN_SCALE, SCALE_BIAS, HiF4, join_words, scale_values
-from ptq.fs import write_json
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.sweep import sweep
+from ptq.scheme.format import Codes, grouped
+from ptq.scheme.hif4 import NAN_SCALE, SCALE_BIAS, HiF4, join_words, scale_values
 from ptq.solvers import scales as weight_search
+from ptq.store.files import write_json
 from ptq.wan.loading import resolve_model
 
 DEFAULT = "default recipe, reference's scales"

@@ -15,9 +15,9 @@ from pathlib import Path
 from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.shards import ShardSet
 from ptq.cli.common import quiet_libraries
-from ptq.fs import write_json
 from ptq.quantization.sensitivity import Sensitivity, build_sensitivity
 from ptq.quantization.settings import BUDGET
+from ptq.store.files import write_json
 from ptq.wan.loading import resolve_model
 
 

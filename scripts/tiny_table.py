@@ -17,12 +17,12 @@ from ablation import record
 from ptq.cli.common import quiet_libraries
 from ptq.config import load_recipe
 from ptq.evaluation import evaluate_runs
-from ptq.fs import write_json
 from ptq.generation import Settings, identify_model, run_generation
 from ptq.prompts import PromptSet, read_prompts
 from ptq.quantization.heldout import denoiser_errors
 from ptq.quantization.run import quantize
 from ptq.quantization.settings import QuantizeSettings
+from ptq.store.files import write_json
 from ptq.tiny.grammar import calibration_prompts, held_out_prompts
 from ptq.tiny.prompt_files import write_prompt_file
 from ptq.wan.loading import load_pipeline, resolve_model

@@ -14,29 +14,26 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ptq"
 
-BASE = {"errors", "version", "fs", "ui"}
-SHARED = {"sharding", "locks"}
+BASE = {"errors", "version", "ui", "store"}
 STAGES = {"calibration", "quantization", "generation", "evaluation"}
-LOWER = {"formats", "transforms", "solvers", "config", "prompts", "runtime", "checkpoint", "tiny", "wan"}
+LOWER = {"scheme", "formats", "solvers", "config", "prompts", "runtime", "checkpoint", "tiny", "wan"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
-    "fs": {"errors"},
     "ui": {"errors"},
-    "sharding": {"errors"},
-    "locks": {"sharding", "ui", "errors"},
-    "formats": {"errors"},
-    "transforms": {"errors"},
+    "store": {"ui", "errors"},
+    "scheme": {"errors"},
+    "formats": {"scheme"},
     "config": {"errors"},
-    "solvers": {"formats", "transforms", "errors"},
+    "solvers": {"scheme", "formats", "errors"},
     "prompts": {"config", *BASE},
-    "runtime": {"formats", "transforms", *BASE},
-    "checkpoint": {"runtime", "formats", "config", *BASE},
+    "runtime": {"scheme", "formats", *BASE},
+    "checkpoint": {"runtime", "scheme", "formats", "config", *BASE},
     "tiny": BASE,
-    "wan": {"checkpoint", "runtime", "formats", "config", "tiny", *BASE},
-    "calibration": {*LOWER, *SHARED, *BASE},
-    "quantization": {*LOWER, *SHARED, *BASE},
-    "generation": {*LOWER, *SHARED, *BASE},
+    "wan": {"checkpoint", "runtime", "scheme", "formats", "config", "tiny", *BASE},
+    "calibration": {*LOWER, *BASE},
+    "quantization": {*LOWER, *BASE},
+    "generation": {*LOWER, *BASE},
     "evaluation": {*LOWER, *BASE},
     "report": {*STAGES, *LOWER, *BASE},
     "submission": {*STAGES, *LOWER, *BASE, "report"},
@@ -53,7 +50,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def layer_of(relative: Path) -> str:
-    """ptq/wan/replay.py -> wan; ptq/fs.py -> fs."""
+    """ptq/wan/replay.py -> wan; ptq/demo.py -> demo."""
     return relative.parts[0].removesuffix(".py")
 
 
@@ -107,7 +104,7 @@ def test_the_table_has_no_cycle() -> None:
     order = list(MAY_IMPORT)
     for layer, allowed in MAY_IMPORT.items():
         later = [name for name in allowed if name in order and order.index(name) >= order.index(layer)]
-        assert not (set(later) - {"errors", "fs", "ui", "version"}), (layer, later)
+        assert not (set(later) - {"errors", "store", "ui", "version"}), (layer, later)
         assert layer not in allowed
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from ptq.calibration.records import INDEX_FILE, NEGATIVE_FILE, RECORDS_DIR, SETTINGS_FILE
 from ptq.errors import PtqError, UsageError
-from ptq.fs import PARTIAL_SUFFIX, read_json, write_json
-from ptq.locks import ShardLock, directory_mutex, live_shards, refuse_other_counts
-from ptq.sharding import Shard
+from ptq.store.files import PARTIAL_SUFFIX, read_json, write_json
+from ptq.store.locks import ShardLock, directory_mutex, live_shards, refuse_other_counts
+from ptq.store.sharding import Shard
 
 STATE_DIR = "state"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ptq.calibration.records import prompt_file
 from ptq.calibration.run import CalibrationPlan
-from ptq.sharding import Shard
+from ptq.store.sharding import Shard
 from ptq.ui.progress import format_seconds
 from ptq.wan.estimates import EFFICIENCY, call_size, forward_flops, measure_rate, sampling_memory
 from ptq.wan.preflight import Needs, gigabytes

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ptq.checkpoint.safetensors_file import read_header
 from ptq.errors import DamagedFileError, PtqError
-from ptq.fs import atomic_path, read_json, read_jsonl, sha256_file, write_bytes
+from ptq.store.files import atomic_path, read_json, read_jsonl, sha256_file, write_bytes
 
 SETTINGS_FILE = "calibration.json"
 INDEX_FILE = "records.jsonl"

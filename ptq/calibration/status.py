@@ -9,8 +9,8 @@ from typing import Any
 from ptq.calibration.directory import STATE_DIR
 from ptq.calibration.records import RECORDS_DIR, SETTINGS_FILE
 from ptq.errors import DamagedFileError
-from ptq.fs import read_json
-from ptq.locks import live_shards
+from ptq.store.files import read_json
+from ptq.store.locks import live_shards
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ptq.checkpoint.quantization_config import QUANT_METHOD, PackedConfig
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header, tensor_crc32
 from ptq.checkpoint.shards import CHECKSUMS_KEY, INDEX_NAME
 from ptq.errors import DamagedFileError
-from ptq.fs import read_json
+from ptq.store.files import read_json
 
 
 class PtqMethod(StrEnum):

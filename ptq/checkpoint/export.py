@@ -24,9 +24,9 @@ from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header
 from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet, write_component
 from ptq.errors import UsageError
-from ptq.formats import Codes
-from ptq.fs import read_json, write_bytes
 from ptq.runtime import QuantLinear
+from ptq.scheme import Codes
+from ptq.store.files import read_json, write_bytes
 
 TARGETS = ("compressed-tensors", "msmodelslim", "bf16")
 PART_BYTES = 2**30

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ptq.errors import DamagedFileError, PtqError
-from ptq.fs import files_below, read_json, sha256_file, write_json
+from ptq.store.files import files_below, read_json, sha256_file, write_json
 from ptq.version import __version__
 
 MANIFEST_FILE = "ptq_manifest.json"
@@ -123,7 +123,7 @@ class Manifest(_Strict):
     @property
     def digest(self) -> str:
         """Identity of the checkpoint: the digest over its files' digests."""
-        from ptq.fs import digest
+        from ptq.store.files import digest
 
         return digest(self.files)
 

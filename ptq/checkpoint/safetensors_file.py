@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ptq.errors import DamagedFileError, PtqError
-from ptq.fs import atomic_path
+from ptq.store.files import atomic_path
 
 # The library stores wide dtypes first (so that data stay aligned), then sorts by name.
 DTYPES: dict[str, torch.dtype] = {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header, write_from_entries
 from ptq.errors import DamagedFileError, PtqError
-from ptq.fs import read_json, write_json
+from ptq.store.files import read_json, write_json
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"

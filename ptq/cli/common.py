@@ -8,7 +8,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptq.sharding import Shard
+    from ptq.store.sharding import Shard
 
 
 def quiet_libraries() -> None:
@@ -26,7 +26,7 @@ def quiet_libraries() -> None:
 def resolve_shard(text: str | None) -> Shard:
     """`--shard i/N`, or what the launcher says; with several shards, say which this is."""
     from ptq import ui
-    from ptq.sharding import detect_shard, parse_shard
+    from ptq.store.sharding import detect_shard, parse_shard
 
     shard = parse_shard(text) if text is not None else detect_shard(os.environ)
     if shard.count > 1:
@@ -38,7 +38,7 @@ def default_device() -> str:
     """The GPU of this process's local rank, or the CPU."""
     import torch
 
-    from ptq.sharding import local_rank
+    from ptq.store.sharding import local_rank
 
     if not torch.cuda.is_available():
         return "cpu"

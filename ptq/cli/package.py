@@ -24,8 +24,8 @@ def package(
     from ptq import ui
     from ptq.checkpoint.manifest import read_manifest
     from ptq.cli.common import format_bytes
-    from ptq.fs import read_json
     from ptq.report import Sources, render
+    from ptq.store.files import read_json
     from ptq.submission.package import check_submittable, estimated_bytes
     from ptq.submission.package import package as run
 

@@ -32,8 +32,8 @@ def report(
     from ptq import ui
     from ptq.cli.common import format_bytes, print_json
     from ptq.errors import UsageError
-    from ptq.fs import write_bytes
     from ptq.report import Sources, evaluation_directories, render
+    from ptq.store.files import write_bytes
 
     directories = evaluation_directories(run)
     named = html or pdf or checkpoint or reference or candidate

@@ -24,7 +24,7 @@ from ptq.evaluation.units import FILE_NAME, finish, measure_units
 from ptq.evaluation.vbench_import import imported_scores
 from ptq.evaluation.vbench_run import VBenchSettings, run_vbench
 from ptq.evaluation.vbench_totals import published_totals
-from ptq.fs import write_json
+from ptq.store.files import write_json
 from ptq.version import __version__
 
 SCHEMA = 1

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq.errors import DamagedFileError, PtqError
-from ptq.fs import read_json, read_jsonl, sha256_file
+from ptq.store.files import read_json, read_jsonl, sha256_file
 
 #: Manifest keys that must be equal in both runs for a unit to be a pair, with the words of the message.
 PAIRED_KEYS: Mapping[str, str] = {

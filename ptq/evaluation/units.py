@@ -21,7 +21,7 @@ from ptq.evaluation.frames import choose_source, frames_of
 from ptq.evaluation.runs import Unit, verify_video
 from ptq.evaluation.streaming import measure_clips
 from ptq.evaluation.suites import ADHERENCE, FIRST_FRAME, HITS, RUN_DIMENSIONS, Suite
-from ptq.fs import append_jsonl, digest, read_jsonl, write_bytes
+from ptq.store.files import append_jsonl, digest, read_jsonl, write_bytes
 
 #: Raise it when a measure changes its meaning: results kept by an older version are then measured again.
 MEASURE_VERSION = 1

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from ptq.errors import UsageError
-from ptq.fs import read_json
+from ptq.store.files import read_json
 
 DRIVER = Path(__file__).with_name("vbench_driver.py")
 

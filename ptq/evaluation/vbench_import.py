@@ -17,7 +17,7 @@ from ptq.errors import DamagedFileError, PtqError
 from ptq.evaluation.runs import Unit
 from ptq.evaluation.scores import Scores, check_paired
 from ptq.evaluation.suites import Suite
-from ptq.fs import read_json, sha256_file
+from ptq.store.files import read_json, sha256_file
 
 #: Rows of these dimensions are on another scale than the score.
 ROW_SCALE = {"imaging_quality": 0.01}

@@ -21,7 +21,7 @@ from ptq.evaluation.scores import Scores
 from ptq.evaluation.suites import Suite
 from ptq.evaluation.vbench_check import DRIVER, Installation, foreign_environment, missing_weights, probe
 from ptq.evaluation.vbench_import import PARTIAL, DimensionRows, parse_results, scores_from_tables, standard_name
-from ptq.fs import digest, read_json, sha256_file, write_json
+from ptq.store.files import digest, read_json, sha256_file, write_json
 
 _FULL_INFO = {"vbench": "VBench_full_info.json", "vbench2_beta_i2v": "vbench2_i2v_full_info.json"}
 _RESOLUTIONS = {"1-1": 1.0, "8-5": 1.6, "7-4": 1.75, "16-9": 16 / 9}

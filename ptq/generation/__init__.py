@@ -8,7 +8,7 @@ from ptq.generation.run import Summary, run_generation
 from ptq.generation.settings import ModelIdentity, Settings, identify_model
 from ptq.generation.status import RunStatus, read_status
 from ptq.generation.units import Unit, make_units, safe_name, unit_seed
-from ptq.sharding import Shard, detect_shard, parse_shard
+from ptq.store.sharding import Shard, detect_shard, parse_shard
 
 __all__ = [
     "ModelIdentity",

@@ -13,8 +13,8 @@ import os
 import threading
 from pathlib import Path
 
-from ptq.locks import directory_mutex, owner, read_small_json
-from ptq.sharding import Shard
+from ptq.store.locks import directory_mutex, owner, read_small_json
+from ptq.store.sharding import Shard
 
 _CLAIM_SUFFIX = ".claim"
 

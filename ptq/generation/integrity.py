@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ptq import ui
 from ptq.errors import PtqError
-from ptq.fs import sha256_file
 from ptq.generation.manifest import FILE_KEYS, Line, Manifests
 from ptq.generation.units import Unit
+from ptq.store.files import sha256_file
 
 
 def find_damage(root: Path, line: Line) -> str | None:

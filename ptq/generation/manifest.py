@@ -15,8 +15,8 @@ from typing import Any
 
 from ptq import ui
 from ptq.errors import DamagedFileError, PtqError
-from ptq.fs import append_jsonl, free_space_hint
-from ptq.sharding import Shard
+from ptq.store.files import append_jsonl, free_space_hint
+from ptq.store.sharding import Shard
 
 Line = dict[str, Any]
 

@@ -12,7 +12,7 @@ from ptq.generation.rundir import RunDirectory
 from ptq.generation.settings import Settings
 from ptq.generation.units import make_units
 from ptq.prompts.sample import Sample
-from ptq.sharding import Shard
+from ptq.store.sharding import Shard
 
 # Of a pixel, in bytes: H.264 at CRF 14 of ordinary footage, and deflated frames. Rough, and on the safe side.
 _VIDEO_BYTES, _FRAME_BYTES = 0.12, 2.0

@@ -22,7 +22,7 @@ from ptq.generation.rundir import RunDirectory, describe_run
 from ptq.generation.settings import ModelIdentity, Settings
 from ptq.generation.units import Unit, make_units
 from ptq.prompts.sample import Sample
-from ptq.sharding import Shard
+from ptq.store.sharding import Shard
 from ptq.ui.progress import Progress, format_seconds
 
 if TYPE_CHECKING:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ptq.errors import DamagedFileError, PtqError, UsageError
-from ptq.fs import PARTIAL_SUFFIX, digest, read_json, write_json
 from ptq.generation.claims import units_in_work
 from ptq.generation.manifest import FILE_KEYS, Manifests, manifest_name
 from ptq.generation.settings import ModelIdentity, Settings
 from ptq.generation.units import Unit
-from ptq.locks import ShardLock, directory_mutex, live_shards, refuse_other_counts
-from ptq.sharding import Shard
+from ptq.store.files import PARTIAL_SUFFIX, digest, read_json, write_json
+from ptq.store.locks import ShardLock, directory_mutex, live_shards, refuse_other_counts
+from ptq.store.sharding import Shard
 from ptq.version import __version__
 
 SCHEMA = 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq.errors import PtqError, UsageError
-from ptq.fs import files_below
+from ptq.store.files import files_below
 
 _WHOLE_FILE_BYTES = 16 << 20
 _SAMPLES, _SAMPLE_BYTES = 64, 4096

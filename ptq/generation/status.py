@@ -13,8 +13,8 @@ from typing import Any
 from ptq.generation.claims import units_in_work
 from ptq.generation.manifest import Line, Manifests
 from ptq.generation.rundir import RunDirectory
-from ptq.locks import live_shards
-from ptq.sharding import Shard
+from ptq.store.locks import live_shards
+from ptq.store.sharding import Shard
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import av
 import numpy as np
 
 from ptq.errors import DamagedFileError
-from ptq.fs import atomic_path, write_bytes
+from ptq.store.files import atomic_path, write_bytes
 
 CODEC, PIXEL_FORMAT = "libx264", "yuv420p"
 ENCODER_OPTIONS = {

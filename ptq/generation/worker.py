@@ -20,7 +20,6 @@ from safetensors.torch import save
 
 from ptq import ui
 from ptq.errors import DamagedFileError, PtqError
-from ptq.fs import sha256_file, write_bytes
 from ptq.generation.claims import Claims
 from ptq.generation.group import LostGroupError
 from ptq.generation.manifest import Line, Manifests
@@ -30,6 +29,7 @@ from ptq.generation.settings import ModelIdentity
 from ptq.generation.units import Unit, unit_seed
 from ptq.generation.video import encode_video, write_frames, write_video
 from ptq.prompts.images import RESIZE_POLICY, fit_image, load_image
+from ptq.store.files import sha256_file, write_bytes
 
 Result = Literal["done", "failed", "broken", "elsewhere"]
 

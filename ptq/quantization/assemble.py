@@ -16,7 +16,7 @@ from ptq.checkpoint.safetensors_file import TensorEntry
 from ptq.checkpoint.shards import ShardSet, write_component
 from ptq.config.preset import PRESET_FILE
 from ptq.errors import PtqError
-from ptq.fs import write_bytes, write_json
+from ptq.store.files import write_bytes, write_json
 from ptq.wan.structure import ModelLayout
 
 

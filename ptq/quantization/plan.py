@@ -11,11 +11,11 @@ import torch
 from ptq import formats
 from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.shards import ShardSet
-from ptq.fs import files_below
 from ptq.quantization.calls import spread
 from ptq.quantization.coverage import measure_coverage, tokens_of
 from ptq.quantization.run import check_inputs
 from ptq.quantization.settings import QuantizeSettings
+from ptq.store.files import files_below
 from ptq.ui.progress import format_seconds
 from ptq.wan.estimates import (
     EFFICIENCY,

@@ -18,8 +18,6 @@ from ptq.checkpoint.manifest import Manifest, hash_files, package_versions, read
 from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet
 from ptq.errors import PtqError, UsageError
-from ptq.fs import digest, free_space_hint
-from ptq.locks import exclusive
 from ptq.quantization.assemble import copy_components, write_expert
 from ptq.quantization.calls import spread
 from ptq.quantization.coverage import measure_coverage, tokens_of
@@ -28,6 +26,8 @@ from ptq.quantization.processes import Processes
 from ptq.quantization.sensitivity import protect_blocks, with_protection
 from ptq.quantization.settings import QuantizeSettings, check_budget
 from ptq.quantization.workdir import RUN_FILES, STREAMS_DIR, WorkDir
+from ptq.store.files import digest, free_space_hint
+from ptq.store.locks import exclusive
 from ptq.version import __version__
 from ptq.wan.replay import ExpertReplay, state_names
 from ptq.wan.structure import LINEARS, ModelLayout

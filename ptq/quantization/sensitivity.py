@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from ptq import ui
 from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.shards import ShardSet
-from ptq.fs import read_json, write_json
 from ptq.quantization.hybrid import HybridExpert
 from ptq.quantization.settings import BUDGET, QuantizeSettings
 from ptq.quantization.workdir import PROTECTION_FILE, WorkDir
+from ptq.store.files import read_json, write_json
 from ptq.wan.replay import ExpertReplay
 from ptq.wan.structure import ModelLayout
 

@@ -16,7 +16,7 @@ from ptq.calibration.records import save_atomic
 from ptq.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header
 from ptq.errors import DamagedFileError, UsageError
-from ptq.fs import PARTIAL_SUFFIX, digest, read_json, sync_directory, write_json
+from ptq.store.files import PARTIAL_SUFFIX, digest, read_json, sync_directory, write_json
 
 SIGNATURE_FILE = "run.json"
 BLOCKS_DIR = "blocks"

@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ptq.checkpoint.manifest import Manifest, read_manifest
 from ptq.errors import DamagedFileError, PtqError
 from ptq.evaluation.runs import Run, Unit, read_run
-from ptq.fs import read_json, read_jsonl
 from ptq.prompts import caption_digest
 from ptq.report.locate import Sources, find_calibration, find_checkpoint, find_run
 from ptq.report.schema import UNITS_FILE, Evaluation, read_evaluation
+from ptq.store.files import read_json, read_jsonl
 
 FORMAT_NAMES = {"hif4": "HiF4", "mxfp4": "MXFP4"}
 SENSITIVITY_FILE = "ptq_sensitivity.json"

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ptq.checkpoint.manifest import MANIFEST_FILE
 from ptq.errors import DamagedFileError, PtqError, UsageError
-from ptq.fs import read_json
 from ptq.generation import identify_model
 from ptq.report.schema import EVALUATION_FILE, Evaluation, RunInfo
+from ptq.store.files import read_json
 
 CALIBRATION_FILE = "calibration.json"
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ptq.checkpoint.manifest import LayerEntry, Manifest
-from ptq.fs import sha256_file
 from ptq.quantization.settings import BUDGET
 from ptq.report.cells import Cell, Table, count, error, flatten, number, plain, share, size
 from ptq.report.facts import ROLES, Facts
 from ptq.report.schema import EVALUATION_FILE, UNITS_FILE
+from ptq.store.files import sha256_file
 
 SHOWN_LAYERS = 10
 LAYER_COLUMNS = ("output error", "plain rounding", "weight SQNR (dB)")

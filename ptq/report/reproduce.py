@@ -17,8 +17,8 @@ from ptq.checkpoint.manifest import Manifest
 from ptq.config import load_preset
 from ptq.config.preset import PRESET_FILE
 from ptq.evaluation.suites import get_suite
-from ptq.fs import read_json
 from ptq.report.facts import Facts
+from ptq.store.files import read_json
 
 RECIPE_FILE = "recipe.yaml"
 REFERENCE_OUT, CANDIDATE_OUT = "runs/original", "runs/quantized"

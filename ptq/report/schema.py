@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ptq.errors import DamagedFileError, PtqError
-from ptq.fs import read_json
+from ptq.store.files import read_json
 
 EVALUATION_FILE = "evaluation.json"
 UNITS_FILE = "units.jsonl"

@@ -22,7 +22,7 @@ from ptq.runtime import cpu
 from ptq.runtime.linear import QuantLinear
 from ptq.runtime.sharing import forget_input
 from ptq.runtime.spec import QuantSpec
-from ptq.transforms import hadamard_blocks
+from ptq.scheme import hadamard_blocks
 
 CPU_SHAPES = ((256, 192, 192), (256, 512, 192), (256, 192, 512), (1024, 1536, 1536))
 """[M, N, K] of small models, and one layer that no cache hides."""

@@ -14,7 +14,7 @@ from ptq import formats
 from ptq.runtime.cache import from_environment
 from ptq.runtime.sharing import shared_input
 from ptq.runtime.spec import QuantSpec
-from ptq.transforms import decode_blocks
+from ptq.scheme import decode_blocks
 
 TILE_BYTES = 64 * 2**20
 """Decoded float32 bytes of one tile of output rows where the whole weight is not cached."""

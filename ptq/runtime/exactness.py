@@ -21,8 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ptq.formats import FormatError
-from ptq.formats.mxfp4 import NAN_SCALE
+from ptq.scheme import FormatError
+from ptq.scheme.mxfp4 import NAN_SCALE
 
 Kind = Literal["e4m3", "e4m3-row", "e5m2", "bf16"]
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ptq import formats
-from ptq.formats import Codes
 from ptq.runtime import cpu, ops
 from ptq.runtime.spec import QuantSpec
-from ptq.transforms import decode_blocks, restore_weight, rotate_weight, rotation_scales
+from ptq.scheme import Codes, decode_blocks, restore_weight, rotate_weight, rotation_scales
 
 
 class QuantLinear(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ptq import formats
-from ptq.transforms import (
+from ptq.scheme import (
     decode_blocks,
     rotate_input,
     rotate_weight,
@@ -34,7 +34,7 @@ class QuantSpec:
         scale_rule: scale rule of the dynamic input quantization (format default where None).
         ties: rounding of ties in the input quantization (format default where None).
         learned: whether the layer carries its own blocks, `transform` uint8 [K/rotation, rotation, rotation] (see
-            `ptq.transforms.learned`), in place of smoothing and Hadamard.
+            `ptq.scheme.learned`), in place of smoothing and Hadamard.
 
     Raises:
         FormatError: a learned transform with smoothing, or whose blocks do not hold whole groups.

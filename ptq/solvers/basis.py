@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ptq.formats import Format
-from ptq.solvers.bias import weighted_mean
-from ptq.solvers.stats import InputStats
-from ptq.transforms import (
+from ptq.scheme import (
+    Format,
     decode_blocks,
     rotate_hessian,
     rotate_input,
@@ -21,6 +19,8 @@ from ptq.transforms import (
     transform_input,
     transform_weight,
 )
+from ptq.solvers.bias import weighted_mean
+from ptq.solvers.stats import InputStats
 
 NEGLIGIBLE = 1e-4
 """Share of a Hessian's mean diagonal below which a negative entry is rounding, not an error."""

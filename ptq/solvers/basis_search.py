@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ptq.formats import Format
+from ptq.scheme import Format, hadamard_blocks
 from ptq.solvers.basis import Basis
 from ptq.solvers.learned import learn_transform
 from ptq.solvers.measure import relative, token_error
 from ptq.solvers.rtn import round_to_nearest
 from ptq.solvers.smoothing import column_size, smoothing_factors
 from ptq.solvers.stats import InputStats, SolverError
-from ptq.transforms import hadamard_blocks
 
 OFF, LEARNED = "off", "learned"
 SEARCH_ROWS = 1024

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptq.formats import Codes, Format
+from ptq.scheme import Codes, Format
 from ptq.solvers.factor import Factor, factorize
 from ptq.solvers.rtn import check_weight
 from ptq.solvers.stats import SolverError

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ptq.scheme import encode_blocks, hadamard_matrix
+from ptq.scheme.learned import ROWS
 from ptq.solvers.factor import check_hessian
 from ptq.solvers.rtn import check_weight
-from ptq.transforms import encode_blocks, hadamard_matrix
-from ptq.transforms.learned import ROWS
 
 SHRINKAGE = 0.03
 """Share by which correlations are shrunk. 0.01, 0.03 and 0.1 differ by 0.1 dB of denoiser error on `tiny`."""
@@ -35,7 +35,7 @@ def learn_transform(h_kk: Tensor, weights: Sequence[Tensor], size: int) -> Tenso
         size: of a block; divides K.
 
     Returns:
-        uint8 [K/size, size, size] as `ptq.transforms.learned` stores it; x' = x A with A = T^t. Channels with nothing in
+        uint8 [K/size, size, size] as `ptq.scheme.learned` stores it; x' = x A with A = T^t. Channels with nothing in
         them (no input, or no weight) count as average, uncorrelated ones.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq.formats import Codes, Format
+from ptq.scheme import Codes, Format
 from ptq.solvers.stats import SolverError
 
 

@@ -18,9 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq.formats import Format
-from ptq.formats.base import grouped
-from ptq.formats.hif4 import NAN_SCALE, join_words, scale_values
+from ptq.scheme import Format
+from ptq.scheme.format import grouped
+from ptq.scheme.hif4 import NAN_SCALE, join_words, scale_values
 from ptq.solvers.rtn import check_weight
 from ptq.solvers.stats import SolverError
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ptq.formats import Codes, Format
+from ptq.scheme import Codes, Format
 from ptq.solvers.basis import Basis, QuantizedInputs
 from ptq.solvers.basis_search import OFF, BasisChoice, search_basis
 from ptq.solvers.bias import bias_correction

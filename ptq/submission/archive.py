@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from ptq.errors import DamagedFileError
-from ptq.fs import atomic_path
+from ptq.store.files import atomic_path
 
 COMPRESSION = 1
 """4-bit codes hardly compress; level 1 costs little time and still shrinks text."""

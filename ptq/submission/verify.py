@@ -16,10 +16,10 @@ from typing import Any
 from ptq.checkpoint.manifest import read_manifest, verify_files
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import DamagedFileError, PtqError
-from ptq.fs import read_json, read_jsonl, sha256_file
 from ptq.generation import Settings, identify_model, run_generation
 from ptq.prompts import Sample
 from ptq.quantization.settings import check_budget
+from ptq.store.files import read_json, read_jsonl, sha256_file
 from ptq.submission.archive import extract_archive
 from ptq.submission.package import CHECKSUMS, PASS, SUBMISSION, WEIGHTS
 from ptq.wan.loading import load_pipeline

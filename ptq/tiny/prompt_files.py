@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptq.fs import write_bytes
+from ptq.store.files import write_bytes
 from ptq.tiny import defaults
 from ptq.tiny.grammar import parse_prompt
 from ptq.tiny.world import render

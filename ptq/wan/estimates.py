@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header
 from ptq.checkpoint.shards import ShardSet
-from ptq.fs import read_json
+from ptq.store.files import read_json
 from ptq.wan.structure import INPUTS, ModelLayout
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import Any
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header
 from ptq.checkpoint.shards import INDEX_NAME, WEIGHTS_NAME, ShardSet, write_component
 from ptq.errors import PtqError, UsageError
-from ptq.fs import read_json, write_json
+from ptq.store.files import read_json, write_json
 
 EXPERT_FOLDERS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
 _HUB_IDS = {16: "Wan-AI/Wan2.2-T2V-A14B-Diffusers", 36: "Wan-AI/Wan2.2-I2V-A14B-Diffusers"}

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ptq.checkpoint.safetensors_file import read_header
 from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet, write_component
-from ptq.fs import digest, sha256_file
+from ptq.store.files import digest, sha256_file
 from ptq.wan.structure import ModelLayout, block_prefix, read_layout
 
 SEED = 20

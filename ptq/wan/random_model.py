@@ -25,7 +25,7 @@ from ptq.checkpoint.shards import write_component
 from ptq.config import load_preset
 from ptq.config.preset import PRESET_FILE
 from ptq.errors import UsageError
-from ptq.fs import write_json
+from ptq.store.files import write_json
 from ptq.wan.structure import BLOCKS, block_prefix
 
 TEXT_DIM = 64

@@ -13,7 +13,7 @@ from ptq.config import ModelPreset, load_preset
 from ptq.config.load import validate
 from ptq.config.preset import PRESET_FILE
 from ptq.errors import DamagedFileError, PtqError
-from ptq.fs import read_json
+from ptq.store.files import read_json
 
 BLOCKS = "blocks"
 INPUTS: dict[str, tuple[str, ...]] = {

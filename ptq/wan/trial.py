@@ -23,8 +23,8 @@ from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.safetensors_file import read_header
 from ptq.checkpoint.shards import ShardSet, write_component
 from ptq.errors import PtqError
-from ptq.fs import free_space_hint, read_json, write_bytes
 from ptq.runtime import QuantLinear, QuantSpec
+from ptq.store.files import free_space_hint, read_json, write_bytes
 from ptq.wan.replay import state_names
 from ptq.wan.structure import LINEARS, block_prefix
 

@@ -11,7 +11,7 @@ import torch
 
 from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.prompts import MediaRef, Sample
-from ptq.sharding import Shard
+from ptq.store.sharding import Shard
 from ptq.wan.loading import load_pipeline
 from ptq.wan.structure import read_layout
 

@@ -18,7 +18,7 @@ from ptq.cli.main import app
 from ptq.config import load_preset
 from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.prompts import read_prompts
-from ptq.sharding import Shard
+from ptq.store.sharding import Shard
 
 REAL_PROMPTS = Path(__file__).resolve().parents[3] / "shared" / "data" / "opens2v" / "OpenS2V-5M_to_mm.json"
 

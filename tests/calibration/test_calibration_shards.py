@@ -17,8 +17,8 @@ from ptq.calibration.run import calibrate
 from ptq.calibration.status import read_status
 from ptq.cli.main import app
 from ptq.errors import PtqError, UsageError
-from ptq.locks import ShardLock
-from ptq.sharding import Shard
+from ptq.store.locks import ShardLock
+from ptq.store.sharding import Shard
 
 
 def never():

@@ -18,8 +18,8 @@ import ptq
 from ptq.checkpoint.diffusers_quantizer import PtqConfig, PtqMethod, PtqQuantizer
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import DamagedFileError, PtqError
-from ptq.fs import sha256_file
 from ptq.runtime import QuantLinear
+from ptq.store.files import sha256_file
 
 BOTH = pytest.mark.parametrize("format_name", ["hif4", "mxfp4"])
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from ptq.checkpoint.safetensors_file import read_header
 from ptq.checkpoint.shards import INDEX_NAME, WEIGHTS_NAME, ShardSet, write_component
 from ptq.errors import DamagedFileError, PtqError
-from ptq.fs import sha256_file
+from ptq.store.files import sha256_file
 
 SMALL = {
     "num_attention_heads": 2,

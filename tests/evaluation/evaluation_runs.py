@@ -12,7 +12,7 @@ import av
 import numpy as np
 from safetensors.numpy import save_file
 
-from ptq.fs import sha256_file
+from ptq.store.files import sha256_file
 from ptq.tiny.grammar import held_out_prompts, parse_prompt
 from ptq.tiny.world import render
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from ptq.cli.main import app
 from ptq.errors import PtqError, UsageError
-from ptq.fs import read_json
+from ptq.store.files import read_json
 
 runner = CliRunner()
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.evaluation import evaluate_runs, units
-from ptq.fs import read_json, read_jsonl
+from ptq.store.files import read_json, read_jsonl
 
 COUNT = 24
 

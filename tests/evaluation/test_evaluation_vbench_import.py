@@ -17,7 +17,7 @@ from ptq.evaluation.scores import Scores
 from ptq.evaluation.suites import get_suite
 from ptq.evaluation.vbench_import import parse_results
 from ptq.evaluation.vbench_totals import covers_benchmark, published_totals, total
-from ptq.fs import read_jsonl
+from ptq.store.files import read_jsonl
 
 GOLDEN = Path(__file__).parent / "data" / "vbench_eval_results.json"
 ICME = get_suite("icme2026").gate

@@ -16,7 +16,7 @@ from ptq.errors import PtqError, UsageError
 from ptq.evaluation import VBenchSettings, evaluate_runs
 from ptq.evaluation.suites import get_suite
 from ptq.evaluation.vbench_check import fetched_elsewhere, missing_weights, probe, required_weights
-from ptq.fs import read_json, read_jsonl
+from ptq.store.files import read_json, read_jsonl
 
 #: Scores depend on the video's bytes and its prompt; `mood.json` says how a dimension misbehaves. It imports nothing.
 STAND_IN = """

@@ -12,7 +12,7 @@ from generation_helpers import MODEL, SETTINGS, file_digests, lines, make_sample
 from ptq.errors import PtqError
 from ptq.generation import Shard, read_status, run_generation
 from ptq.generation.claims import Claims
-from ptq.locks import ShardLock, live_shards
+from ptq.store.locks import ShardLock, live_shards
 
 
 def test_three_processes_at_once_equal_one(pipe_dir: Path, whole_run: Path, tmp_path: Path):

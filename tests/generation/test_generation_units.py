@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ptq.errors import UsageError
 from ptq.generation import Shard, detect_shard, identify_model, make_units, parse_shard, safe_name, unit_seed
 from ptq.prompts import Sample
-from ptq.sharding import local_rank
+from ptq.store.sharding import local_rank
 
 
 def reference_seed(base: int, dataset: str, sample_id: str, k: int) -> int:

@@ -4,7 +4,7 @@ import pytest
 from quantization_helpers import file_digests, make_settings, run
 
 from ptq.errors import PtqError
-from ptq.locks import exclusive
+from ptq.store.locks import exclusive
 
 
 def test_the_second_run_is_refused_and_disturbs_nothing(model, records, uninterrupted, tmp_path):

@@ -10,10 +10,10 @@ from report_helpers import SENSITIVITY, UNITS
 
 from ptq.checkpoint.manifest import read_manifest
 from ptq.errors import DamagedFileError, PtqError, UsageError
-from ptq.fs import read_jsonl
 from ptq.report import Sources, evaluation_directories
 from ptq.report.facts import gather
 from ptq.report.wording import headline, held_out, limitations
+from ptq.store.files import read_jsonl
 
 
 def test_facts_are_the_artifacts(job):

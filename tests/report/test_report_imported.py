@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from ptq.evaluation import evaluate_imported
-from ptq.fs import read_json
 from ptq.report import Sources, render_html, render_pdf
 from ptq.report.facts import gather
 from ptq.report.reproduce import reproduction
 from ptq.report.wording import headline, meaning
+from ptq.store.files import read_json
 
 DIMENSIONS = ["aesthetic_quality", "motion_smoothness"]
 

@@ -11,7 +11,7 @@ import torch
 from ptq import formats
 from ptq.runtime import QuantLinear, QuantSpec, cpu
 from ptq.runtime.cache import DecodedCache, from_environment
-from ptq.transforms import encode_blocks
+from ptq.scheme import encode_blocks
 
 
 def codes() -> tuple[torch.Tensor, torch.Tensor]:

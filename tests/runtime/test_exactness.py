@@ -6,8 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq import formats
-from ptq.formats.base import pack_nibbles
-from ptq.formats.mxfp4 import MAGNITUDES
 from ptq.runtime.exactness import (
     DTYPES,
     E4M3_RANGE,
@@ -17,6 +15,8 @@ from ptq.runtime.exactness import (
     place,
     summarize,
 )
+from ptq.scheme.format import pack_nibbles
+from ptq.scheme.mxfp4 import MAGNITUDES
 
 E2M1 = torch.tensor(MAGNITUDES + tuple(-value for value in MAGNITUDES), dtype=torch.float64)
 

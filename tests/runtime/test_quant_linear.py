@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptq import formats
 from ptq.runtime import QuantLinear, QuantSpec, cpu
-from ptq.transforms import encode_blocks, hadamard_matrix
+from ptq.scheme import encode_blocks, hadamard_matrix
 
 FORMATS = pytest.mark.parametrize("name", ["hif4", "mxfp4"])
 K, N = 256, 24

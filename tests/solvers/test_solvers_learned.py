@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ptq import formats
+from ptq.scheme import decode_blocks, encode_blocks
 from ptq.solvers import InputStats, learn_transform, search_basis, smoothing_factors
 from ptq.solvers.basis import Basis
 from ptq.solvers.smoothing import column_size
-from ptq.transforms import decode_blocks, encode_blocks
 
 K, SIZE = 128, 64
 

@@ -15,12 +15,12 @@ import pytest
 from ptq.checkpoint.manifest import MANIFEST_FILE, hash_files
 from ptq.errors import UsageError
 from ptq.evaluation import evaluate_runs
-from ptq.fs import read_json, write_json
 from ptq.generation import Settings, identify_model, run_generation
 from ptq.prompts import Sample
 from ptq.report import Sources
 from ptq.report.facts import gather
 from ptq.report.reproduce import reproduction
+from ptq.store.files import read_json, write_json
 from ptq.submission.archive import extract_archive, write_archive
 from ptq.submission.package import CHECKSUMS, package
 from ptq.submission.verify import verify

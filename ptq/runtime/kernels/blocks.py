@@ -1,6 +1,6 @@
 """Device functions on register tiles: rotation, MXFP4 rounding, nibbles, decoding. Shared by the kernels of this folder.
 
-They repeat `ptq.formats` operation by operation on float32 bits, so that codes are equal and not merely close. Where a
+They repeat `ptq.scheme` operation by operation on float32 bits, so that codes are equal and not merely close. Where a
 result could depend on contraction (a product feeding an addition), the kernels that call these functions are compiled
 with `enable_fp_fusion=False`.
 
@@ -106,7 +106,7 @@ def multiply_block(x, matrix, PARTS: tl.constexpr):
 
 @triton.jit
 def load_e4m3(ptr, SIZE: tl.constexpr):
-    """A stored block (`ptq.transforms.learned`), float8 e4m3 bits uint8 [SIZE, SIZE] -> its values in bfloat16.
+    """A stored block (`ptq.scheme.learned`), float8 e4m3 bits uint8 [SIZE, SIZE] -> its values in bfloat16.
 
     By integer arithmetic, for devices without that type. Exact: four significant bits.
     """

@@ -1,4 +1,4 @@
-"""Device functions that round register tiles to HiF4: the two scale rules of `ptq.formats.hif4`, operation by operation.
+"""Device functions that round register tiles to HiF4: the two scale rules of `ptq.scheme.hif4`, operation by operation.
 
 The rule `mse` rounds each element nine times: with three bytes, and e8 + e16 of 0, 1, 2. The four elements of a quad become
 four tensors first, so that everything up to a quad's error is arithmetic within a thread. Sums are added in the order of

@@ -38,7 +38,7 @@ def expand_weight(weight_packed: Tensor, weight_scale: Tensor, format_name: str,
 def expand_weight_reference(
     weight_packed: Tensor, weight_scale: Tensor, format_name: str, placement: Placement
 ) -> Tensor:
-    """The same in torch, from `ptq.formats`. Exact: every value is representable, or it becomes NaN with its group."""
+    """The same in torch, from `ptq.scheme`. Exact: every value is representable, or it becomes NaN with its group."""
     fmt = formats.get(format_name)
     values = fmt.dequantize(fmt.unpack(weight_packed, weight_scale)).double()
     exponent = placement.exponent if placement.row_exponents is None else placement.row_exponents.unsqueeze(1)

@@ -14,12 +14,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ptq.formats import FormatError
 from ptq.runtime.kernels import blocks as b
 from ptq.runtime.kernels import hadamard_quantize as quantize
 from ptq.runtime.kernels.gemm_fp8 import epilogue, gemm_fp8_reference, product_tile, tile_origin
 from ptq.runtime.kernels.tiles import Tile, multiprocessors, tile_for
 from ptq.runtime.spec import QuantSpec
+from ptq.scheme import FormatError
 
 
 def ffn_up_quantized(

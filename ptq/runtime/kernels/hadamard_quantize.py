@@ -20,11 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ptq import formats
-from ptq.formats.mxfp4 import EXPONENT_CARRY
 from ptq.runtime.kernels import blocks as b
 from ptq.runtime.kernels.blocks_hif4 import hif4_convert, hif4_nibbles
 from ptq.runtime.spec import QuantSpec
-from ptq.transforms import rotation_scales
+from ptq.scheme import rotation_scales
+from ptq.scheme.mxfp4 import EXPONENT_CARRY
 
 Output = Literal["packed", "fp8", "bf16"]
 TILE_ELEMENTS = 4096
@@ -86,7 +86,7 @@ def hadamard_quantize(
 def hadamard_quantize_reference(
     x: Tensor, basis: Tensor | None, spec: QuantSpec, out: Output, *, e_ref: int = 0
 ) -> QuantizedInput:
-    """The same in torch, from `ptq.formats` and `ptq.transforms`. Same arguments, result and errors."""
+    """The same in torch, from `ptq.scheme` and `ptq.scheme`. Same arguments, result and errors."""
     check_output(spec, out)
     if out == "packed":
         fmt = formats.get(spec.format)

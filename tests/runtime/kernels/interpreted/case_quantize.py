@@ -10,7 +10,7 @@ from ptq import formats
 from ptq.runtime.exactness import count_outside
 from ptq.runtime.kernels.hadamard_quantize import hadamard_quantize, hadamard_quantize_reference
 from ptq.runtime.spec import QuantSpec
-from ptq.transforms import encode_blocks
+from ptq.scheme import encode_blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 GOLDEN = Path(__file__).parents[3] / "golden"

@@ -1,4 +1,4 @@
-"""MXFP4 on rows of 32, compiled by numba: the arithmetic of `ptq.formats.mxfp4`, bit for bit.
+"""MXFP4 on rows of 32, compiled by numba: the arithmetic of `ptq.scheme.mxfp4`, bit for bit.
 
 Magnitudes are handled as float32 bits in int32, so that the loops over a group become vector instructions. numba widens
 int32 arithmetic to 64 bits, hence the casts. Nothing here is contracted to fused multiply-adds, flushed or reassociated.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ptq.formats.native import kernel
+from ptq.scheme.native import kernel
 
 GROUP = 32
 f32, i32, u32 = np.float32, np.int32, np.uint32
@@ -22,7 +22,7 @@ NAN_SCALE, MAX_SCALE = i32(255), i32(252)
 
 @kernel
 def codes(x, shift, carry, mse, even, out, scales):
-    """Elements or packed elements and scale bytes; see `ptq.formats.native.Kernels`."""
+    """Elements or packed elements and scale bytes; see `ptq.scheme.native.Kernels`."""
     magnitude = np.empty(GROUP, np.int32)
     sign = np.empty(GROUP, np.int32)
     error = np.empty(GROUP, np.float32)
@@ -53,7 +53,7 @@ def codes(x, shift, carry, mse, even, out, scales):
 
 @kernel
 def values(x, shift, carry, mse, even, out):
-    """Values on the grid; see `ptq.formats.native.Kernels`."""
+    """Values on the grid; see `ptq.scheme.native.Kernels`."""
     magnitude = np.empty(GROUP, np.int32)
     sign = np.empty(GROUP, np.uint32)
     error = np.empty(GROUP, np.float32)
@@ -98,7 +98,7 @@ def _reciprocal(scale):
 
 @njit(error_model="numpy")
 def _squared_error(magnitude, reciprocal, factor, even, error):
-    """Squared error of rounding at `factor` (1 or 2) scales, summed in halves as in `ptq.formats.mxfp4`."""
+    """Squared error of rounding at `factor` (1 or 2) scales, summed in halves as in `ptq.scheme.mxfp4`."""
     for k in range(GROUP):
         y = i32(magnitude[k]).view(f32) * reciprocal
         difference = _rounded(f32(y * (f32(1.0) / factor)), even) * factor - y

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.linalg import hadamard
 
-from ptq.transforms import (
+from ptq.scheme import (
     BLOCK_SIZES,
     hadamard_matrix,
     rotate_hessian,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ptq.errors import PtqError
-from ptq.locks import exclusive
+from ptq.store.locks import exclusive
 
 
 def hold(path: Path, ready: Path) -> None:

@@ -25,7 +25,7 @@ for dtype in (torch.float32, torch.bfloat16):
         packed, scale = get(name).quantize_and_pack(x.to(dtype))
         values = get(name).fake_quantize(x.to(dtype))
         sums += [packed.long().sum().item(), scale.long().sum().item(), values.double().sum().item()]
-from ptq.formats import native_hif4, native_mxfp4
+from ptq.scheme import native_hif4, native_mxfp4
 kernels = [module.__dict__[name] for module in (native_hif4, native_mxfp4) for name in ("codes", "values")]
 misses = sum(sum(kernel.stats.cache_misses.values()) for kernel in kernels)
 print(json.dumps({"sums": sums, "misses": misses, "cache": str(kernels[0].stats.cache_path), "file": native_hif4.__file__}))
@@ -59,8 +59,9 @@ def unwritable(tmp_path: Path) -> Path:
     (root / "ptq").mkdir(parents=True)
     (root / "ptq" / "__init__.py").touch()
     shutil.copy(PACKAGE / "errors.py", root / "ptq" / "errors.py")
-    shutil.copytree(PACKAGE / "formats", root / "ptq" / "formats", ignore=shutil.ignore_patterns("__pycache__"))
-    (root / "ptq" / "formats" / "__pycache__").touch()
+    shutil.copy(PACKAGE / "formats.py", root / "ptq" / "formats.py")
+    shutil.copytree(PACKAGE / "scheme", root / "ptq" / "scheme", ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "ptq" / "scheme" / "__pycache__").touch()
     return root
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from ptq import ui
 from ptq.errors import PtqError
-from ptq.sharding import Shard
+from ptq.store.sharding import Shard
 
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _MUTEX, _LOCK_SUFFIX = "directory.lock", ".lock"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq.transforms.hadamard import hadamard_matrix
+from ptq.scheme.hadamard import hadamard_matrix
 
 LARGEST = 256.0
 """Magnitude of a block's largest entry as stored; decoded it is 1. e4m3 then holds entries down to 2^-17 of it."""

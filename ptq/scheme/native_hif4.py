@@ -1,4 +1,4 @@
-"""HiF4 on rows of 64, compiled by numba: the arithmetic of `ptq.formats.hif4`, bit for bit.
+"""HiF4 on rows of 64, compiled by numba: the arithmetic of `ptq.scheme.hif4`, bit for bit.
 
 Magnitudes are handled as float32 bits in int32; maxima of bits are maxima of values. numba widens int32 arithmetic to 64
 bits, hence the casts. Nothing here is contracted to fused multiply-adds, flushed or reassociated.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ptq.formats.native import kernel
+from ptq.scheme.native import kernel
 
 GROUP, FOURS, EIGHTS = 64, 16, 8
 f32, i32, u32 = np.float32, np.int32, np.uint32
@@ -25,7 +25,7 @@ MSE_BYTES, MSE_LARGEST = 3, f32(128.0)
 
 @kernel
 def codes(x, shift, mse, even, out, scales):
-    """Elements or packed elements and scale words; see `ptq.formats.native.Kernels`."""
+    """Elements or packed elements and scale words; see `ptq.scheme.native.Kernels`."""
     magnitude = np.empty(GROUP, np.int32)
     levels = np.empty(GROUP, np.int32)
     fours = np.empty(FOURS, np.int32)
@@ -57,7 +57,7 @@ def codes(x, shift, mse, even, out, scales):
 
 @kernel
 def values(x, shift, mse, even, out):
-    """Values on the grid; see `ptq.formats.native.Kernels`."""
+    """Values on the grid; see `ptq.scheme.native.Kernels`."""
     magnitude = np.empty(GROUP, np.int32)
     levels = np.empty(GROUP, np.int32)
     fours = np.empty(FOURS, np.int32)
@@ -136,7 +136,7 @@ def _search(x, shift, even, magnitude, factors, y, errors, levels):
         for j in range(3):
             power = f32(1 << j)
             _squared_errors(y, r / power, step * power, errors[offset, j])
-        # Neighbours are added first, as in `ptq.formats.hif4`.
+        # Neighbours are added first, as in `ptq.scheme.hif4`.
         half = _least_of_two_eights(errors[offset], 0) + _least_of_two_eights(errors[offset], 2)
         error = half + (_least_of_two_eights(errors[offset], 4) + _least_of_two_eights(errors[offset], 6))
         if error < best:

@@ -1,7 +1,10 @@
-"""Function-preserving changes of basis on weight, input and Hessian. Online order: smooth, rotate, quantize;
-a learned transform takes the place of the first two."""
+"""How a layer is quantized: number formats, changes of basis, and the scheme that names both for a layer.
 
-from ptq.transforms.hadamard import (
+Numerics, bit layout and golden vectors: docs/formats.md.
+"""
+
+from ptq.scheme.format import FORMATS, Codes, Format, FormatError, get_format, register_format
+from ptq.scheme.hadamard import (
     BLOCK_SIZES,
     hadamard_matrix,
     rotate_hessian,
@@ -9,7 +12,8 @@ from ptq.transforms.hadamard import (
     rotate_weight,
     rotation_scales,
 )
-from ptq.transforms.learned import (
+from ptq.scheme.hif4 import HiF4
+from ptq.scheme.learned import (
     decode_blocks,
     encode_blocks,
     hadamard_blocks,
@@ -18,14 +22,24 @@ from ptq.transforms.learned import (
     transform_input,
     transform_weight,
 )
-from ptq.transforms.smoothing import smooth_hessian, smooth_input, smooth_weight
+from ptq.scheme.mxfp4 import MXFP4
+from ptq.scheme.smoothing import smooth_hessian, smooth_input, smooth_weight
+
+register_format(MXFP4())
+register_format(HiF4())
 
 __all__ = [
     "BLOCK_SIZES",
+    "FORMATS",
+    "Codes",
+    "Format",
+    "FormatError",
     "decode_blocks",
     "encode_blocks",
+    "get_format",
     "hadamard_blocks",
     "hadamard_matrix",
+    "register_format",
     "restore_weight",
     "rotate_hessian",
     "rotate_input",

@@ -5,7 +5,7 @@ same codes exist: (elements, scales) for arithmetic, and (weight_packed, weight_
 Rounding solvers use the third view, `steps` and `encode`: once scales are fixed, every element has its own step and the
 format is a plain nearest-level quantizer on `x / step`.
 
-Tensors in CPU memory are converted by compiled kernels (`ptq.formats.native`), all others by the eager functions of the
+Tensors in CPU memory are converted by compiled kernels (`ptq.scheme.native`), all others by the eager functions of the
 formats, which are the definition: both give the same codes. Eager functions work on columns, [group, n] with n groups side
 by side, so that every operation runs along contiguous memory.
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ptq.errors import PtqError
-from ptq.formats import native
+from ptq.scheme import native
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP16_MAX = 65504.0
@@ -204,6 +204,32 @@ class Format(ABC):
                 f"{self.name}: elements {list(elements.shape)} {elements.dtype} need scales {list(expected)} "
                 f"{self.scale_dtype}, found {list(scales.shape)} {scales.dtype}."
             )
+
+
+FORMATS: dict[str, Format] = {}
+"""Name -> format, in the order in which they were registered."""
+
+
+def register_format(fmt: Format) -> None:
+    """Make a format known by its name: recipes, checkpoints and the command line then take it.
+
+    Raises:
+        FormatError: another format has this name.
+    """
+    if FORMATS.setdefault(fmt.name, fmt) is not fmt:
+        raise FormatError(f"There is a format {fmt.name!r} already; give this one another name.")
+
+
+def get_format(name: str) -> Format:
+    """The format called `name` ("mxfp4" or "hif4").
+
+    Raises:
+        FormatError: no such format.
+    """
+    try:
+        return FORMATS[name]
+    except KeyError:
+        raise FormatError(f"Unknown format {name!r}; choose one of {', '.join(FORMATS)}.") from None
 
 
 def grouped(x: Tensor, size: int) -> Tensor:

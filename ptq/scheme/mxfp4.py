@@ -7,7 +7,7 @@ Scale rules differ only in when the exponent of the group's maximum is raised by
 float32 bits before the exponent is read off. `mse` tries both and keeps the smaller squared error.
 
 Rounding to E2M1 is integer arithmetic on the float32 bits: exact, and the same under torch.compile and in the compiled
-kernels (`ptq.formats.native_mxfp4`).
+kernels (`ptq.scheme.native_mxfp4`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq.formats import native
-from ptq.formats.base import Format, with_sign
+from ptq.scheme import native
+from ptq.scheme.format import Format, with_sign
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 NAN_SCALE = 0xFF
@@ -63,7 +63,7 @@ class MXFP4(Format):
         return torch.copysign(values, x_gn) + 0.0
 
     def kernels(self, rule: str, ties: str) -> native.Kernels:
-        from ptq.formats.native_mxfp4 import codes, values
+        from ptq.scheme.native_mxfp4 import codes, values
 
         return native.Kernels(codes, values, (_carry(rule), rule == "mse", ties == "even"))
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ptq.formats import FORMATS, FormatError, get, native
+from ptq.formats import FORMATS, FormatError, get
+from ptq.scheme import native
 
 OPTIONS = [(name, rule, ties) for name, f in FORMATS.items() for rule in f.scale_rules for ties in f.ties_options]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq.formats import native
-from ptq.formats.base import Format, with_sign
+from ptq.scheme import native
+from ptq.scheme.format import Format, with_sign
 
 NAN_SCALE = 0xFF
 SCALE_MIN, SCALE_MAX = 2.0**-48, 49152.0
@@ -64,7 +64,7 @@ class HiF4(Format):
         return torch.copysign((level * quarter).reshape(x_gn.shape), x_gn) + 0.0
 
     def kernels(self, rule: str, ties: str) -> native.Kernels:
-        from ptq.formats.native_hif4 import codes, values
+        from ptq.scheme.native_hif4 import codes, values
 
         return native.Kernels(codes, values, (rule == "mse", ties == "even"))
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ptq import fs
 from ptq.errors import DamagedFileError, PtqError
+from ptq.store import files as fs
 
 
 def names(directory: Path) -> list[str]:
@@ -64,7 +64,7 @@ def test_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "file.bin"
     target.write_bytes(b"old")
     code = (
-        "import os, signal, sys\nfrom ptq.fs import atomic_path\n"
+        "import os, signal, sys\nfrom ptq.store.files import atomic_path\n"
         "with atomic_path(sys.argv[1]) as t:\n    t.write_bytes(b'new')\n    os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(target)]).returncode == -signal.SIGKILL
@@ -122,7 +122,7 @@ def test_damaged_middle_line_is_refused_by_number(tmp_path: Path, line: bytes) -
 
 def test_concurrent_writers_of_one_target_leave_one_whole_file(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom ptq.fs import write_bytes\n"
+        "import sys\nfrom ptq.store.files import write_bytes\n"
         "for _ in range(50): write_bytes(sys.argv[1], sys.argv[2].encode() * 9999)"
     )
     target = tmp_path / "file.bin"

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from reference import hif4_byte, hif4_errors, quantize_hif4_mse
 
-from ptq.formats import get, native
-from ptq.formats.hif4 import split_words
+from ptq.formats import get
+from ptq.scheme import native
+from ptq.scheme.hif4 import split_words
 
 HIF4 = get("hif4")
 
