@@ -34,8 +34,7 @@ def main() -> int:
     options = _parse()
     if not torch.cuda.is_available():
         ui.warn(
-            "The GPU suite needs a CUDA device and torch finds none here (torch.cuda.is_available() is False). Run it on "
-            "a machine with an H100, H200 or Blackwell GPU; `ptq bench linear` measures the CPU path."
+            "The GPU suite needs a CUDA device and torch finds none here (torch.cuda.is_available() is False). Run it on a machine with an H100, H200 or Blackwell GPU; `ptq bench linear` measures the CPU path."
         )
         return 2
     device = torch.device("cuda")

@@ -70,13 +70,11 @@ def _enter(out: Path, settings: dict[str, Any], shard: Shard, own: Sequence[Path
     others = [tag for tag in live_shards(out / STATE_DIR) if tag != shard.tag]
     if different and others:
         raise PtqError(
-            f"Shard {', '.join(others)} is recording into {out} with other settings; different: "
-            f"{', '.join(different)}. Stop it first, or choose another --out."
+            f"Shard {', '.join(others)} is recording into {out} with other settings; different: {', '.join(different)}. Stop it first, or choose another --out."
         )
     if different and not fresh and any((out / RECORDS_DIR).glob("[!.]*")):
         raise UsageError(
-            f"{out} holds records made with other settings; different: {', '.join(different)}. Records of two "
-            "settings are never mixed: choose another --out, or pass --fresh to record again."
+            f"{out} holds records made with other settings; different: {', '.join(different)}. Records of two settings are never mixed: choose another --out, or pass --fresh to record again."
         )
     if fresh and (different or shard.count == 1):
         shutil.rmtree(out / RECORDS_DIR, ignore_errors=True)

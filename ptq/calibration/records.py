@@ -135,14 +135,12 @@ class CalibrationSet:
         self.settings: dict[str, Any] = read_json(self.directory / SETTINGS_FILE)
         if not self.settings.get("complete"):
             raise PtqError(
-                f"Recording into {self.directory} has not finished. Run the same `ptq calibrate` command again; "
-                "it goes on where it stopped."
+                f"Recording into {self.directory} has not finished. Run the same `ptq calibrate` command again; it goes on where it stopped."
             )
         index = self.directory / INDEX_FILE
         if not index.exists() or sha256_file(index) != self.settings["files"].get(INDEX_FILE):
             raise DamagedFileError(
-                f"{index} is missing or was changed since recording finished. Run the same `ptq calibrate` command "
-                "again; it writes the index anew from the record files."
+                f"{index} is missing or was changed since recording finished. Run the same `ptq calibrate` command again; it writes the index anew from the record files."
             )
         lines = read_jsonl(index)
         try:
@@ -182,8 +180,7 @@ class CalibrationSet:
             path = self.directory / (name if name in (INDEX_FILE, NEGATIVE_FILE) else f"{RECORDS_DIR}/{name}")
             if not path.exists() or sha256_file(path) != expected:
                 raise DamagedFileError(
-                    f"{path} is missing or was changed since recording finished. Run the same `ptq calibrate` command "
-                    "again; it records what is missing or damaged."
+                    f"{path} is missing or was changed since recording finished. Run the same `ptq calibrate` command again; it records what is missing or damaged."
                 )
 
     def load(self, record: Record) -> RecordTensors:
@@ -200,14 +197,12 @@ class CalibrationSet:
                 timestep = handle.get_tensor(f"{record.record}.timestep")
         except (SafetensorError, OSError) as error:
             raise DamagedFileError(
-                f"Record {record.record} could not be read from {path} ({error}). Run the same `ptq calibrate` command "
-                "again to record it anew."
+                f"Record {record.record} could not be read from {path} ({error}). Run the same `ptq calibrate` command again to record it anew."
             ) from error
         embeds = read_embeds(embeds_path)
         if embeds is None:
             raise DamagedFileError(
-                f"The text embedding of record {record.record} could not be read from {embeds_path}. Run the same "
-                "`ptq calibrate` command again to record it anew."
+                f"The text embedding of record {record.record} could not be read from {embeds_path}. Run the same `ptq calibrate` command again to record it anew."
             )
         return RecordTensors(hidden.unsqueeze(0), timestep, embeds.unsqueeze(0))
 

@@ -152,9 +152,7 @@ def _require_images(plan: CalibrationPlan) -> None:
     missing = [s.id for s in plan.samples if s.media is None or s.media.resolved is None]
     if missing:
         raise PtqError(
-            f"{len(missing)} of {len(plan.samples)} prompts have no image, which this image-to-video model needs: "
-            f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}. Pass --media-root with the folder that "
-            "holds the clips or images, or --skip-missing."
+            f"{len(missing)} of {len(plan.samples)} prompts have no image, which this image-to-video model needs: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}. Pass --media-root with the folder that holds the clips or images, or --skip-missing."
         )
 
 

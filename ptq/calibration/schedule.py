@@ -65,8 +65,7 @@ def choose_steps(schedule: Sequence[Step], count: int, prompt_index: int) -> lis
         share = count // len(experts) + ((prompt_index + position) % len(experts) < count % len(experts))
         if share > len(own):
             raise UsageError(
-                f"{share} steps of {expert} should be recorded for each prompt, but it serves only {len(own)} of "
-                f"{len(schedule)} sampling steps. Lower --records-per-prompt or raise --steps."
+                f"{share} steps of {expert} should be recorded for each prompt, but it serves only {len(own)} of {len(schedule)} sampling steps. Lower --records-per-prompt or raise --steps."
             )
         phase = ((prompt_index + 1) * GOLDEN + position * 0.5) % 1.0
         chosen += [own[int((stratum + phase) * len(own) / share)] for stratum in range(share)]

@@ -84,14 +84,12 @@ class PtqQuantizer(DiffusersQuantizer):
             packed_dtype = not tensor.is_floating_point()
             if entry.shape != tuple(tensor.shape) or (packed_dtype and entry.torch_dtype != tensor.dtype):
                 raise DamagedFileError(
-                    f"{entry.file}: tensor {name} is {entry.dtype} {list(entry.shape)}, but config.json asks for "
-                    f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}."
+                    f"{entry.file}: tensor {name} is {entry.dtype} {list(entry.shape)}, but config.json asks for {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}."
                 )
         unexpected = [name for name in self._entries if name not in expected]
         if unexpected:
             raise DamagedFileError(
-                f"{self._entries[unexpected[0]].file} holds tensor {unexpected[0]}, which its config.json does not know"
-                f" ({len(unexpected)} such tensors). The configuration and the weights are not of one checkpoint."
+                f"{self._entries[unexpected[0]].file} holds tensor {unexpected[0]}, which its config.json does not know ({len(unexpected)} such tensors). The configuration and the weights are not of one checkpoint."
             )
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -100,8 +98,7 @@ class PtqQuantizer(DiffusersQuantizer):
             expected = self._checksums.get(name)
             if expected is not None and tensor.device.type == "cpu" and tensor_crc32(tensor) != expected:
                 raise DamagedFileError(
-                    f"{self._entries[name].file}: the bytes of tensor {name} differ from the checksum in {INDEX_NAME}. "
-                    "The file was edited or damaged; copy it again."
+                    f"{self._entries[name].file}: the bytes of tensor {name} differ from the checksum in {INDEX_NAME}. The file was edited or damaged; copy it again."
                 )
         return state_dict
 

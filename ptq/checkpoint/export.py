@@ -98,9 +98,7 @@ def _check(packed: PackedConfig, target: str) -> None:
         raise UsageError(f"{target} takes {needed} checkpoints, this one is {packed.format}.")
     if target != "bf16" and (packed.transform.block_size or packed.transform.smooth):
         raise UsageError(
-            f"This checkpoint's inputs change their basis at run time (transform {packed.transform.type}, block size "
-            f"{packed.transform.block_size}, smooth {packed.transform.smooth}), which {target} cannot do. Quantize once more "
-            'with --set rotation=0 --set learned_transform=false --set "smoothing=[]" to export it, or use --to bf16.'
+            f'This checkpoint\'s inputs change their basis at run time (transform {packed.transform.type}, block size {packed.transform.block_size}, smooth {packed.transform.smooth}), which {target} cannot do. Quantize once more with --set rotation=0 --set learned_transform=false --set "smoothing=[]" to export it, or use --to bf16.'
         )
 
 

@@ -18,10 +18,7 @@ from ptq.store.files import files_below, read_json, sha256_file, write_json
 from ptq.version import __version__
 
 MANIFEST_FILE = "ptq_manifest.json"
-NOT_DONE = (
-    "No layer outside the protected blocks runs in higher precision at run time; no bf16 warm-up steps, no bf16 outlier "
-    "columns, no pasting of the input image, no resetting of latents, no calibration on evaluation prompts."
-)
+NOT_DONE = "No layer outside the protected blocks runs in higher precision at run time; no bf16 warm-up steps, no bf16 outlier columns, no pasting of the input image, no resetting of latents, no calibration on evaluation prompts."
 
 
 class _Strict(BaseModel):

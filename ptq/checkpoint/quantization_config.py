@@ -92,8 +92,7 @@ class PackedConfig(_Strict):
         version = value.get("format_version")
         if version != FORMAT_VERSION:
             raise PtqError(
-                f"{where} has quantization format_version {version!r}; this version of wan-ptq reads {FORMAT_VERSION}. "
-                "Upgrade wan-ptq, or quantize the model again."
+                f"{where} has quantization format_version {version!r}; this version of wan-ptq reads {FORMAT_VERSION}. Upgrade wan-ptq, or quantize the model again."
             )
         try:
             config = cls.model_validate(value)
@@ -103,8 +102,7 @@ class PackedConfig(_Strict):
         fmt = formats.get(config.format)
         if (config.weights.group_size, config.weights.scale_layout) != (fmt.group_size, fmt.scale_layout):
             raise PtqError(
-                f"{where} declares {config.format} weights with group size {config.weights.group_size} and layout "
-                f"{config.weights.scale_layout}; {config.format} has {fmt.group_size} and {fmt.scale_layout}."
+                f"{where} declares {config.format} weights with group size {config.weights.group_size} and layout {config.weights.scale_layout}; {config.format} has {fmt.group_size} and {fmt.scale_layout}."
             )
         config._check_consistency(where)
         return config

@@ -79,8 +79,7 @@ def read_header(path: str | Path) -> dict[str, TensorEntry]:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
             raise DamagedFileError(
-                f"{path} is not a complete safetensors file: its header should have {length} bytes, "
-                f"the file has {size}. Download or copy it again."
+                f"{path} is not a complete safetensors file: its header should have {length} bytes, the file has {size}. Download or copy it again."
             )
         try:
             header = json.loads(handle.read(length))
@@ -116,8 +115,7 @@ def _check_layout(path: Path, entries: Mapping[str, TensorEntry], data_start: in
         position += entry.nbytes
         if position > size:
             raise DamagedFileError(
-                f"{path} is truncated: tensor {entry.name} ends at byte {position}, the file has {size}. "
-                "Download or copy it again."
+                f"{path} is truncated: tensor {entry.name} ends at byte {position}, the file has {size}. Download or copy it again."
             )
     if position != size:
         raise DamagedFileError(f"{path} has {size - position} bytes after its last tensor; it was edited or damaged.")

@@ -44,8 +44,7 @@ class ShardSet:
             self.entries = read_header(self.directory / WEIGHTS_NAME)
         else:
             raise PtqError(
-                f"{self.directory} has neither {INDEX_NAME} nor {WEIGHTS_NAME}. A diffusers component with safetensors "
-                "weights is expected; convert other checkpoints with diffusers first."
+                f"{self.directory} has neither {INDEX_NAME} nor {WEIGHTS_NAME}. A diffusers component with safetensors weights is expected; convert other checkpoints with diffusers first."
             )
         self.files = sorted({entry.file for entry in self.entries.values()})
 
@@ -77,8 +76,7 @@ def _read_shards(index_path: Path) -> dict[str, TensorEntry]:
         for name, entry in read_header(index_path.parent / file).items():
             if weight_map.get(name) != entry.file.name:
                 raise DamagedFileError(
-                    f"{entry.file} holds tensor {name}, which {index_path.name} places in {weight_map.get(name)}. The index "
-                    "and the shards are not of one checkpoint; copy both again."
+                    f"{entry.file} holds tensor {name}, which {index_path.name} places in {weight_map.get(name)}. The index and the shards are not of one checkpoint; copy both again."
                 )
             entries[name] = entry
     for name, file in weight_map.items():

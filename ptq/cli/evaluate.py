@@ -124,9 +124,7 @@ def _show_verdict(content: dict[str, Any]) -> None:
     shown = f"{_percent(value)} %" if value else "undefined"
     verdict = content["verdict"]
     ui.console.print(
-        f"[{_VERDICT_STYLE[verdict]}]{verdict}[/]  {AGGREGATES[content['gate']]} {escape(shown)}, limit "
-        f"{100 * content['limit']:.1f} % ({content['format']}), suite {content['suite']}, {content['prompts']} prompts, "
-        f"{content['units']} videos a run",
+        f"[{_VERDICT_STYLE[verdict]}]{verdict}[/]  {AGGREGATES[content['gate']]} {escape(shown)}, limit {100 * content['limit']:.1f} % ({content['format']}), suite {content['suite']}, {content['prompts']} prompts, {content['units']} videos a run",
         soft_wrap=True,
     )
 
@@ -214,9 +212,7 @@ def _show_plan(reference: Path | None, candidate: Path | None, allow_missing: bo
         print_json(content)
         return
     ui.info(
-        f"{content['units']} pairs, {content['excluded']} units left out. The built-in measures take about "
-        f"{format_seconds(content['seconds'])}, {format_bytes(content['memory_bytes'])} of memory and "
-        f"{format_bytes(content['disk_bytes'])} on disk."
+        f"{content['units']} pairs, {content['excluded']} units left out. The built-in measures take about {format_seconds(content['seconds'])}, {format_bytes(content['memory_bytes'])} of memory and {format_bytes(content['disk_bytes'])} on disk."
     )
 
 

@@ -47,8 +47,7 @@ def prompts(
     if result.missing:
         first = ", ".join(f"{one['id']} ({one['path']})" for one in result.missing_first)
         ui.warn(
-            f"{result.missing} of {result.samples} samples have no picture or clip here. First: {first}. Name the "
-            f"folder that holds them with --media-root; image-to-video runs need them."
+            f"{result.missing} of {result.samples} samples have no picture or clip here. First: {first}. Name the folder that holds them with --media-root; image-to-video runs need them."
         )
 
 

@@ -39,8 +39,7 @@ def report(
     named = html or pdf or checkpoint or reference or candidate
     if len(directories) > 1 and named:
         raise UsageError(
-            f"{run} holds {len(directories)} evaluations; --html, --pdf, --checkpoint, --reference and --candidate need one. "
-            f"Name it: ptq report {directories[0]} ..."
+            f"{run} holds {len(directories)} evaluations; --html, --pdf, --checkpoint, --reference and --candidate need one. Name it: ptq report {directories[0]} ..."
         )
     results = []
     for directory in directories:

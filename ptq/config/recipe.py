@@ -127,8 +127,7 @@ def load_recipe(name_or_file: str, format_name: str, overrides: tuple[str, ...] 
     recipe = validate(Recipe, value, f"Recipe {name_or_file}")
     if recipe.format not in (None, format_name):
         raise UsageError(
-            f"Recipe {name_or_file} is made for {recipe.format}, but --format is {format_name}. Choose another recipe, "
-            "or copy it and change its `format` key."
+            f"Recipe {name_or_file} is made for {recipe.format}, but --format is {format_name}. Choose another recipe, or copy it and change its `format` key."
         )
     return recipe
 

@@ -156,8 +156,7 @@ def _narrow(suite: Suite, dimensions: Sequence[str] | None) -> Suite:
     unknown = [name for name in dimensions if name not in suite.gate]
     if unknown or not suite.is_vbench:
         raise UsageError(
-            f"Suite {suite.name} has no dimension {', '.join(unknown or dimensions)}; it has "
-            f"{', '.join(suite.gate) or 'no gate dimensions'}."
+            f"Suite {suite.name} has no dimension {', '.join(unknown or dimensions)}; it has {', '.join(suite.gate) or 'no gate dimensions'}."
         )
     return suite.narrowed(dimensions)
 
@@ -174,15 +173,11 @@ def _resolve_format(given: str | None, candidate: Run, suite: Suite) -> str | No
     recorded = recorded if recorded in statistics.LIMITS else None
     if given and recorded and given != recorded:
         raise UsageError(
-            f"{candidate.directory} was generated from a {recorded} checkpoint, but --format is {given}. The limit "
-            "belongs "
-            "to the format of the weights: leave --format out."
+            f"{candidate.directory} was generated from a {recorded} checkpoint, but --format is {given}. The limit belongs to the format of the weights: leave --format out."
         )
     if suite.gate and not (given or recorded):
         raise UsageError(
-            f"{candidate.directory} does not say which format it was generated with. Pass --format hif4 (limit 0.5 "
-            "%) or "
-            "--format mxfp4 (limit 1 %)."
+            f"{candidate.directory} does not say which format it was generated with. Pass --format hif4 (limit 0.5 %) or --format mxfp4 (limit 1 %)."
         )
     return given or recorded
 

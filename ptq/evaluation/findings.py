@@ -53,15 +53,12 @@ def integrity_warnings(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         repeated = duplicates(lines, role)
         if repeated:
             found.append(
-                f"The {role} shows the same pixels for different units: {', '.join(repeated[0][:3])}"
-                f"{f' and {len(repeated) - 1} more groups' if len(repeated) > 1 else ''}."
+                f"The {role} shows the same pixels for different units: {', '.join(repeated[0][:3])}{f' and {len(repeated) - 1} more groups' if len(repeated) > 1 else ''}."
             )
         copied = [line["unit"] for line in lines if line[role].get("first_frame_copied")]
         if copied:
             found.append(
-                f"The first frame of {len(copied)} {role} videos is a copy of the input image (for example "
-                f"{copied[0]}): "
-                "it was pasted, not generated."
+                f"The first frame of {len(copied)} {role} videos is a copy of the input image (for example {copied[0]}): it was pasted, not generated."
             )
     equal = sum(line["hashes"]["reference"] == line["hashes"]["candidate"] for line in lines)
     if equal:
@@ -82,8 +79,7 @@ def gate_warnings(comparison: statistics.Comparison, limit: float, verdict: str,
     found = []
     if comparison.prompts < FEW_PROMPTS:
         found.append(
-            f"Only {comparison.prompts} prompts: bootstrap intervals from fewer than {FEW_PROMPTS} are too narrow. "
-            "Evaluate more prompts before relying on the verdict."
+            f"Only {comparison.prompts} prompts: bootstrap intervals from fewer than {FEW_PROMPTS} are too narrow. Evaluate more prompts before relying on the verdict."
         )
     deciding = comparison.aggregates.get(gate)
     if verdict == statistics.INCONCLUSIVE and deciding is not None:
@@ -94,8 +90,7 @@ def gate_warnings(comparison: statistics.Comparison, limit: float, verdict: str,
     if over and gate == "mean_signed" and verdict != statistics.FAIL:
         positive = comparison.aggregates["mean_positive"].value
         found.append(
-            f"The mean signed loss is under the limit only because gains cancel losses: the positive parts average "
-            f"{positive:.2%}, over the limit of {limit:.2%} ({', '.join(over)})."
+            f"The mean signed loss is under the limit only because gains cancel losses: the positive parts average {positive:.2%}, over the limit of {limit:.2%} ({', '.join(over)})."
         )
     return found
 
@@ -107,10 +102,7 @@ def _what_would_decide(estimate: statistics.Estimate, limit: float, prompts: int
         return "The data cannot bound the loss: no verdict is possible. Evaluate more prompts."
     side = estimate.high - estimate.value if estimate.value < limit else estimate.value - estimate.low
     needed = math.ceil(prompts * (side / distance) ** 2)
-    return (
-        f"The 95 % interval of the loss contains the limit, so these {prompts} prompts decide nothing. If the loss stays "
-        f"where it is, about {needed} prompts would."
-    )
+    return f"The 95 % interval of the loss contains the limit, so these {prompts} prompts decide nothing. If the loss stays where it is, about {needed} prompts would."
 
 
 def blur_warnings(gated: statistics.Comparison | None, informative: statistics.Comparison | None) -> list[str]:
@@ -122,7 +114,6 @@ def blur_warnings(gated: statistics.Comparison | None, informative: statistics.C
         return []
     if flicker.relative_loss.value < 0 and sharp.relative_loss.value > BLUR_LOSS:
         return [
-            f"temporal_flickering improved while sharpness fell by {sharp.relative_loss.value:.1%}: the gain may "
-            "be blur."
+            f"temporal_flickering improved while sharpness fell by {sharp.relative_loss.value:.1%}: the gain may be blur."
         ]
     return []

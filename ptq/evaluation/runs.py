@@ -73,8 +73,7 @@ class Unit:
         path = self.directory / str(value)
         if not path.is_file():
             raise DamagedFileError(
-                f"{path} is named by the manifest of {self.directory} ({key} of unit {self.name}) but does not exist. "
-                "Run `ptq generate` again into that directory to make it."
+                f"{path} is named by the manifest of {self.directory} ({key} of unit {self.name}) but does not exist. Run `ptq generate` again into that directory to make it."
             )
         return path
 
@@ -144,8 +143,7 @@ def read_run(directory: str | Path) -> Run:
     directory = Path(directory)
     if not (directory / "run.json").is_file():
         raise PtqError(
-            f"{directory} is not a generation directory: it has no run.json. Give the --out directory of `ptq "
-            "generate`."
+            f"{directory} is not a generation directory: it has no run.json. Give the --out directory of `ptq generate`."
         )
     info = read_json(directory / "run.json")
     if not isinstance(info, dict):
@@ -208,22 +206,17 @@ def pair_runs(reference: Run, candidate: Run, *, allow_missing: bool = False) ->
     common = sorted(set(reference.units) & set(candidate.units))
     if excluded and not allow_missing:
         raise PtqError(
-            f"The two runs do not hold the same finished units: {_some([f'{n} ({r})' for n, r in excluded.items()])}. "
-            f"{len(common)} units are in both. Finish the runs with `ptq generate`, or pass --allow-missing to "
-            "evaluate "
-            "only the units that both have."
+            f"The two runs do not hold the same finished units: {_some([f'{n} ({r})' for n, r in excluded.items()])}. {len(common)} units are in both. Finish the runs with `ptq generate`, or pass --allow-missing to evaluate only the units that both have."
         )
     if not common:
         raise PtqError(
-            f"{reference.directory} and {candidate.directory} have no unit in common: they were made from "
-            "different prompts."
+            f"{reference.directory} and {candidate.directory} have no unit in common: they were made from different prompts."
         )
     ours, theirs = (run.info.get("settings") or {} for run in (reference, candidate))
     for key in PAIRED_SETTINGS:
         if ours.get(key) != theirs.get(key):
             raise PtqError(
-                f"The runs are not paired: {key} is {ours.get(key)!r} in {reference.directory} and {theirs.get(key)!r} in "
-                f"{candidate.directory}. Only the weights may differ: generate both runs with the same settings."
+                f"The runs are not paired: {key} is {ours.get(key)!r} in {reference.directory} and {theirs.get(key)!r} in {candidate.directory}. Only the weights may differ: generate both runs with the same settings."
             )
     _refuse_other_conditions(reference, candidate, common)
     return Pairing([(reference.units[name], candidate.units[name]) for name in common], excluded)
@@ -240,9 +233,7 @@ def _refuse_other_conditions(reference: Run, candidate: Run, common: list[str]) 
         key, names = next(iter(differing.items()))
         example = f"{reference.units[names[0]].record.get(key)!r} and {candidate.units[names[0]].record.get(key)!r}"
         raise PtqError(
-            f"The runs are not paired: {', '.join(PAIRED_KEYS[k] for k in differing)} differ. For {key} that is "
-            f"{len(names)} of {len(common)} units, for example {names[0]} with {example}. Only the weights may differ: "
-            "generate both runs with the same prompts, seed and settings."
+            f"The runs are not paired: {', '.join(PAIRED_KEYS[k] for k in differing)} differ. For {key} that is {len(names)} of {len(common)} units, for example {names[0]} with {example}. Only the weights may differ: generate both runs with the same prompts, seed and settings."
         )
 
 
@@ -254,9 +245,7 @@ def verify_video(unit: Unit) -> None:
     """
     if sha256_file(unit.video) != unit.record["video_sha256"]:
         raise DamagedFileError(
-            f"{unit.video} is not the video that `ptq generate` wrote for unit {unit.name}: its sha256 differs "
-            "from the "
-            "manifest. Restore it, or delete it and run `ptq generate` again into that directory."
+            f"{unit.video} is not the video that `ptq generate` wrote for unit {unit.name}: its sha256 differs from the manifest. Restore it, or delete it and run `ptq generate` again into that directory."
         )
 
 

@@ -58,8 +58,7 @@ def scores_from_units(lines: Iterable[Mapping[str, Any]], dimensions: Iterable[s
         absent = [unit for unit, ours, theirs in values if ours is None or theirs is None]
         if absent:
             scores.warnings.append(
-                f"{name} is undefined for {len(absent)} of {len(values)} units ({', '.join(absent[:_SHOWN])}) and "
-                "is left out."
+                f"{name} is undefined for {len(absent)} of {len(values)} units ({', '.join(absent[:_SHOWN])}) and is left out."
             )
             continue
         scores.reference[name] = {unit: ours for unit, ours, _ in values}
@@ -82,18 +81,14 @@ def check_paired(scores: Scores, *, allow_missing: bool, expected: Mapping[str, 
             broken = [unit for unit, value in rows.items() if not math.isfinite(value)]
             if broken:
                 raise PtqError(
-                    f"{name} of the {role} is not a number for {len(broken)} videos ({', '.join(broken[:_SHOWN])}). "
-                    "Score those videos again; an average over the rest would not be comparable."
+                    f"{name} of the {role} is not a number for {len(broken)} videos ({', '.join(broken[:_SHOWN])}). Score those videos again; an average over the rest would not be comparable."
                 )
         wanted = set(ours) | set(theirs) if expected is None else expected[name]
         common = set(ours) & set(theirs) & wanted
         lacking = sorted(wanted - common)
         if lacking and not allow_missing:
             raise PtqError(
-                f"{name} is incomplete: {len(lacking)} of {len(wanted)} videos have no score in one of the runs "
-                f"({', '.join(lacking[:_SHOWN])}). VBench drops unreadable videos silently. Score both runs on the "
-                "same "
-                "videos, or pass --allow-missing to use the common ones."
+                f"{name} is incomplete: {len(lacking)} of {len(wanted)} videos have no score in one of the runs ({', '.join(lacking[:_SHOWN])}). VBench drops unreadable videos silently. Score both runs on the same videos, or pass --allow-missing to use the common ones."
             )
         if not common:
             raise PtqError(f"The two runs have no scored video in common for {name}.")

@@ -42,11 +42,7 @@ ADHERENCE = ("colour", "shape", "direction")
 HITS = tuple(f"{name}_hit" for name in ADHERENCE)
 #: Image-to-video only, per run: closeness of frame 0 to the input image (dB), and whether it is a copy of it.
 FIRST_FRAME = ("first_frame_to_image_psnr", "first_frame_copied")
-DRIFT_NOTE = (
-    "PSNR, SSIM and latent errors between two samples measure drift: sampling trajectories diverge even at FP8. "
-    "They do "
-    "not measure quality and never decide the verdict."
-)
+DRIFT_NOTE = "PSNR, SSIM and latent errors between two samples measure drift: sampling trajectories diverge even at FP8. They do not measure quality and never decide the verdict."
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,7 @@ def _adherence(unit: Unit, source: str) -> dict[str, float]:
         scene = parse_prompt(unit.score_prompt)
     except ValueError as error:
         raise PtqError(
-            f"Unit {unit.name} is not from the tiny world, which --suite tiny scores ({error}). Use --suite core or a "
-            "VBench suite for these videos."
+            f"Unit {unit.name} is not from the tiny world, which --suite tiny scores ({error}). Use --suite core or a VBench suite for these videos."
         ) from error
     return adherence(np.stack(list(frames_of(unit, source))), scene)
 

@@ -67,9 +67,7 @@ def probe(python: Path, root: Path | None) -> Installation:
         if result.returncode != 0 or not out.is_file():
             said = (result.stderr or result.stdout).strip()[-500:] or "nothing"
             raise UsageError(
-                f"{python} has no usable VBench (exit code {result.returncode}; it said: {said}). Install vbench "
-                "into that "
-                "environment, or name a checkout with --vbench-root."
+                f"{python} has no usable VBench (exit code {result.returncode}; it said: {said}). Install vbench into that environment, or name a checkout with --vbench-root."
             )
         found = read_json(out)
     return Installation(Path(found["package"]), Path(found["cache"]), found["version"], found["python"])

@@ -93,8 +93,7 @@ def imported_scores(
         missing = [name for name in suite.gate if name not in table]
         if missing:
             raise PtqError(
-                f"{path} lacks {', '.join(missing)}; it has {', '.join(table)}. Run those dimensions, or choose with "
-                "--dimensions what both files have."
+                f"{path} lacks {', '.join(missing)}; it has {', '.join(table)}. Run those dimensions, or choose with --dimensions what both files have."
             )
     details = {
         "files": [{"path": str(path), "sha256": sha256_file(path)} for path in (reference, candidate)],
@@ -151,8 +150,7 @@ def _by_unit(rows: dict[str, float], names: dict[str, str] | None, dimension: st
     strange = [video for video in rows if video not in names]
     if strange:
         raise PtqError(
-            f"{dimension} has scores for {len(strange)} videos that are not in the run ({', '.join(strange[:_SHOWN])}). "
-            "Import the results of this run's own videos folder."
+            f"{dimension} has scores for {len(strange)} videos that are not in the run ({', '.join(strange[:_SHOWN])}). Import the results of this run's own videos folder."
         )
     return {names[video]: value for video, value in rows.items()}
 
@@ -174,9 +172,7 @@ def _drop_partial(scores: Scores, expected: dict[str, set[str]] | None) -> list[
             expected[name] = common
         if len(common) < max(len(ours), len(theirs)):
             found.append(
-                f"{name}: VBench scores only videos in which it detects the object: {len(ours)} of the reference, "
-                f"{len(theirs)} of the candidate, {len(common)} in both. A candidate that draws fewer objects is not "
-                "punished here."
+                f"{name}: VBench scores only videos in which it detects the object: {len(ours)} of the reference, {len(theirs)} of the candidate, {len(common)} in both. A candidate that draws fewer objects is not punished here."
             )
         scores.reference[name] = {unit: ours[unit] for unit in common}
         scores.candidate[name] = {unit: theirs[unit] for unit in common}
@@ -190,7 +186,6 @@ def _score_gaps(suite: Suite, *tables: dict[str, DimensionRows]) -> list[str]:
             mean = sum(table[name].rows.values()) / len(table[name].rows)
             if abs(mean - table[name].score) > SCORE_GAP:
                 found.append(
-                    f"{name} of the {role}: VBench reports {table[name].score:.4f}, its rows average {mean:.4f}. The rows "
-                    "are used (VBench weights some dimensions by frames)."
+                    f"{name} of the {role}: VBench reports {table[name].score:.4f}, its rows average {mean:.4f}. The rows are used (VBench weights some dimensions by frames)."
                 )
     return found

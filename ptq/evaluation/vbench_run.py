@@ -84,8 +84,7 @@ def run_vbench(
                 bar.advance(note=f"{role} {dimension}")
     if failures:
         raise PtqError(
-            f"VBench failed for {len(failures)} of {2 * len(suite.gate)} dimensions; the others are kept in {folder} and "
-            f"are not computed again. {' '.join(failures)}"
+            f"VBench failed for {len(failures)} of {2 * len(suite.gate)} dimensions; the others are kept in {folder} and are not computed again. {' '.join(failures)}"
         )
     expected = {name: {ours.name for ours, _ in members[name]} for name in suite.gate}
     details = {"installation": installation.describe(), "mode": suite.mode}
@@ -99,8 +98,7 @@ def _check_weights(suite: Suite, installation: Installation) -> None:
     if missing:
         listed = "; ".join(f"{weight.path} (from {weight.source})" for weight in missing)
         raise PtqError(
-            f"VBench needs files that are not there, and nothing is downloaded silently: {listed}. Put them in place "
-            "(`ptq evaluate --vbench-check` shows the list), or choose other --dimensions."
+            f"VBench needs files that are not there, and nothing is downloaded silently: {listed}. Put them in place (`ptq evaluate --vbench-check` shows the list), or choose other --dimensions."
         )
 
 
@@ -118,8 +116,7 @@ def _members(
     empty = [name for name, found in members.items() if not found]
     if empty:
         raise PtqError(
-            f"No video was made from VBench's prompts for {', '.join(empty)}. Suite {suite.name} scores VBench's own prompt "
-            "list; generate it, use --dimensions, or use --suite icme2026 for other prompts."
+            f"No video was made from VBench's prompts for {', '.join(empty)}. Suite {suite.name} scores VBench's own prompt list; generate it, use --dimensions, or use --suite icme2026 for other prompts."
         )
     return members
 

@@ -43,8 +43,7 @@ def check_group(settings: Settings, environ: Mapping[str, str], device: str, off
     size, world = settings.context_parallel, environ.get("WORLD_SIZE", "1")
     if world != str(size):
         raise UsageError(
-            f"--context-parallel {size} makes each video with {size} processes on {size} GPUs, but {world} were started. "
-            f"Start it as: torchrun --nproc-per-node {size} -m ptq.cli.main generate ... --context-parallel {size}"
+            f"--context-parallel {size} makes each video with {size} processes on {size} GPUs, but {world} were started. Start it as: torchrun --nproc-per-node {size} -m ptq.cli.main generate ... --context-parallel {size}"
         )
     if not device.startswith("cuda"):
         raise UsageError("--context-parallel needs a CUDA GPU for each process; diffusers supports it on no CPU.")
@@ -70,8 +69,7 @@ def split_tokens(experts: Mapping[str, Any], settings: Settings, tokens: int) ->
         heads = expert.config.num_attention_heads
         if heads % size or tokens % size:
             raise UsageError(
-                f"{name} has {heads} attention heads and this video {tokens} tokens; --context-parallel must divide both, "
-                f"and {size} does not."
+                f"{name} has {heads} attention heads and this video {tokens} tokens; --context-parallel must divide both, and {size} does not."
             )
         split_over_processes(expert, size)
 
@@ -96,8 +94,7 @@ class LeadingSampler(Sampler):
             raise
         except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
             raise LostGroupError(
-                f"A video that several GPUs were making failed ({type(error).__name__}: {error}). The group stops; run the "
-                "same command again to continue."
+                f"A video that several GPUs were making failed ({type(error).__name__}: {error}). The group stops; run the same command again to continue."
             ) from error
 
 

@@ -43,9 +43,7 @@ def refuse_other_sample(root: Path, line: Line, unit: Unit, image_to_video: bool
     for key, value in wanted.items():
         if line.get(key) != value:
             raise PtqError(
-                f"{root} holds unit {unit.name}, made with {key} {_short(line.get(key))}, but the sample of that id now "
-                f"has {_short(value)}. Videos of two prompt files are never mixed: choose another --out, or pass --fresh "
-                "to delete the run and start over."
+                f"{root} holds unit {unit.name}, made with {key} {_short(line.get(key))}, but the sample of that id now has {_short(value)}. Videos of two prompt files are never mixed: choose another --out, or pass --fresh to delete the run and start over."
             )
 
 

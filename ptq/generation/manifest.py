@@ -71,8 +71,7 @@ class Manifests:
                     raise ValueError(f"{key} lies outside the run directory")
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedFileError(
-                f"{path}, line {number} is damaged ({error}). Nothing was changed. Delete that line and run the same "
-                "command again: its unit is then made again, all others are kept."
+                f"{path}, line {number} is damaged ({error}). Nothing was changed. Delete that line and run the same command again: its unit is then made again, all others are kept."
             ) from error
         return line
 

@@ -202,8 +202,7 @@ class _Loop:
                 if self._in_a_row >= MAX_FAILURES_IN_A_ROW and position + 1 < len(units):
                     self._summary.not_started = len(units) - position - 1
                     ui.warn(
-                        f"{self._in_a_row} units failed one after another, so the cause is probably not in the units: "
-                        f"stopped, {self._summary.not_started} not started. The reasons are above and in the manifest."
+                        f"{self._in_a_row} units failed one after another, so the cause is probably not in the units: stopped, {self._summary.not_started} not started. The reasons are above and in the manifest."
                     )
                     break
         return again
@@ -265,6 +264,5 @@ def _warn_about_disk(directory: RunDirectory, needed: int) -> None:
     free = directory.free_bytes()
     if needed > free:
         ui.warn(
-            f"The videos of this shard need about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free where "
-            f"{directory.root} lies. The run stops cleanly when the disk is full, and continues when there is room."
+            f"The videos of this shard need about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free where {directory.root} lies. The run stops cleanly when the disk is full, and continues when there is room."
         )

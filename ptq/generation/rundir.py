@@ -114,8 +114,7 @@ class RunDirectory:
                     raise PtqError(self._describe_difference(old, info))
                 if others:
                     raise PtqError(
-                        f"--fresh would delete what shard {', '.join(others)} is making in {self.root} with other "
-                        "settings. Stop it first, or choose another --out."
+                        f"--fresh would delete what shard {', '.join(others)} is making in {self.root} with other settings. Stop it first, or choose another --out."
                     )
                 self._delete_all()
             elif fresh and shard.count == 1:
@@ -129,8 +128,7 @@ class RunDirectory:
         for folder in SUFFIXES:
             if any((self.root / folder).glob("[!.]*")):
                 raise UsageError(
-                    f"{self.root / folder} holds files but there is no run.json beside it, so it is not known what "
-                    "made them. Choose another --out, or move them away."
+                    f"{self.root / folder} holds files but there is no run.json beside it, so it is not known what made them. Choose another --out, or move them away."
                 )
         found = next(self.root.glob("manifest-*.jsonl"), None)
         if found is not None:
@@ -139,10 +137,7 @@ class RunDirectory:
     def _describe_difference(self, old: dict[str, Any], new: dict[str, Any]) -> str:
         differences = list(_differences(_comparable(old), _comparable(new)))
         listed = "; ".join(f"{name} was {before!r}, now {after!r}" for name, before, after in differences)
-        return (
-            f"{self.root} holds a run that was made differently: {listed}. Videos of two kinds are never mixed: choose "
-            "another --out, ask for the same again to continue it, or pass --fresh to delete it and start over."
-        )
+        return f"{self.root} holds a run that was made differently: {listed}. Videos of two kinds are never mixed: choose another --out, ask for the same again to continue it, or pass --fresh to delete it and start over."
 
     def _delete_all(self) -> None:
         """Delete what the manifests name, files of unfinished units included, then the manifests and `run.json`."""

@@ -114,8 +114,7 @@ class Sampler:
                 if not torch.isfinite(tensors["latents"]).all():
                     where = self._diagnose(recorder)
                     raise BrokenOutputError(
-                        f"Step {step + 1} of {settings.steps} (timestep {float(timestep):.0f}) gave latents that are not "
-                        f"finite: {where}."
+                        f"Step {step + 1} of {settings.steps} (timestep {float(timestep):.0f}) gave latents that are not finite: {where}."
                     )
                 recorder.calls.clear()
                 on_step(step + 1)
@@ -202,8 +201,7 @@ def _check_fit(pipe: Any, settings: Settings) -> None:
     period = pipe.vae_scale_factor_temporal
     if settings.num_frames % period != 1:
         raise UsageError(
-            f"The number of frames must be {period} n + 1 for this model, found {settings.num_frames}; try "
-            f"{settings.num_frames // period * period + 1}."
+            f"The number of frames must be {period} n + 1 for this model, found {settings.num_frames}; try {settings.num_frames // period * period + 1}."
         )
     if settings.guidance_scale_2 is not None and pipe.config.boundary_ratio is None:
         raise UsageError("This model has one expert; leave out --guidance-scale-2.")

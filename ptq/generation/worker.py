@@ -175,8 +175,7 @@ class Worker:
             torch.cuda.empty_cache()
         elif isinstance(error, torch.AcceleratorError):
             raise PtqError(
-                f"The GPU stopped working while making unit {unit.name} ({text}). Every further unit would fail in this "
-                "process; run the same command again to continue."
+                f"The GPU stopped working while making unit {unit.name} ({text}). Every further unit would fail in this process; run the same command again to continue."
             ) from error
 
 

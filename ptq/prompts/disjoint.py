@@ -65,6 +65,5 @@ def check_disjoint(a: PromptSet, b: PromptSet) -> None:
     listed = ", ".join(f"{one.id!r} (same {one.by})" for one in overlaps[:LISTED])
     more = f" and {len(overlaps) - LISTED} more" if len(overlaps) > LISTED else ""
     raise PtqError(
-        f"{a.path} and {b.path} share {len(overlaps)} prompts: {listed}{more}. Calibration and evaluation prompts must "
-        f"not overlap; leave them out with --exclude, or use another file."
+        f"{a.path} and {b.path} share {len(overlaps)} prompts: {listed}{more}. Calibration and evaluation prompts must not overlap; leave them out with --exclude, or use another file."
     )

@@ -64,8 +64,7 @@ class Record:
         value = self._lookup(key)
         found = "nothing" if value is _ABSENT else _shorten(value)
         raise DamagedFileError(
-            f"{self.file}, record {self.name}, key {key!r}: expected {expected}, found {found}. Correct or remove the "
-            f"record, or name another format with --prompt-format."
+            f"{self.file}, record {self.name}, key {key!r}: expected {expected}, found {found}. Correct or remove the record, or name another format with --prompt-format."
         )
 
     def _lookup(self, key: str) -> Any:

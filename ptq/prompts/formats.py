@@ -50,9 +50,7 @@ def detect_format(path: Path, container: Container, name: str, value: Any) -> Fo
     else:
         found = f"of type {type(value).__name__}"
     raise PtqError(
-        f"{path} is {CONTAINER_TEXT[container]} whose first record ({name}) is {found}; no known prompt format "
-        f"looks like that. Known: {', '.join(FORMAT_NAMES)}. Write a list or JSON lines of objects with a 'prompt', or "
-        f"one prompt a line in a .txt file, or name the format with --prompt-format."
+        f"{path} is {CONTAINER_TEXT[container]} whose first record ({name}) is {found}; no known prompt format looks like that. Known: {', '.join(FORMAT_NAMES)}. Write a list or JSON lines of objects with a 'prompt', or one prompt a line in a .txt file, or name the format with --prompt-format."
     )
 
 
@@ -80,9 +78,7 @@ def refuse_pairs(path: Path, container: Container, name: str, value: Any) -> Non
     first = value[0] if isinstance(value, list) and value else value
     if (container == "map" and isinstance(value, list)) or (isinstance(first, dict) and "cur_id" in first):
         raise PtqError(
-            f"{path} looks like an OpenS2V cluster or cross-pair file (record {name} is a list of clips or has a "
-            f"'cur_id'). It says which clips show the same subject and holds no prompts. Use the matching "
-            f"total_partN.json or OpenS2V-5M_to_mm.json."
+            f"{path} looks like an OpenS2V cluster or cross-pair file (record {name} is a list of clips or has a 'cur_id'). It says which clips show the same subject and holds no prompts. Use the matching total_partN.json or OpenS2V-5M_to_mm.json."
         )
 
 

@@ -40,8 +40,7 @@ def load_image(media: MediaRef) -> np.ndarray:
     height, width = frame.shape[:2]
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise DamagedFileError(
-            f"{media.resolved} is {width} x {height} pixels, but the prompt file crops x {x0}-{x1}, y {y0}-{y1}. Is "
-            f"it the clip the file was made for?"
+            f"{media.resolved} is {width} x {height} pixels, but the prompt file crops x {x0}-{x1}, y {y0}-{y1}. Is it the clip the file was made for?"
         )
     return frame[y0:y1, x0:x1].copy()
 

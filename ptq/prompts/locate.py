@@ -77,15 +77,12 @@ def require_media(prompts: PromptSet, *, skip_missing: bool = False) -> list[Sam
     textual = [sample.id for sample in prompts.samples if sample.media is None]
     if textual:
         raise PtqError(
-            f"{prompts.path} ({prompts.format}) names no image for {len(textual)} of {len(prompts.samples)} samples "
-            f"(first: {textual[0]}), but image-to-video starts from one. Use a file with images, or a "
-            f"text-to-video model."
+            f"{prompts.path} ({prompts.format}) names no image for {len(textual)} of {len(prompts.samples)} samples (first: {textual[0]}), but image-to-video starts from one. Use a file with images, or a text-to-video model."
         )
     missing = prompts.missing_media()
     if missing and not skip_missing:
         raise PtqError(
-            f"{describe_missing(missing, len(prompts.samples))} Name the folder that holds them with --media-root, or "
-            f"pass --skip-missing to run the others."
+            f"{describe_missing(missing, len(prompts.samples))} Name the folder that holds them with --media-root, or pass --skip-missing to run the others."
         )
     present = [sample for sample in prompts.samples if sample.media is not None and sample.media.resolved is not None]
     if not present:

@@ -84,8 +84,7 @@ class PromptScan:
             record = Record(self.path, name, value)
             if self._container != "text" and not isinstance(value, dict):
                 raise DamagedFileError(
-                    f"{self.path}, record {name}: expected an object, found {type(value).__name__}. Correct or "
-                    f"remove it."
+                    f"{self.path}, record {name}: expected an object, found {type(value).__name__}. Correct or remove it."
                 )
             yield self._format.parse(record, self.dataset)
 
@@ -110,8 +109,7 @@ class PromptScan:
             return
         what = f"the same prompt (id {identity})" if self.format == "txt" else f"the same id {identity!r}"
         raise DamagedFileError(
-            f"{self.path}: records {names[0]} and {names[1]} have {what}. Ids name the videos and decide the seeds, so "
-            f"each must be unique: remove one record or give it another id."
+            f"{self.path}: records {names[0]} and {names[1]} have {what}. Ids name the videos and decide the seeds, so each must be unique: remove one record or give it another id."
         )
 
     def _finish(self, samples: Iterator[Sample]) -> Iterator[Sample]:

@@ -115,8 +115,7 @@ def sniff_container(path: Path, *, plain: bool = False) -> Container:
         first, newline, rest = head.partition(b"\n")
         return "lines" if newline and rest.lstrip()[:1] == b"{" and _is_json(first) else "map"
     raise PtqError(
-        f"The prompt file {path} is neither UTF-8 JSON (it starts with {head[:20].decode('utf-8', 'replace')!r}) nor "
-        f"named .txt. If it has one prompt a line, rename it to .txt or pass --prompt-format txt."
+        f"The prompt file {path} is neither UTF-8 JSON (it starts with {head[:20].decode('utf-8', 'replace')!r}) nor named .txt. If it has one prompt a line, rename it to .txt or pass --prompt-format txt."
     )
 
 
@@ -155,8 +154,7 @@ def iter_records(path: Path, container: Container, source: DigestingFile) -> Ite
     except (ijson.JSONError, UnicodeDecodeError) as error:
         where = f"after record {last}" if last is not None else "in its first records"
         raise DamagedFileError(
-            f"{path} is not valid JSON: it breaks off {where} ({_locate(path, error)}). Was the file cut short while "
-            f"it was copied, or edited by hand?"
+            f"{path} is not valid JSON: it breaks off {where} ({_locate(path, error)}). Was the file cut short while it was copied, or edited by hand?"
         ) from error
 
 

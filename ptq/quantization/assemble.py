@@ -70,7 +70,6 @@ def copy_components(layout: ModelLayout, target: Path, *, link: bool) -> None:
                 shutil.copyfile(source, destination)
     except (OSError, shutil.Error) as error:
         raise PtqError(
-            f"Could not copy {layout.path} to {target}: {error}. Free some space, or pass --link to link the components "
-            "instead of copying them; then run the same command again."
+            f"Could not copy {layout.path} to {target}: {error}. Free some space, or pass --link to link the components instead of copying them; then run the same command again."
         ) from error
     write_json(target / PRESET_FILE, layout.preset.model_dump())

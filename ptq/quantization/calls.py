@@ -79,8 +79,7 @@ class ExpertCalls:
         records = spread(calibration.of_expert(expert), limit)
         if not records:
             raise PtqError(
-                f"{calibration.directory} has no records of {expert}. Record more steps (--steps, --records-per-prompt) so "
-                "that every expert is called."
+                f"{calibration.directory} has no records of {expert}. Record more steps (--steps, --records-per-prompt) so that every expert is called."
             )
         weights, importance = record_weights(records, weighting), record_weights(records, OUTPUT_WEIGHTING)
         self.items = [

@@ -58,8 +58,7 @@ def describe_plan(
         records, recorded = _used_records(calibration, settings, expert), len(calibration.of_expert(expert))
         tokens = _size(layout, calibration, expert).tokens
         plan[expert] = (
-            f"{layout.num_blocks(expert)} blocks, {records} of {recorded} records of {tokens} tokens, "
-            f"hidden states {gigabytes(stream_bytes(layout, calibration, settings, expert))}"
+            f"{layout.num_blocks(expert)} blocks, {records} of {recorded} records of {tokens} tokens, hidden states {gigabytes(stream_bytes(layout, calibration, settings, expert))}"
         )
         if settings.recipe.needs_hessian:
             used = settings.recipe.records

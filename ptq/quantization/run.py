@@ -161,14 +161,12 @@ def check_inputs(layout: ModelLayout, calibration: CalibrationSet, settings: Qua
     experts = {name: digest(config) for name, config in layout.experts.items()}
     if calibration.settings.get("experts") != experts:
         raise UsageError(
-            f"{calibration.directory} was recorded from another model than {layout.path} (experts or their config.json "
-            "differ). Record this model with `ptq calibrate` first."
+            f"{calibration.directory} was recorded from another model than {layout.path} (experts or their config.json differ). Record this model with `ptq calibrate` first."
         )
     for expert in layout.experts:
         if not calibration.of_expert(expert):
             raise UsageError(
-                f"{calibration.directory} has no records of {expert}. Record more steps (--steps, --records-per-prompt) "
-                "so that every expert is called."
+                f"{calibration.directory} has no records of {expert}. Record more steps (--steps, --records-per-prompt) so that every expert is called."
             )
         _check_widths(layout, expert, settings)
     check_budget(settings.format, settings.high_precision, settings.budget_scope)
@@ -179,9 +177,7 @@ def _check_widths(layout: ModelLayout, expert: str, settings: QuantizeSettings) 
     for name, (_, k) in layout.linear_shapes(expert).items():
         if k % multiple:
             raise UsageError(
-                f"{expert} of {layout.path}: {name} has {k} input channels, not a multiple of {multiple} "
-                f"({settings.format} group {formats.get(settings.format).group_size}, rotation "
-                f"{settings.recipe.rotation}). Choose another format or rotation (--set rotation=...)."
+                f"{expert} of {layout.path}: {name} has {k} input channels, not a multiple of {multiple} ({settings.format} group {formats.get(settings.format).group_size}, rotation {settings.recipe.rotation}). Choose another format or rotation (--set rotation=...)."
             )
 
 
@@ -246,8 +242,7 @@ def stream_scratch(
         return None
     if psutil.disk_usage(str(work)).free < need:
         raise PtqError(
-            f"The hidden states of {len(records)} records of {expert} take {need / 1e9:.1f} GB, more than the memory limit of "
-            f"{limit / 1e9:.1f} GB and than the disk offers. {free_space_hint(work)}"
+            f"The hidden states of {len(records)} records of {expert} take {need / 1e9:.1f} GB, more than the memory limit of {limit / 1e9:.1f} GB and than the disk offers. {free_space_hint(work)}"
         )
     ui.info(f"Hidden states of {expert} take {need / 1e9:.1f} GB: kept in memory-mapped files under {work}.")
     return work / STREAMS_DIR

@@ -67,8 +67,7 @@ def parse_high_precision(text: str, num_blocks: Mapping[str, int]) -> dict[str, 
         match = re.fullmatch(r"\s*(\w+):(\d+)\s*", item)
         if match is None or match[1] not in num_blocks:
             raise UsageError(
-                f"--high-precision takes none, auto or a list like transformer:0,transformer_2:39; found {item!r}. "
-                f"Experts of this model: {', '.join(num_blocks)}."
+                f"--high-precision takes none, auto or a list like transformer:0,transformer_2:39; found {item!r}. Experts of this model: {', '.join(num_blocks)}."
             )
         if int(match[2]) >= num_blocks[match[1]]:
             raise UsageError(f"{match[1]} has blocks 0 to {num_blocks[match[1]] - 1}; found {item.strip()}.")
@@ -87,7 +86,6 @@ def check_budget(format_name: str, high_precision: Mapping[str, Mapping[int, str
     worst = sum(counts.values()) if scope == "total" else max(counts.values(), default=0)
     if worst > limit:
         raise UsageError(
-            f"{worst} blocks would stay in high precision, counted {scope.replace('-', ' ')}; {format_name} allows at most "
-            f"{limit}. Name fewer blocks in --high-precision."
+            f"{worst} blocks would stay in high precision, counted {scope.replace('-', ' ')}; {format_name} allows at most {limit}. Name fewer blocks in --high-precision."
             + (" Counting per expert is possible with --budget-scope per-expert." if scope == "total" else "")
         )

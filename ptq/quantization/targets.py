@@ -35,8 +35,7 @@ def choose_targets(
         found = f"is a {type(modules[name]).__name__}" if name in modules else "does not exist"
         known = ", ".join(list(reasons)[:5])
         raise UsageError(
-            f"Target {name!r} {found} ({len(unknown)} of {len(targets)} targets are no nn.Linear of "
-            f"{type(model).__name__}). Its Linears are {known}{' ...' if len(reasons) > 5 else ''}."
+            f"Target {name!r} {found} ({len(unknown)} of {len(targets)} targets are no nn.Linear of {type(model).__name__}). Its Linears are {known}{' ...' if len(reasons) > 5 else ''}."
         )
     for name in targets:
         if reasons[name] is not None:

@@ -43,8 +43,7 @@ class WorkDir:
         self.path = out.with_name(out.name + ".partial")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UsageError(
-                f"{out} exists already and is not empty. Finished checkpoints are never overwritten: choose another --out, "
-                "or delete it first."
+                f"{out} exists already and is not empty. Finished checkpoints are never overwritten: choose another --out, or delete it first."
             )
         if fresh:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -53,9 +52,7 @@ class WorkDir:
             keys = sorted(set(found) | set(signature))
             different = [key for key in keys if found.get(key) != signature.get(key)]
             raise UsageError(
-                f"{self.path} holds an unfinished run made from something else; different: {', '.join(different)}. "
-                "Blocks of two runs are never mixed: use the earlier settings to finish it, choose another --out, or pass "
-                "--fresh to start over."
+                f"{self.path} holds an unfinished run made from something else; different: {', '.join(different)}. Blocks of two runs are never mixed: use the earlier settings to finish it, choose another --out, or pass --fresh to start over."
             )
         self.signature = digest(signature)
         if found is None and not self.is_complete:

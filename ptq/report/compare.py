@@ -43,8 +43,7 @@ def read_side(path: Path) -> Side:
     if (path / MANIFEST_FILE).is_file():
         return Side(path, read_manifest(path), None)
     raise UsageError(
-        f"{path} is neither a packed checkpoint (no {MANIFEST_FILE}) nor an evaluation directory (no {EVALUATION_FILE}). "
-        "Pass two of one kind."
+        f"{path} is neither a packed checkpoint (no {MANIFEST_FILE}) nor an evaluation directory (no {EVALUATION_FILE}). Pass two of one kind."
     )
 
 
@@ -56,8 +55,7 @@ def compare_sides(a: Side, b: Side) -> list[Table]:
     """
     if (a.evaluation is None) != (b.evaluation is None):
         raise UsageError(
-            f"{a.path} and {b.path} are of different kinds (a checkpoint and an evaluation). Pass two checkpoints or two "
-            "evaluation directories."
+            f"{a.path} and {b.path} are of different kinds (a checkpoint and an evaluation). Pass two checkpoints or two evaluation directories."
         )
     tables: list[Table] = []
     if a.evaluation is not None and b.evaluation is not None:

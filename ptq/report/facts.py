@@ -102,8 +102,7 @@ def gather(sources: Sources) -> Facts:
     manifest = sensitivity = calibration = None
     if checkpoint is None:
         omissions.append(
-            "The packed checkpoint was not found (pass --checkpoint): layer and block errors, size, coverage, recipe and "
-            "method are not in this report."
+            "The packed checkpoint was not found (pass --checkpoint): layer and block errors, size, coverage, recipe and method are not in this report."
         )
     else:
         manifest = read_manifest(checkpoint)
@@ -163,8 +162,7 @@ def _read_calibration(
     path = find_calibration(evaluation, checkpoint, manifest.calibration["digest"])
     if path is None:
         omissions.append(
-            "The calibration directory was not found beside the checkpoint: size and steps of the recorded runs are not in "
-            "this report; their digest and prompts are."
+            "The calibration directory was not found beside the checkpoint: size and steps of the recorded runs are not in this report; their digest and prompts are."
         )
         return None
     return read_json(path)
@@ -189,8 +187,7 @@ def _read_ablation(path: Path | None) -> Ablation | None:
     except ValidationError as error:
         first = error.errors()[0]
         raise PtqError(
-            f"{path} is not an ablation table ({'.'.join(map(str, first['loc']))}: {first['msg']}). Expected a JSON object "
-            "with title, columns, rows (lists of texts and numbers) and optionally note."
+            f"{path} is not an ablation table ({'.'.join(map(str, first['loc']))}: {first['msg']}). Expected a JSON object with title, columns, rows (lists of texts and numbers) and optionally note."
         ) from error
     if any(len(row) != len(table.columns) for row in table.rows):
         raise PtqError(f"{path}: every row needs {len(table.columns)} cells, one for each column.")

@@ -41,8 +41,7 @@ def evaluation_directories(run: Path) -> list[Path]:
     found = sorted(path.parent for path in (run / "evaluation").glob(f"*/{EVALUATION_FILE}"))
     if not found:
         raise PtqError(
-            f"{run} is neither an evaluation directory (no {EVALUATION_FILE}) nor a demo directory (no "
-            f"evaluation/<format>/{EVALUATION_FILE}). Make one with `ptq evaluate --out {run}` or `ptq demo --out {run}`."
+            f"{run} is neither an evaluation directory (no {EVALUATION_FILE}) nor a demo directory (no evaluation/<format>/{EVALUATION_FILE}). Make one with `ptq evaluate --out {run}` or `ptq demo --out {run}`."
         )
     return found
 
@@ -74,8 +73,7 @@ def _require_checkpoint(directory: Path, recorded: str | None) -> None:
     found = identify_model(str(directory), directory).digest
     if recorded is not None and found != recorded:
         raise UsageError(
-            f"The evaluation judged a checkpoint with digest {recorded[:12]}, but {directory} has {found[:12]}. Pass the "
-            "checkpoint that made the candidate run, or evaluate this one."
+            f"The evaluation judged a checkpoint with digest {recorded[:12]}, but {directory} has {found[:12]}. Pass the checkpoint that made the candidate run, or evaluate this one."
         )
 
 
@@ -89,8 +87,7 @@ def find_run(sources: Sources, info: RunInfo, role: str) -> Path | None:
     if given is not None:
         if not _is_run(given, info.run_digest):
             raise UsageError(
-                f"{given} is not the {role} run that was evaluated (no run.json, or another digest than "
-                f"{str(info.run_digest)[:12]}). Pass the directory that `ptq evaluate` read."
+                f"{given} is not the {role} run that was evaluated (no run.json, or another digest than {str(info.run_digest)[:12]}). Pass the directory that `ptq evaluate` read."
             )
         return given
     if info.directory is None:

@@ -17,11 +17,8 @@ from ptq.report.cells import flatten, plain
 from ptq.report.facts import FORMAT_NAMES
 
 FORMAT_TEXT = {
-    "mxfp4": "MXFP4 (OCP Microscaling v1.0): groups of 32 values along the input dimension share one power-of-two scale; each "
-    "value is one of 15 E2M1 numbers. 4.25 bits a value.",
-    "hif4": "HiF4 (HiFloat4, arXiv 2602.11287): groups of 64 values along the input dimension share one E6M2 scale; eight bits "
-    "double single eighths of the group and sixteen bits single fours; each value has a sign and a level from 0 to 7. 4.5 "
-    "bits a value.",
+    "mxfp4": "MXFP4 (OCP Microscaling v1.0): groups of 32 values along the input dimension share one power-of-two scale; each value is one of 15 E2M1 numbers. 4.25 bits a value.",
+    "hif4": "HiF4 (HiFloat4, arXiv 2602.11287): groups of 64 values along the input dimension share one E6M2 scale; eight bits double single eighths of the group and sixteen bits single fours; each value has a sign and a level from 0 to 7. 4.5 bits a value.",
 }
 _DESCRIBED = {
     *(
@@ -73,9 +70,7 @@ def _records(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
     return Step(
         "records",
         "Recorded inputs",
-        f"The original pipeline ran on {len(calibration['samples'])} prompts of {calibration['prompts']['name']}; "
-        f"{calibration['records']} calls of the denoiser were recorded with latents, timestep and text embedding, from steps "
-        "spread over each expert's range.",
+        f"The original pipeline ran on {len(calibration['samples'])} prompts of {calibration['prompts']['name']}; {calibration['records']} calls of the denoiser were recorded with latents, timestep and text embedding, from steps spread over each expert's range.",
     )
 
 
@@ -95,8 +90,7 @@ def _replay(manifest: Manifest, recipe: Mapping[str, Any]) -> Step:
     return Step(
         "weighting" if weighted else "",
         "Block by block",
-        "The records are replayed through the experts one block at a time, so that one block's weights are in memory. "
-        f"Statistics of a block's inputs are taken from {stream}; each record weighs {how}.",
+        f"The records are replayed through the experts one block at a time, so that one block's weights are in memory. Statistics of a block's inputs are taken from {stream}; each record weighs {how}.",
     )
 
 
@@ -107,8 +101,7 @@ def _smoothing(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
     return Step(
         "smoothing",
         "Smoothing",
-        "Each input channel is multiplied by a factor and the weight's column divided by it, so that outlier channels shrink "
-        f"(SmoothQuant, arXiv 2211.10438, with root mean squares). Exponents tried for each input: {tried}, and none"
+        f"Each input channel is multiplied by a factor and the weight's column divided by it, so that outlier channels shrink (SmoothQuant, arXiv 2211.10438, with root mean squares). Exponents tried for each input: {tried}, and none"
         + ("." if recipe.get("learned_transform") else _kept(manifest)),
     )
 
@@ -120,8 +113,7 @@ def _rotation(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
     return Step(
         "rotation",
         "Block Hadamard rotation",
-        f"Input and weight are rotated by an orthonormal Hadamard matrix in blocks of {block} channels: the layer's "
-        "output stays the same, an outlier is spread over its block. The weight is rotated once, the input at run time.",
+        f"Input and weight are rotated by an orthonormal Hadamard matrix in blocks of {block} channels: the layer's output stays the same, an outlier is spread over its block. The weight is rotated once, the input at run time.",
     )
 
 
@@ -131,10 +123,7 @@ def _learned(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
     return Step(
         "learned",
         "Learned block transform",
-        f"Input and weight change their basis in blocks of {recipe['rotation']} channels, by the matrix for which "
-        "quantization noise costs the layer least, in closed form from the second moments of input and weight (WUSH, arXiv "
-        "2512.00956); its last factor is a Hadamard matrix, which spreads outliers. Blocks are stored with 8 bits an entry "
-        "and applied to the input at run time. Tried for each input beside the Hadamard matrix alone (off)"
+        f"Input and weight change their basis in blocks of {recipe['rotation']} channels, by the matrix for which quantization noise costs the layer least, in closed form from the second moments of input and weight (WUSH, arXiv 2512.00956); its last factor is a Hadamard matrix, which spreads outliers. Blocks are stored with 8 bits an entry and applied to the input at run time. Tried for each input beside the Hadamard matrix alone (off)"
         + _kept(manifest),
     )
 
@@ -142,10 +131,7 @@ def _learned(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
 def _kept(manifest: Manifest) -> str:
     chosen = Counter(row.basis for row in manifest.layers)
     counted = ", ".join(f"{name} for {n}" for name, n in sorted(chosen.items()))
-    return (
-        "; kept is the one with the smallest output error with both sides quantized. "
-        f"Chosen over all layers: {counted}."
-    )
+    return f"; kept is the one with the smallest output error with both sides quantized. Chosen over all layers: {counted}."
 
 
 def _scales(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
@@ -156,8 +142,7 @@ def _scales(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
         return Step(
             "scales",
             "Searched group scales",
-            f"The scale of each weight group is the one with the smallest weighted error ({tried}). The stored "
-            f"numbers are plain {FORMAT_NAMES[manifest.format]}.",
+            f"The scale of each weight group is the one with the smallest weighted error ({tried}). The stored numbers are plain {FORMAT_NAMES[manifest.format]}.",
         )
     rule = recipe.get("weight_scale_rule")
     return Step("", "Weight scales", f"Weight scales follow the rule {rule}.") if rule else None
@@ -174,10 +159,7 @@ def _rounding(manifest: Manifest, recipe: Mapping[str, Any]) -> Step:
     return Step(
         "gptq",
         "GPTQ rounding",
-        f"Columns are rounded one after another, {order}, on the format's own grid with fixed scales; each error is "
-        f"pushed onto the columns still to come (arXiv 2210.17323). Damping {plain(gptq.get('damping', 0))} of "
-        f"the mean diagonal, raised {retries} times; factorisation in {gptq.get('precision')}. Plain rounding was "
-        f"the better of the two in {kept} of {rows} output rows and was kept there.",
+        f"Columns are rounded one after another, {order}, on the format's own grid with fixed scales; each error is pushed onto the columns still to come (arXiv 2210.17323). Damping {plain(gptq.get('damping', 0))} of the mean diagonal, raised {retries} times; factorisation in {gptq.get('precision')}. Plain rounding was the better of the two in {kept} of {rows} output rows and was kept there.",
     )
 
 
@@ -195,8 +177,7 @@ def _activations(manifest: Manifest, recipe: Mapping[str, Any]) -> Step:
     return Step(
         "activations",
         "Inputs at run time",
-        f"Every token's input is quantized when it arrives, each group with its own scale ({rule}{ties}). Nothing is "
-        "calibrated or kept in higher precision.",
+        f"Every token's input is quantized when it arrives, each group with its own scale ({rule}{ties}). Nothing is calibrated or kept in higher precision.",
     )
 
 

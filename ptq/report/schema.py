@@ -126,6 +126,5 @@ def read_evaluation(directory: str | Path) -> Evaluation:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:4])
         raise DamagedFileError(
-            f"{path} is not an evaluation that this version can read: {problems}. Nothing was written. Run `ptq evaluate` "
-            "again into that directory."
+            f"{path} is not an evaluation that this version can read: {problems}. Nothing was written. Run `ptq evaluate` again into that directory."
         ) from error

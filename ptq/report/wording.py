@@ -18,13 +18,9 @@ MEANING = {
 }
 SUITE_SCOPE = {
     "core": "Suite core measures drift and integrity only; it has no verdict. A verdict needs suite tiny or VBench results.",
-    "tiny": "The score is of the embedded tiny model in its own small world: a rehearsal of the method with exact prompt "
-    "adherence. It says how well the toolkit works, not how a 14-billion-parameter model scores.",
+    "tiny": "The score is of the embedded tiny model in its own small world: a rehearsal of the method with exact prompt adherence. It says how well the toolkit works, not how a 14-billion-parameter model scores.",
 }
-DRIFT = (
-    "PSNR, SSIM and latent errors compare two samples of a chaotic process: they show drift, not quality, and never decide "
-    "the verdict."
-)
+DRIFT = "PSNR, SSIM and latent errors compare two samples of a chaotic process: they show drift, not quality, and never decide the verdict."
 
 
 def verdict_word(evaluation: Evaluation) -> str:
@@ -75,11 +71,7 @@ def meaning(facts: Facts) -> str:
     if loss is None or loss.low is None:
         first = "The data cannot bound the loss."
     names = ", ".join(name.replace("_", " ") for name in evaluation.dimensions)
-    return (
-        f"{first} Loss is the {AGGREGATES[evaluation.gate]} over {len(evaluation.dimensions)} dimensions ({names}; suite "
-        f"{evaluation.suite}): the share of the original's score that is gone, positive when the quantized model is worse. "
-        f"{_pairing(evaluation)}"
-    )
+    return f"{first} Loss is the {AGGREGATES[evaluation.gate]} over {len(evaluation.dimensions)} dimensions ({names}; suite {evaluation.suite}): the share of the original's score that is gone, positive when the quantized model is worse. {_pairing(evaluation)}"
 
 
 def _pairing(evaluation: Evaluation) -> str:
@@ -108,13 +100,11 @@ def limitations(facts: Facts) -> list[str]:
     found.append(DRIFT)
     if evaluation.verdict is not None:
         found.append(
-            f"Intervals ({evaluation.bootstrap.method}; {evaluation.bootstrap.resamples} resamples, seed "
-            f"{evaluation.bootstrap.seed}) cover the choice of prompts and seeds, not a change of resolution, steps or sampler."
+            f"Intervals ({evaluation.bootstrap.method}; {evaluation.bootstrap.resamples} resamples, seed {evaluation.bootstrap.seed}) cover the choice of prompts and seeds, not a change of resolution, steps or sampler."
         )
     if facts.manifest is not None:
         found.append(
-            "Layer, block and denoiser errors are taken on calibration records; they guide the method and are no measure of "
-            "the video."
+            "Layer, block and denoiser errors are taken on calibration records; they guide the method and are no measure of the video."
         )
         found.append(f"Not done: {facts.manifest.statement}")
     return found + [f"Left out: {text}" for text in facts.omissions]

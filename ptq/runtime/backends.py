@@ -100,8 +100,7 @@ def choose(spec: QuantSpec, shape: Shape, placement: Placement, machine: Machine
         reason = obstacle(forced, spec, shape, placement, machine)
         if reason:
             raise UsageError(
-                f"Backend {forced} was asked for but cannot run this {spec.format} layer ([{shape.m}, {shape.k}] x "
-                f"[{shape.n}, {shape.k}]): {reason}. Leave {VARIABLE} and --backend unset to use the best that can."
+                f"Backend {forced} was asked for but cannot run this {spec.format} layer ([{shape.m}, {shape.k}] x [{shape.n}, {shape.k}]): {reason}. Leave {VARIABLE} and --backend unset to use the best that can."
             )
         return Choice(forced, "asked for")
     if machine.device == "cpu":

@@ -47,8 +47,7 @@ class QuantLinear(nn.Module):
         fmt = formats.get(spec.format)
         if in_features % max(fmt.group_size, spec.rotation):
             raise formats.FormatError(
-                f"A layer with K = {in_features} cannot be {spec.format} with rotation {spec.rotation}: K must be a "
-                f"multiple of {max(fmt.group_size, spec.rotation)}."
+                f"A layer with K = {in_features} cannot be {spec.format} with rotation {spec.rotation}: K must be a multiple of {max(fmt.group_size, spec.rotation)}."
             )
         self.weight_packed = _frozen(torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device))
         scale_shape = (out_features, in_features // fmt.group_size)

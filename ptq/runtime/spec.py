@@ -51,9 +51,7 @@ class QuantSpec:
         group = formats.get(self.format).group_size
         if self.learned and (self.smooth or not self.rotation or self.rotation % group):
             raise formats.FormatError(
-                f"A learned transform has blocks of a multiple of the {self.format} group ({group}) and no smoothing "
-                f"vector beside it; found blocks of {self.rotation}, smoothing {self.smooth}. Set rotation to 64 or 128, "
-                "or switch learned_transform off."
+                f"A learned transform has blocks of a multiple of the {self.format} group ({group}) and no smoothing vector beside it; found blocks of {self.rotation}, smoothing {self.smooth}. Set rotation to 64 or 128, or switch learned_transform off."
             )
 
     @property

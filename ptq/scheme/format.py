@@ -187,8 +187,7 @@ class Format(ABC):
             raise FormatError(f"{self.name} takes float32, bfloat16 or float16, found {x.dtype}.")
         if x.dim() == 0 or x.shape[-1] == 0 or x.shape[-1] % self.group_size:
             raise FormatError(
-                f"{self.name} quantizes groups of {self.group_size} along the last dimension, found shape "
-                f"{list(x.shape)}. Leave this layer out of the targets, or pad K to a multiple of {self.group_size}."
+                f"{self.name} quantizes groups of {self.group_size} along the last dimension, found shape {list(x.shape)}. Leave this layer out of the targets, or pad K to a multiple of {self.group_size}."
             )
 
     def _check_codes(self, codes: Codes) -> None:
@@ -201,8 +200,7 @@ class Format(ABC):
             or tuple(scales.shape) != expected
         ):
             raise FormatError(
-                f"{self.name}: elements {list(elements.shape)} {elements.dtype} need scales {list(expected)} "
-                f"{self.scale_dtype}, found {list(scales.shape)} {scales.dtype}."
+                f"{self.name}: elements {list(elements.shape)} {elements.dtype} need scales {list(expected)} {self.scale_dtype}, found {list(scales.shape)} {scales.dtype}."
             )
 
 

@@ -87,9 +87,7 @@ def factorize(
         damping, retries = damping * RETRY_FACTOR or FIRST_RETRY, retries + 1
         if damping > MAX_DAMPING:
             raise SolverError(
-                f"The Hessian [{len(h)}, {len(h)}] has no Cholesky factor even with damping "
-                f"{damping / RETRY_FACTOR:g} of its mean diagonal ({retries} retries), so it is not a sum of x x^T. "
-                "Record the calibration inputs again, or round this layer to nearest explicitly."
+                f"The Hessian [{len(h)}, {len(h)}] has no Cholesky factor even with damping {damping / RETRY_FACTOR:g} of its mean diagonal ({retries} retries), so it is not a sum of x x^T. Record the calibration inputs again, or round this layer to nearest explicitly."
             )
     del h
     feedback = upper.flip(0, 1)
@@ -110,8 +108,7 @@ def check_hessian(h_kk: Tensor) -> None:
     # The sum is finite only if all entries are (or the sum itself overflows, which is as unusable).
     if not torch.isfinite(h_kk.sum(dtype=torch.float64)):
         raise SolverError(
-            "The Hessian holds NaN or infinite values: the layer's calibration inputs were not finite. "
-            "Check the calibration records and the blocks before this layer."
+            "The Hessian holds NaN or infinite values: the layer's calibration inputs were not finite. Check the calibration records and the blocks before this layer."
         )
     if bool((h_kk.diagonal() < 0).any()):
         raise SolverError("The Hessian has a negative diagonal entry, so it is not a sum of x x^T.")

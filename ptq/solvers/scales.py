@@ -62,8 +62,7 @@ def search_scales(w_nk: Tensor, fmt: Format, *, weights_k: Tensor | None = None)
 def _weights(weights_k: Tensor, w_nk: Tensor) -> Tensor:
     if tuple(weights_k.shape) != (w_nk.shape[1],) or not bool((weights_k >= 0).all()):
         raise SolverError(
-            f"Column weights must be {w_nk.shape[1]} numbers >= 0, found shape {list(weights_k.shape)}, "
-            f"minimum {float(weights_k.min()):g}."
+            f"Column weights must be {w_nk.shape[1]} numbers >= 0, found shape {list(weights_k.shape)}, minimum {float(weights_k.min()):g}."
         )
     mean = float(weights_k.double().mean())
     if mean == 0:

@@ -175,8 +175,7 @@ def _check_group(weights: Mapping[str, Tensor], stats: InputStats | None, fmt: F
     multiple = max(fmt.group_size, settings.rotation)
     if k % multiple:
         raise SolverError(
-            f"K = {k} is not a multiple of {multiple} ({fmt.name} group {fmt.group_size}, rotation "
-            f"{settings.rotation}). Leave the layer out of the targets, or choose another rotation."
+            f"K = {k} is not a multiple of {multiple} ({fmt.name} group {fmt.group_size}, rotation {settings.rotation}). Leave the layer out of the targets, or choose another rotation."
         )
     if stats is not None and len(stats.mean_k) != k:
         raise SolverError(

@@ -43,8 +43,7 @@ class InputStats:
     def __post_init__(self) -> None:
         if self.n_tokens < 1 or len(self.w_t) < 1 or not self.weight_sum > 0:
             raise SolverError(
-                f"Input statistics hold {self.n_tokens} tokens of total weight {self.weight_sum} and "
-                f"{len(self.w_t)} sample tokens; at least one token with a positive weight is needed."
+                f"Input statistics hold {self.n_tokens} tokens of total weight {self.weight_sum} and {len(self.w_t)} sample tokens; at least one token with a positive weight is needed."
             )
         k = len(self.mean_k)
         shapes = {
@@ -58,8 +57,7 @@ class InputStats:
         for name in ("mean_k", "absmax_k", "x_tk", "w_t"):
             if not torch.isfinite(getattr(self, name)).all():
                 raise SolverError(
-                    f"Input statistics: {name} holds NaN or infinity, so the model produced non-finite "
-                    "activations on the calibration records. Check the records and the model's weights."
+                    f"Input statistics: {name} holds NaN or infinity, so the model produced non-finite activations on the calibration records. Check the records and the model's weights."
                 )
 
     @classmethod

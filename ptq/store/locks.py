@@ -103,8 +103,7 @@ class ShardLock:
                 holder = _describe(self._path)
                 self.release()
                 raise PtqError(
-                    f"{self._path.parent.parent} is in use: {holder} is making this shard. Wait for it, stop it, or "
-                    "choose another --out or another --shard."
+                    f"{self._path.parent.parent} is in use: {holder} is making this shard. Wait for it, stop it, or choose another --out or another --shard."
                 )
             time.sleep(0.05)
         os.ftruncate(self._handle, 0)
@@ -126,8 +125,7 @@ def refuse_other_counts(state: Path, shard: Shard) -> None:
     foreign = [tag for tag in live_shards(state) if tag.rpartition("of")[2] != str(shard.count)]
     if foreign:
         raise PtqError(
-            f"{state.parent} is in use by shard {', '.join(foreign)} of a run with another number of shards than "
-            f"{shard.count}. Wait for it, or use the same N in --shard i/N."
+            f"{state.parent} is in use by shard {', '.join(foreign)} of a run with another number of shards than {shard.count}. Wait for it, or use the same N in --shard i/N."
         )
 
 

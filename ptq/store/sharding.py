@@ -27,8 +27,7 @@ class Shard:
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
             raise UsageError(
-                f"Shard {self.index}/{self.count} does not exist: shards count from 0, so of {self.count} the last is "
-                f"{self.count - 1}/{self.count}."
+                f"Shard {self.index}/{self.count} does not exist: shards count from 0, so of {self.count} the last is {self.count - 1}/{self.count}."
             )
 
     @property

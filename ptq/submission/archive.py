@@ -73,8 +73,7 @@ def extract_archive(path: Path, target: Path, max_bytes: int) -> list[str]:
                 total += member.size
                 if total > max_bytes or len(names) > MAX_MEMBERS:
                     raise DamagedFileError(
-                        f"{path} unpacks to more than {max_bytes / 1e9:.1f} GB or {MAX_MEMBERS} files, at member "
-                        f"{member.name}. If it is really that large, raise --max-gb."
+                        f"{path} unpacks to more than {max_bytes / 1e9:.1f} GB or {MAX_MEMBERS} files, at member {member.name}. If it is really that large, raise --max-gb."
                     )
                 destination = target / member.name
                 destination.parent.mkdir(parents=True, exist_ok=True)

@@ -101,13 +101,11 @@ def check_submittable(checkpoint: Path, manifest: Manifest, verdict: dict[str, A
     evaluated = verdict.get("candidate", {}).get("checkpoint_digest")
     if evaluated != digest:
         raise UsageError(
-            f"The evaluation judged a checkpoint with digest {str(evaluated)[:12]}, but {checkpoint} has {digest[:12]}. "
-            "Generate and evaluate with this checkpoint, or pass the right --evaluation."
+            f"The evaluation judged a checkpoint with digest {str(evaluated)[:12]}, but {checkpoint} has {digest[:12]}. Generate and evaluate with this checkpoint, or pass the right --evaluation."
         )
     if verdict.get("verdict") != PASS and not allow_failing:
         raise UsageError(
-            f"The evaluation's verdict is {verdict.get('verdict')}, not {PASS}. Improve the checkpoint or evaluate more "
-            "units; --allow-failing-gate packs it all the same and marks the archive."
+            f"The evaluation's verdict is {verdict.get('verdict')}, not {PASS}. Improve the checkpoint or evaluate more units; --allow-failing-gate packs it all the same and marks the archive."
         )
 
 
@@ -133,8 +131,7 @@ def _run_directory(verdict: dict[str, Any], role: str) -> Path:
     directory = verdict.get(role, {}).get("directory")
     if not directory or not Path(directory).is_dir():
         raise PtqError(
-            f"The evaluation names {directory!r} as its {role} run, which is not here. Package on the machine that holds "
-            "both generation directories, or evaluate them again from where they are now."
+            f"The evaluation names {directory!r} as its {role} run, which is not here. Package on the machine that holds both generation directories, or evaluate them again from where they are now."
         )
     return Path(directory)
 

@@ -222,8 +222,7 @@ def check_unit(root: Path) -> None:
     if different:
         versions = "the same" if read_json_versions(run) else "other"
         raise DamagedFileError(
-            f"{line['unit']}: {', '.join(different)} differ. Recorded on {line['device']}, here {again['device']}, with "
-            f"{versions} library versions; bit-equality is promised on the same hardware and versions only."
+            f"{line['unit']}: {', '.join(different)} differ. Recorded on {line['device']}, here {again['device']}, with {versions} library versions; bit-equality is promised on the same hardware and versions only."
         )
 
 

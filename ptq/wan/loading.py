@@ -34,8 +34,7 @@ def resolve_model(model: str, revision: str | None = None) -> ModelLayout:
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return read_layout(_download(model, revision))
     raise UsageError(
-        f"There is no model {model!r}: not a directory, not an embedded model, not a hub id of the form owner/name. "
-        "Pass a Wan 2.2 pipeline directory, Wan-AI/Wan2.2-T2V-A14B-Diffusers, or `tiny`."
+        f"There is no model {model!r}: not a directory, not an embedded model, not a hub id of the form owner/name. Pass a Wan 2.2 pipeline directory, Wan-AI/Wan2.2-T2V-A14B-Diffusers, or `tiny`."
     )
 
 
@@ -62,8 +61,7 @@ def _download(model: str, revision: str | None) -> Path:
         return Path(snapshot_download(model, revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise PtqError(
-            f"Could not download {model} ({type(error).__name__}: {error}). Check the name and the network, or pass a "
-            "local directory."
+            f"Could not download {model} ({type(error).__name__}: {error}). Check the name and the network, or pass a local directory."
         ) from error
 
 

@@ -54,9 +54,7 @@ def refuse_original(path: Path) -> None:
     known = _HUB_IDS.get(int(channels or 0), "a pipeline directory of the same variant")
     base = _SMALL_HUB_ID if len(experts) == 1 else known
     raise PtqError(
-        f"{path} is a Wan checkpoint in its original layout ({', '.join(p.name for p in experts.values())}); a diffusers "
-        f"pipeline is expected. Convert it once, without loading it: python scripts/convert_original_wan.py {path} "
-        f"--base {base} --out NEW_DIRECTORY. Or use {base} directly."
+        f"{path} is a Wan checkpoint in its original layout ({', '.join(p.name for p in experts.values())}); a diffusers pipeline is expected. Convert it once, without loading it: python scripts/convert_original_wan.py {path} --base {base} --out NEW_DIRECTORY. Or use {base} directly."
     )
 
 
@@ -108,15 +106,12 @@ def _rename(source: Path, config: dict[str, Any]) -> list[TensorEntry]:
     unknown = [entry.name for name, entry in renamed.items() if name not in wanted]
     if missing or unknown:
         raise PtqError(
-            f"{source} is not the model that the base's config.json describes: {len(missing)} tensors are missing "
-            f"(first: {missing[:1]}) and {len(unknown)} are unknown (first: {unknown[:1]}). Quantized (fp8, GGUF) and "
-            "merged checkpoints cannot be converted; take the original release."
+            f"{source} is not the model that the base's config.json describes: {len(missing)} tensors are missing (first: {missing[:1]}) and {len(unknown)} are unknown (first: {unknown[:1]}). Quantized (fp8, GGUF) and merged checkpoints cannot be converted; take the original release."
         )
     for name, shape in wanted.items():
         if renamed[name].shape != shape:
             raise PtqError(
-                f"{source}: tensor {renamed[name].name} has shape {list(renamed[name].shape)}, the base's config.json asks "
-                f"for {list(shape)}. Choose the base of the same variant."
+                f"{source}: tensor {renamed[name].name} has shape {list(renamed[name].shape)}, the base's config.json asks for {list(shape)}. Choose the base of the same variant."
             )
     return [replace(renamed[name], name=name) for name in wanted]
 
@@ -126,7 +121,6 @@ def _read(source: Path) -> dict[str, TensorEntry]:
         return read_header(source)
     if not source.is_dir() or not ((source / INDEX_NAME).exists() or (source / WEIGHTS_NAME).exists()):
         raise PtqError(
-            f"{source} holds no safetensors weights ({INDEX_NAME} or {WEIGHTS_NAME} expected). Pickled checkpoints (.pth) "
-            "are never opened."
+            f"{source} holds no safetensors weights ({INDEX_NAME} or {WEIGHTS_NAME} expected). Pickled checkpoints (.pth) are never opened."
         )
     return ShardSet(source).entries

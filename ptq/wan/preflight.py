@@ -95,9 +95,7 @@ def check_weights(layout: ModelLayout) -> list[str]:
         if wrong:
             found = entries.get(wrong[0])
             problems.append(
-                f"{layout.path / expert}: {len(wrong)} of {len(wanted)} tensors do not fit its config.json, first "
-                f"{wrong[0]}: expected {list(wanted[wrong[0]])}, found "
-                f"{'none' if found is None else list(found.shape)}. Download or copy the model again."
+                f"{layout.path / expert}: {len(wrong)} of {len(wanted)} tensors do not fit its config.json, first {wrong[0]}: expected {list(wanted[wrong[0]])}, found {'none' if found is None else list(found.shape)}. Download or copy the model again."
             )
     return problems
 
@@ -109,14 +107,12 @@ def check_room(needs: Needs, out: Path) -> list[str]:
     free = shutil.disk_usage(folder).free
     if needs.disk > free:
         problems.append(
-            f"About {gigabytes(needs.disk)} will be written to {out}, and {gigabytes(free)} are free there. Free some "
-            "space or choose another --out."
+            f"About {gigabytes(needs.disk)} will be written to {out}, and {gigabytes(free)} are free there. Free some space or choose another --out."
         )
     available = psutil.virtual_memory().available
     if needs.ram > available:
         problems.append(
-            f"About {gigabytes(needs.ram)} of RAM are needed, and {gigabytes(available)} are available. Close other "
-            "programs, start fewer processes on this machine, or use one with more memory."
+            f"About {gigabytes(needs.ram)} of RAM are needed, and {gigabytes(available)} are available. Close other programs, start fewer processes on this machine, or use one with more memory."
         )
     return problems
 
@@ -127,9 +123,7 @@ def check_gpu(needs: Needs, device: str) -> list[str]:
     if needs.vram <= free:
         return []
     return [
-        f"About {gigabytes(needs.vram)} of GPU memory are needed on {device}, and {gigabytes(free)} of "
-        f"{gigabytes(total)} are free. Choose --offload model or --offload sequential, a smaller --height, --width or "
-        "--num-frames, or another GPU."
+        f"About {gigabytes(needs.vram)} of GPU memory are needed on {device}, and {gigabytes(free)} of {gigabytes(total)} are free. Choose --offload model or --offload sequential, a smaller --height, --width or --num-frames, or another GPU."
     ]
 
 

@@ -79,13 +79,11 @@ class ExpertReplay:
             entry = self.shards.entries.get(name)
             if entry is None:
                 raise PtqError(
-                    f"{self.shards.directory} has no tensor {name}, which its config.json requires. The checkpoint is "
-                    "incomplete, or the configuration belongs to another model."
+                    f"{self.shards.directory} has no tensor {name}, which its config.json requires. The checkpoint is incomplete, or the configuration belongs to another model."
                 )
             if entry.shape != tuple(tensor.shape):
                 raise PtqError(
-                    f"{entry.file}: tensor {name} has shape {list(entry.shape)}, its config.json asks for "
-                    f"{list(tensor.shape)}. The configuration and the weights are not of one model."
+                    f"{entry.file}: tensor {name} has shape {list(entry.shape)}, its config.json asks for {list(tensor.shape)}. The configuration and the weights are not of one model."
                 )
 
     def _load(self, module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
@@ -111,8 +109,7 @@ class ExpertReplay:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 entry = self.shards.entries[prefix + name]
                 raise PtqError(
-                    f"{entry.file}: tensor {entry.name} holds NaN or infinite values. A damaged weight cannot be "
-                    "quantized; download or copy the checkpoint again."
+                    f"{entry.file}: tensor {entry.name} holds NaN or infinite values. A damaged weight cannot be quantized; download or copy the checkpoint again."
                 )
         return self._load(copy.deepcopy(self._skeletons[index]), tensors)
 

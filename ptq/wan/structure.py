@@ -87,8 +87,7 @@ def read_layout(path: str | Path) -> ModelLayout:
     index_path = path / "model_index.json"
     if not index_path.exists():
         raise PtqError(
-            f"{path} is not a diffusers pipeline directory (no model_index.json). Expected a Wan 2.2 pipeline in "
-            "diffusers layout, a hub id such as Wan-AI/Wan2.2-T2V-A14B-Diffusers, or `tiny`."
+            f"{path} is not a diffusers pipeline directory (no model_index.json). Expected a Wan 2.2 pipeline in diffusers layout, a hub id such as Wan-AI/Wan2.2-T2V-A14B-Diffusers, or `tiny`."
         )
     index = _require(read_json(index_path), index_path, "_class_name")
     experts = {}

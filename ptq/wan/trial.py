@@ -59,8 +59,7 @@ def _round_trip(scratch: Path, format_name: str, device: str) -> None:
     for name, tensor in written.items():
         if not torch.equal(read[name].cpu(), tensor):
             raise PtqError(
-                f"A small test checkpoint was written to {scratch.parent} and read back, but tensor {name} came back "
-                "different. The disk or the installation is damaged; nothing long was started."
+                f"A small test checkpoint was written to {scratch.parent} and read back, but tensor {name} came back different. The disk or the installation is damaged; nothing long was started."
             )
     with torch.no_grad():
         output = model.to(device)(
@@ -71,8 +70,7 @@ def _round_trip(scratch: Path, format_name: str, device: str) -> None:
         )[0]
     if not torch.isfinite(output).all():
         raise PtqError(
-            f"A small {format_name} model gave values that are not finite on {device}. The GPU, its driver or the "
-            "installed torch do not work; nothing long was started. `ptq doctor` shows the versions."
+            f"A small {format_name} model gave values that are not finite on {device}. The GPU, its driver or the installed torch do not work; nothing long was started. `ptq doctor` shows the versions."
         )
 
 

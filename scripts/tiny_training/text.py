@@ -11,13 +11,7 @@ from ptq.tiny import grammar
 from .common import MAX_TOKENS
 
 TEXT_DIM = 128
-_TEXT = (
-    "a an and backdrop background big black blue bottom box bright circle clip cobalt crimson cross cyan dark "
-    "diagonally disc disk donut down downward drifting drifts emerald glides gliding gray green grey hoop huge "
-    "large left leftward lemon little lower magenta moves moving of on orange over pink plus purple pyramid "
-    "red right rightward ring scarlet slides sliding small square striped stripy tangerine the tiny to top "
-    "toward triangle turquoise up upper upward video violet white yellow"
-)
+_TEXT = "a an and backdrop background big black blue bottom box bright circle clip cobalt crimson cross cyan dark diagonally disc disk donut down downward drifting drifts emerald glides gliding gray green grey hoop huge large left leftward lemon little lower magenta moves moving of on orange over pink plus purple pyramid red right rightward ring scarlet slides sliding small square striped stripy tangerine the tiny to top toward triangle turquoise up upper upward video violet white yellow"
 #: The tokenizer's words in order; a few more than the grammar uses.
 WORDS = tuple(_TEXT.split())
 _SPECIAL = ("<pad>", "</s>", "<unk>")

@@ -21,7 +21,7 @@ def noise(seed, *shape):
 
 
 def blurred(frame):
-    return ((frame.astype(np.uint16) + np.roll(frame, 1, 0) + np.roll(frame, 1, 1) + np.roll(frame, (1, 1), (0, 1))) // 4).astype(np.uint8)  # fmt: skip  # noqa: E501
+    return ((frame.astype(np.uint16) + np.roll(frame, 1, 0) + np.roll(frame, 1, 1) + np.roll(frame, (1, 1), (0, 1))) // 4).astype(np.uint8)  # fmt: skip
 
 
 def reference_ssim(a, b):
