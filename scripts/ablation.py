@@ -3,7 +3,7 @@
     python scripts/ablation.py --model tiny --work build/ablation --out docs/data
 
 Records 24 calibration prompts and 16 held-out prompts once, then solves every variant from the same block statistics
-(ptq.quantization.sweep). Errors are held-out: squared denoiser-output error relative to the original's output, weighted by
+(scripts/held_out.py). Errors are held-out: squared denoiser-output error relative to the original's output, weighted by
 d_sigma^2, mean over the experts. Writes <out>/quality-<model>-<format>.json and a bar chart beside docs/img.
 """
 
@@ -14,80 +14,66 @@ import json
 import math
 from pathlib import Path
 
-from ptq import formats
+from held_out import SweepRow, sweep
+
 from ptq.calibration.records import CalibrationSet
 from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.cli.common import quiet_libraries
 from ptq.config import Recipe, load_recipe
 from ptq.prompts import read_prompts
 from ptq.quantization.settings import QuantizeSettings
-from ptq.quantization.sweep import SweepRow, sweep
-from ptq.scheme import BLOCK_SIZES
+from ptq.scheme import get_format
+from ptq.scheme.hadamard import BLOCK_SIZES
 from ptq.store.files import write_json
 from ptq.tiny.grammar import calibration_prompts, held_out_prompts
 from ptq.tiny.prompt_files import write_prompt_file
 from ptq.wan.loading import load_pipeline, resolve_model
 from ptq.wan.structure import ModelLayout
 
-OFF = {
-    "rounding": "rtn",
-    "rotation": 0,
-    "smoothing": (),
-    "learned_transform": False,
-    "clip_search": False,
-    "bias_correction": False,
-}
-SMOOTHING = {"smoothing": (0.4, 0.5, 0.6)}
-LEARNED = {"smoothing": (), "learned_transform": True}
+PLAIN = ("scheme.transform=none", "scheme.input_rule=null", "solver.rounding=rtn", "solver.clip_search=false")
+SMOOTHING = ("scheme.transform=smoothed", "solver.smoothing=[0.4, 0.5, 0.6]")
 DAMPINGS = (0.01, 0.1)
 
 
-def variants(default: Recipe, format_name: str, widths: set[int]) -> dict[str, Recipe]:
+def variants(format_name: str, widths: set[int]) -> dict[str, Recipe]:
     """Name -> recipe: the ladder, each ingredient alone, all without each, other values of keys.
 
     Args:
-        widths: every K of the model; only rotations that divide them all are tried.
+        widths: every K of the model; only blocks that divide them all are tried.
     """
-    fmt = formats.get(format_name)
-    gptq, clip = ({key: getattr(default, key)} for key in ("rounding", "clip_search"))
-    bias = {"bias_correction": True}  # not in the default recipes: the gate's loss is smaller without
-    rotation, activations = {"rotation": default.rotation}, {"activations": default.activations}
-    plain = default.model_copy(update=OFF | {"activations": Recipe().activations})
-    chosen: dict[str, Recipe] = {"rtn": plain}
-    steps = {"rotation": rotation, "smoothing": SMOOTHING, "learned transform": LEARNED}
-    steps |= {"gptq": gptq, "clip": clip, "bias": bias}
-    recipe = plain
-    for name, update in steps.items():
-        recipe = recipe.model_copy(update=update)
-        chosen[f"rtn + ... + {name}"] = recipe
-    chosen["default recipe (all without bias)"] = default
-    everything = default.model_copy(update=bias)
-    chosen["all"] = everything
-    only = steps | {"learned transform": rotation | LEARNED, "activation scales": activations}
-    for name, update in only.items():
-        chosen[f"only {name}"] = plain.model_copy(update=update)
-    without = {
-        "any change of basis": {"rotation": 0, "learned_transform": False},
-        "learned transform": {"learned_transform": False},
-        **{name: {key: OFF[key] for key in steps[name]} for name in ("gptq", "clip")},
-        "activation scales": {"activations": Recipe().activations},
+    fmt = get_format(format_name)
+    rule = load_recipe(format_name, format_name).scheme.input_rule
+    steps = {
+        "rotation": ("scheme.transform=hadamard",),
+        "smoothing": SMOOTHING,
+        "learned transform": ("scheme.transform=learned", "solver.smoothing=[]"),
+        "gptq": ("solver.rounding=gptq",),
+        "clip": ("solver.clip_search=true",),
     }
-    for name, update in without.items():
-        chosen[f"all without {name}"] = everything.model_copy(update=update)
-    smoothed = {"learned_transform": False} | SMOOTHING
-    chosen["all, smoothing for learned transform"] = everything.model_copy(update=smoothed)
+    chosen = {"rtn": PLAIN}
+    ladder: tuple[str, ...] = PLAIN
+    for name, update in steps.items():
+        ladder = ladder + update
+        chosen[f"rtn + ... + {name}"] = ladder
+    chosen["default recipe"] = ()
+    for name, update in (steps | {"activation scales": (f"scheme.input_rule={rule}",)}).items():
+        chosen[f"only {name}"] = PLAIN + update
+    without = {
+        "any change of basis": ("scheme.transform=none",),
+        "learned transform": ("scheme.transform=hadamard",),
+        "gptq": ("solver.rounding=rtn",),
+        "clip": ("solver.clip_search=false",),
+        "activation scales": ("scheme.input_rule=null",),
+    }
+    chosen |= {f"all without {name}": update for name, update in without.items()}
+    chosen["all, smoothing for learned transform"] = SMOOTHING
     for size in (size for size in BLOCK_SIZES if all(k % size == 0 for k in widths)):
-        learned = default.learned_transform and size % fmt.group_size == 0
+        learned = size % fmt.group_size == 0
         label = f"all, blocks of {size}" if learned else f"all, smoothing for learned transform, blocks of {size}"
-        chosen[label] = everything.model_copy(update={"rotation": size} | ({} if learned else smoothed))
-    for rule in fmt.scale_rules:
-        scales = everything.activations.model_copy(update={"scale_rule": rule})
-        chosen[f"all, activations {rule}"] = everything.model_copy(update={"activations": scales})
-    for damping in DAMPINGS:
-        chosen[f"all, damping {damping:g}"] = everything.model_copy(
-            update={"gptq": everything.gptq.model_copy(update={"damping": damping})}
-        )
-    return chosen
+        chosen[label] = (*(() if learned else SMOOTHING), f"scheme.block={size}")
+    chosen |= {f"all, activations {rule}": (f"scheme.input_rule={rule}",) for rule in fmt.scale_rules}
+    chosen |= {f"all, damping {damping:g}": (f"solver.damping={damping}",) for damping in DAMPINGS}
+    return {name: load_recipe(format_name, format_name, overrides) for name, overrides in chosen.items()}
 
 
 def record(model: str, layout: ModelLayout, work: Path, name: str, prompts: list[str]) -> CalibrationSet:
@@ -159,7 +145,7 @@ def main() -> None:
     own, other = record_both(args, layout)
     for name in args.formats:
         widths = {k for expert in layout.experts for _, k in layout.linear_shapes(expert).values()}
-        recipes = variants(load_recipe(name, name), name, widths)
+        recipes = variants(name, widths)
         settings = {label: QuantizeSettings(name, recipe, label, {}) for label, recipe in recipes.items()}
         table = as_table(sweep(layout, own, other, settings))
         write_json(args.out / f"quality-{args.model}-{name}.json", table)

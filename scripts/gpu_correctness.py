@@ -11,19 +11,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptq import formats
-from ptq.errors import UsageError
-from ptq.runtime import QuantLinear, QuantSpec, backends, cpu, ops
-from ptq.runtime.exactness import BF16_DECODED, Placement, place
+from ptq.runtime import PackedWeight, QuantLinear, backends, cpu, ops
 from ptq.runtime.kernels.expand_weight import expand_weight, expand_weight_reference
-from ptq.runtime.kernels.ffn_fused import ffn_up_quantized, ffn_up_quantized_reference
 from ptq.runtime.kernels.gemm_fp8 import gemm_fp8
 from ptq.runtime.kernels.gemm_packed import gemm_packed
-from ptq.runtime.kernels.hadamard_quantize import hadamard_quantize, hadamard_quantize_reference
-from ptq.scheme import encode_blocks
+from ptq.runtime.kernels.quantize import Output, quantize, quantize_reference
+from ptq.scheme import Learned, Placement, Scheme, Smoothed
+from ptq.scheme.learned import encode_blocks
+from ptq.scheme.placement import DECODED
 
-MXFP4, HIF4 = QuantSpec("mxfp4", 32, True), QuantSpec("hif4", 32, True)
-LEARNED = QuantSpec("mxfp4", 64, scale_rule="even", learned=True), QuantSpec("hif4", 64, scale_rule="mse", learned=True)
+MXFP4, HIF4 = (Scheme.of(name, transform="smoothed", block=32) for name in ("mxfp4", "hif4"))
+LEARNED = tuple(
+    Scheme.of(name, transform="learned", block=64, input_rule=rule)
+    for name, rule in (("mxfp4", "even"), ("hif4", "mse"))
+)
 FP8_LIMIT, FP8_ACCURATE_LIMIT, F32_LIMIT = 1.6e-3, 4e-4, 2e-6
 """Relative error of float32 results: fast FP8 accumulation (14 bits), promoted every 512, true float32."""
 CODE_LIMIT = 1e-4
@@ -56,9 +57,9 @@ class Case:
 def run(device: torch.device, cases: list[Case], rows: tuple[int, ...] = (1, 7, 63, 512)) -> Iterator[Check]:
     """Yield every check: kernels on each case, whole layers for each row count and backend."""
     for case in cases:
-        x, smooth = _input(case, device)
-        yield from _quantizer(case, x, smooth)
-        yield from _products(case, x, smooth, device)
+        x = _input(case, device)[0]
+        yield from _quantizer(case, x)
+        yield from _products(case, x)
     yield from _layers(cases[0], rows, device)
 
 
@@ -71,11 +72,16 @@ def _input(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
     return x.to(device, torch.bfloat16), smooth.to(device, torch.bfloat16)
 
 
-def _weight(case: Case, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    fmt = formats.get(name)
+def _weight(case: Case, scheme: Scheme, device: torch.device, bias: Tensor | None = None) -> PackedWeight:
     w = torch.randn(case.n, case.k, generator=torch.Generator().manual_seed(case.n)) / case.k**0.5
-    packed, scale = fmt.pack(fmt.quantize(w))
-    return packed.to(device), scale.to(device)
+    codes, scales = scheme.format.quantize_and_pack(w)
+    return PackedWeight(codes.to(device), scales.to(device), bias, _basis(case, scheme, device), scheme)
+
+
+def _basis(case: Case, scheme: Scheme, device: torch.device) -> Tensor | None:
+    if isinstance(scheme.transform, Learned):
+        return _blocks(case.k, device)
+    return _input(case, device)[1] if isinstance(scheme.transform, Smoothed) else None
 
 
 def _blocks(k: int, device: torch.device) -> Tensor:
@@ -85,94 +91,71 @@ def _blocks(k: int, device: torch.device) -> Tensor:
     return encode_blocks(entries.float()).to(device)
 
 
-def _quantizer(case: Case, x: Tensor, smooth: Tensor) -> Iterator[Check]:
-    blocks = _blocks(case.k, x.device)
-    for spec in (MXFP4, HIF4, *LEARNED):
-        basis = blocks if spec.learned else smooth
-        for out in ("packed", "bf16", "fp8") if spec.format == "mxfp4" else ("packed", "bf16"):
-            found = hadamard_quantize(x, basis, spec, out)
-            expected = hadamard_quantize_reference(x, basis, spec, out)
-            name = f"quantize {spec.format}{' learned' * spec.learned} {out} {case}"
-            yield Check(name, _mismatch(found.values, expected.values), CODE_LIMIT)
+def _quantizer(case: Case, x: Tensor) -> Iterator[Check]:
+    for scheme in (MXFP4, HIF4, *LEARNED):
+        basis = _basis(case, scheme, x.device)
+        for out in ("packed", "bf16", "fp8") if scheme.format.exact_in_fp8(scheme.input_rule) else ("packed", "bf16"):
+            found, expected = (f(x, basis, scheme, out) for f in (quantize, quantize_reference))
+            yield Check(f"quantize {scheme.key} {out} {case}", _mismatch(found.values, expected.values), CODE_LIMIT)
     integers = (x.float() * 8).round().clamp(-127, 127).to(torch.bfloat16)  # every rotation sum is exact
-    for spec in (QuantSpec("mxfp4", 32), QuantSpec("hif4", 64), *LEARNED):
-        out, basis = "fp8" if spec.format == "mxfp4" else "bf16", blocks if spec.learned else None
-        found = hadamard_quantize(integers, basis, spec, out).values
-        expected = hadamard_quantize_reference(integers, basis, spec, out).values
-        name = f"quantize {spec.format}{' learned' * spec.learned} {out}, exact sums {case}"
-        yield Check(name, _mismatch(found, expected), 0.0)
+    rotated = (Scheme.of(name, transform="hadamard", block=block) for name, block in (("mxfp4", 32), ("hif4", 64)))
+    for scheme in (*rotated, *LEARNED):
+        out, basis = _output(scheme), _basis(case, scheme, x.device)
+        found, expected = (f(integers, basis, scheme, out).values for f in (quantize, quantize_reference))
+        yield Check(f"quantize {scheme.key} {out}, exact sums {case}", _mismatch(found, expected), 0.0)
 
 
-def _products(case: Case, x: Tensor, smooth: Tensor, device: torch.device) -> Iterator[Check]:
-    packed, scale = _weight(case, "mxfp4", device)
-    placement = place(packed, scale)
+def _output(scheme: Scheme) -> Output:
+    return "fp8" if scheme.format.exact_in_fp8(scheme.input_rule) else "bf16"
+
+
+def _products(case: Case, x: Tensor) -> Iterator[Check]:
+    weight = _weight(case, MXFP4, x.device)
+    placement = MXFP4.format.place(weight.codes, weight.scales)
     wide = Placement("e5m2", placement.exponent - 7, None, "")
-    for one in (placement, wide, BF16_DECODED):
-        found, expected = (f(packed, scale, "mxfp4", one) for f in (expand_weight, expand_weight_reference))
+    for one in (placement, wide, DECODED):
+        found, expected = (f(weight, one) for f in (expand_weight, expand_weight_reference))
         yield Check(f"expand mxfp4 {one.kind} {case}", _mismatch(found, expected), 0.0)
-    w = expand_weight(packed, scale, "mxfp4", placement)
-    a = hadamard_quantize(x, smooth, MXFP4, "fp8").values
-    exact = a.double() @ cpu.decode(packed, scale, "mxfp4").double().T
+    w = expand_weight(weight, placement)
+    a = quantize(x, weight.basis, MXFP4, "fp8").values
+    exact = a.double() @ weight.decode().double().T
     for accurate, limit in ((False, FP8_LIMIT), (True, FP8_ACCURATE_LIMIT)):
         found = gemm_fp8(a, w, placement.exponent, None, None, torch.float32, accurate=accurate)
         yield Check(f"gemm_fp8 accurate={accurate} {case}", _relative(found, exact), limit)
-    yield from _fused(case, a, w, placement)
-    for name, spec in (("mxfp4", MXFP4), ("hif4", HIF4)):
-        packed, scale = _weight(case, name, device)
-        grid = hadamard_quantize(x[:64], smooth, spec, "bf16").values
-        exact = grid.double() @ cpu.decode(packed, scale, name).double().T
-        found = gemm_packed(grid, packed, scale, name, None, torch.float32)
-        yield Check(f"gemm_packed {name} {case}", _relative(found, exact), F32_LIMIT)
-
-
-def _fused(case: Case, a: Tensor, w: Tensor, placement: Placement) -> Iterator[Check]:
-    arguments = (a, w, placement.exponent, None, None, None, QuantSpec("mxfp4", 32))
-    found, expected = ffn_up_quantized(*arguments).values, ffn_up_quantized_reference(*arguments).values
-    # FP8 accumulation moves some bfloat16 intermediates by one unit, and with them some codes: compare values.
-    error = (found.double() - expected.double()).norm() / expected.double().norm()
-    yield Check(f"ffn_fused {case}", float(error), 3e-2)
+    for scheme in (MXFP4, HIF4):
+        weight = _weight(case, scheme, x.device)
+        grid = quantize(x[:64], weight.basis, scheme, "bf16").values
+        exact = grid.double() @ weight.decode().double().T
+        found = gemm_packed(grid, weight, torch.float32)
+        yield Check(f"gemm_packed {scheme.format.name} {case}", _relative(found, exact), F32_LIMIT)
 
 
 def _layers(case: Case, rows: tuple[int, ...], device: torch.device) -> Iterator[Check]:
     """Every backend that can run here, through QuantLinear, against the float32 path on the CPU."""
-    for spec in (MXFP4, HIF4, *LEARNED):
-        packed, scale = _weight(case, spec.format, torch.device("cpu"))
-        codes = formats.get(spec.format).unpack(packed, scale)
-        basis = _blocks(case.k, packed.device) if spec.learned else _input(case, packed.device)[1]
-        layer = QuantLinear.from_codes(codes, spec, torch.linspace(-1, 1, case.n), basis)
+    host = torch.device("cpu")
+    for scheme in (MXFP4, HIF4, *LEARNED):
+        weight = _weight(case, scheme, host, torch.linspace(-1, 1, case.n))
         for m in rows:
-            x = _input(Case(m, case.n, case.k), torch.device("cpu"))[0]
-            expected = cpu.linear(x.float(), packed, scale, layer.bias, basis, spec)
-            for backend, found in _each_backend(layer, x, device):
-                name = f"layer {spec.format}{' learned' * spec.learned} {backend} {m} rows"
-                yield Check(name, _relative(found.cpu(), expected), 8e-3)
+            x = _input(Case(m, case.n, case.k), host)[0]
+            expected = cpu.linear(x.float(), weight)
+            for backend, found in _each_backend(QuantLinear.from_packed(weight), x, device):
+                yield Check(f"layer {scheme.key} {backend} {m} rows", _relative(found.cpu(), expected), 8e-3)
 
 
 def _each_backend(layer: QuantLinear, x: Tensor, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    state = {name: tensor.to(device) for name, tensor in layer.state_dict().items()}
-    tensors = (
-        state["weight_packed"],
-        state["weight_scale"],
-        state["bias"],
-        state["transform" if layer.spec.learned else "smooth"],
-    )
-    placement = ops.placement_of(*tensors[:2], layer.spec.format)
-    shape = backends.Shape(x.shape[0], layer.out_features, layer.in_features)
-    machine = backends.machine_of(device)
-    for backend in backends.BACKENDS:
-        try:
-            backends.choose(layer.spec, shape, placement, machine, backend)
-        except UsageError:
-            continue
-        yield backend, ops.execute(backend, x.to(device), *tensors, layer.spec, placement)
+    weight = layer.to(device).packed
+    placement = ops.placement_of(weight)
+    call = backends.Call(layer.scheme, x.shape[0], weight.n, weight.k, placement, backends.machine_of(device))
+    for name, backend in backends.BACKENDS.items():
+        if backends.obstacle(backend, call) is None:
+            yield name, ops.execute(backend, x.to(device), weight, placement)
 
 
 def compiled_layer(device: torch.device) -> Check:
     """A quantized layer inside torch.compile equals itself outside."""
-    packed, scale = _weight(Case(128, 256, 256), "mxfp4", device)
-    spec = QuantSpec("mxfp4", 32)
-    layer = QuantLinear.from_codes(formats.get("mxfp4").unpack(packed, scale), spec, None, None)
-    x = _input(Case(128, 256, 256), device)[0]
+    case = Case(128, 256, 256)
+    layer = QuantLinear.from_packed(_weight(case, Scheme.of("mxfp4", transform="hadamard", block=32), device))
+    x = _input(case, device)[0]
     function: Callable[[Tensor], Tensor] = lambda x: torch.relu(layer(x)) * 2  # noqa: E731
     with torch.no_grad():
         found = torch.compile(function, fullgraph=True)(x)

@@ -1,4 +1,4 @@
-"""Tables of the GPU suite: linears, a block, quantizer bandwidth, fused feed-forward, a denoiser step, tile candidates.
+"""Tables of the GPU suite: linears, a block, quantizer bandwidth, a denoiser step, tile candidates.
 
 Weights are random: speed and memory do not depend on their values. Every time includes input quantization and weight
 expansion.
@@ -9,24 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptq.runtime import QuantSpec
-from ptq.runtime.bench_linear import SPECS, median_seconds, plain_basis, quantized_layer
-from ptq.runtime.exactness import place
-from ptq.runtime.kernels import ffn_fused, gemm_fp8
+from ptq.runtime import ops
+from ptq.runtime.bench_linear import default_schemes, median_seconds, quantized_layer
+from ptq.runtime.kernels import gemm_fp8
 from ptq.runtime.kernels.expand_weight import expand_weight
-from ptq.runtime.kernels.hadamard_quantize import hadamard_quantize
+from ptq.runtime.kernels.quantize import quantize
 from ptq.runtime.kernels.tiles import Tile
+from ptq.scheme import Scheme
 
 A14B = {"heads": 40, "ffn": 13824, "layers": 40, "channels": 16, "latent": (21, 60, 104)}
 TI2V_5B = {"heads": 24, "ffn": 14336, "layers": 30, "channels": 48, "latent": (31, 44, 80)}
 """Geometry of one denoiser call: 832 x 480 x 81 frames and 1280 x 704 x 121 frames."""
 TEXT_TOKENS, TEXT_DIM = 512, 4096
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
-HADAMARD = QuantSpec("mxfp4", 32)
-"""For kernels by themselves: the fused feed-forward takes no learned transform."""
+HADAMARD = Scheme.of("mxfp4", transform="hadamard", block=32)
+"""For kernels by themselves."""
 TILE_CANDIDATES = tuple(
     Tile(m, n, k, warps, stages)
     for m, n, warps in ((64, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8))
@@ -51,7 +50,8 @@ def block_linears(rows: int, width: int, ffn: int, device: torch.device, repeats
 
     weights = [torch.randn(shape, device=device, dtype=torch.bfloat16) / shape[1] ** 0.5 for shape in shapes]
     models = {"bf16": [_plain(weight) for weight in weights]}
-    models |= {name: [quantized_layer(weight, spec) for weight in weights] for name, spec in SPECS.items()}
+    schemes = default_schemes()
+    models |= {name: [quantized_layer(weight, scheme) for weight in weights] for name, scheme in schemes.items()}
     with torch.no_grad():
         runs = {name: (lambda layers=layers: call(layers)) for name, layers in models.items()}
         seconds = median_seconds(runs, device, repeats)
@@ -66,12 +66,13 @@ def quantizer_bandwidth(rows: int, width: int, device: torch.device, repeats: in
     jobs = {"copy": (lambda: x.clone(), 4.0)}
     for name, outs in (("mxfp4", {"fp8": 3.0, "packed": 2.53, "bf16": 4.0}), ("hif4", {"packed": 2.56, "bf16": 4.0})):
         for out, nbytes in outs.items():
-            spec = QuantSpec(name, 32, True)
-            run = lambda spec=spec, out=out: hadamard_quantize(x, smooth, spec, out).values  # noqa: E731
+            scheme = Scheme.of(name, transform="smoothed", block=32)
+            run = lambda scheme=scheme, out=out: quantize(x, smooth, scheme, out).values  # noqa: E731
             jobs[f"{name} {out}"] = (run, nbytes)
-    for name, spec in SPECS.items():
-        out, basis = ("fp8", "bf16")[name == "hif4"], plain_basis(spec, width, device)
-        run = lambda spec=spec, out=out, basis=basis: hadamard_quantize(x, basis, spec, out).values  # noqa: E731
+    for name, scheme in default_schemes().items():
+        out = "fp8" if scheme.format.exact_in_fp8(scheme.input_rule) else "bf16"
+        basis = scheme.transform.plain(width, device)
+        run = lambda scheme=scheme, out=out, basis=basis: quantize(x, basis, scheme, out).values  # noqa: E731
         jobs[f"{name} {out}, default recipe"] = (run, {"fp8": 3.0, "bf16": 4.0}[out])
     seconds = median_seconds({name: run for name, (run, _) in jobs.items()}, device, repeats)
     rate = {name: x.numel() * nbytes / seconds[name] / 1e9 for name, (_, nbytes) in jobs.items()}
@@ -81,32 +82,14 @@ def quantizer_bandwidth(rows: int, width: int, device: torch.device, repeats: in
     ]
 
 
-def fused_ffn(rows: int, width: int, ffn: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """Up projection, GELU and quantization of the down projection's input: one kernel against three."""
-    spec = HADAMARD
-    layer = quantized_layer(torch.randn(ffn, width, device=device) / width**0.5, spec)
-    placement = place(layer.weight_packed, layer.weight_scale)
-    w = expand_weight(layer.weight_packed, layer.weight_scale, "mxfp4", placement)
-    a = hadamard_quantize(torch.randn(rows, width, device=device).bfloat16(), None, spec, "fp8").values
-
-    def unfused() -> Tensor:
-        y = gemm_fp8.gemm_fp8(a, w, placement.exponent, None, None, torch.bfloat16)
-        return hadamard_quantize(F.gelu(y, approximate="tanh"), None, spec, "fp8").values
-
-    def fused() -> Tensor:
-        return ffn_fused.ffn_up_quantized(a, w, placement.exponent, None, None, None, spec).values
-
-    return _relative_rows("ffn up + quantize", median_seconds({"unfused": unfused, "fused": fused}, device, repeats))
-
-
 def denoiser_step(geometry: dict[str, Any], device: torch.device, repeats: int) -> list[dict[str, Any]]:
     """One forward of a random-weight WanTransformer3DModel, bfloat16 and quantized, with its peak memory."""
     results: dict[str, float] = {}
     memory: dict[str, int] = {}
-    for name, spec in {"bf16": None, **SPECS}.items():
+    for name, scheme in {"bf16": None, **default_schemes()}.items():
         model, inputs = _denoiser(geometry, device)
-        if spec is not None:
-            quantize_blocks(model, spec)
+        if scheme is not None:
+            quantize_blocks(model, scheme)
         _reset_peak(device)
         with torch.no_grad():
             run = lambda model=model, inputs=inputs: model(**inputs).sample  # noqa: E731
@@ -116,7 +99,7 @@ def denoiser_step(geometry: dict[str, Any], device: torch.device, repeats: int) 
     return _relative_rows("denoiser step", results, memory)
 
 
-def quantize_blocks(model: nn.Module, spec: QuantSpec) -> int:
+def quantize_blocks(model: nn.Module, scheme: Scheme) -> int:
     """Replace the attention and feed-forward Linears of every block by round-to-nearest layers; returns how many."""
     count = 0
     for parent_name, parent in model.named_modules():
@@ -124,7 +107,7 @@ def quantize_blocks(model: nn.Module, spec: QuantSpec) -> int:
             continue
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and f"{parent_name}.{name}".endswith(TARGETS):
-                setattr(parent, name, quantized_layer(child.weight.detach(), spec, _detached(child.bias)))
+                setattr(parent, name, quantized_layer(child.weight.detach(), scheme, _detached(child.bias)))
                 count += 1
     return count
 
@@ -133,10 +116,10 @@ def tile_candidates(rows: int, n: int, k: int, device: torch.device, repeats: in
     """TFLOP/s of gemm_fp8 for each candidate tile that runs, fastest first: entries for kernels/tiles.py."""
     from triton.runtime.errors import OutOfResources
 
-    layer = quantized_layer(torch.randn(n, k, device=device) / k**0.5, HADAMARD)
-    placement = place(layer.weight_packed, layer.weight_scale)
-    w = expand_weight(layer.weight_packed, layer.weight_scale, "mxfp4", placement)
-    a = hadamard_quantize(torch.randn(rows, k, device=device).bfloat16(), None, HADAMARD, "fp8").values
+    weight = quantized_layer(torch.randn(n, k, device=device) / k**0.5, HADAMARD).packed
+    placement = ops.placement_of(weight)
+    w = expand_weight(weight, placement)
+    a = quantize(torch.randn(rows, k, device=device).bfloat16(), None, HADAMARD, "fp8").values
     found = []
     for tile in TILE_CANDIDATES:
         run = lambda tile=tile: gemm_fp8.gemm_fp8(a, w, placement.exponent, None, None, torch.bfloat16, tile=tile)  # noqa: E731

@@ -75,7 +75,6 @@ def tables(device: torch.device, repeats: int, tune: bool) -> dict[str, Callable
         "linears": linears,
         "block": lambda: gpu_measure.block_linears(rows, width, ffn, device, repeats),
         "quantizer": lambda: gpu_measure.quantizer_bandwidth(rows, width, device, repeats),
-        "fused_ffn": lambda: gpu_measure.fused_ffn(rows, width, ffn, device, repeats),
         "denoiser_ti2v_5b": lambda: gpu_measure.denoiser_step(gpu_measure.TI2V_5B, device, STEP_REPEATS),
         "denoiser_a14b": lambda: gpu_measure.denoiser_step(gpu_measure.A14B, device, STEP_REPEATS),
     }

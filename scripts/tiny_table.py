@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ablation import record
+from held_out import denoiser_errors
 
 from ptq.cli.common import quiet_libraries
 from ptq.config import load_recipe
 from ptq.evaluation import evaluate_runs
 from ptq.generation import Settings, identify_model, run_generation
 from ptq.prompts import PromptSet, read_prompts
-from ptq.quantization.heldout import denoiser_errors
 from ptq.quantization.run import quantize
 from ptq.quantization.settings import QuantizeSettings
 from ptq.store.files import write_json

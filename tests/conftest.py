@@ -56,12 +56,14 @@ def packed(random_pipelines: dict[str, Path], tmp_path_factory: pytest.TempPathF
     root = tmp_path_factory.mktemp("packed")
     (root / "prompts.txt").write_text("a red ball rolls over the grass\na dog runs along the beach\n", encoding="utf-8")
     return {
-        "hif4": _quantize(random_pipelines["T2V-A14B"], root, "hif4", ("rotation=64", "smoothing=[0.5]"), {}),
+        "hif4": _quantize(
+            random_pipelines["T2V-A14B"], root, "hif4", ("scheme.transform=smoothed", "solver.smoothing=[0.5]"), {}
+        ),
         "mxfp4": _quantize(
             random_pipelines["TI2V-5B"],
             root,
             "mxfp4",
-            ("rotation=32", "learned_transform=true"),
+            ("scheme.transform=learned", "scheme.block=32"),
             {"transformer": {1: "kept for the test"}},
         ),
     }

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "ptq"
 
 BASE = {"errors", "version", "ui", "store"}
 STAGES = {"calibration", "quantization", "generation", "evaluation"}
-LOWER = {"scheme", "formats", "solvers", "config", "prompts", "runtime", "checkpoint", "tiny", "wan"}
+LOWER = {"scheme", "solvers", "config", "prompts", "runtime", "checkpoint", "tiny", "wan"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
@@ -25,12 +25,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scheme": {"errors"},
     "formats": {"scheme"},
     "config": {"errors"},
-    "solvers": {"scheme", "formats", "errors"},
+    "solvers": {"scheme", "config", "errors"},
     "prompts": {"config", *BASE},
-    "runtime": {"scheme", "formats", *BASE},
-    "checkpoint": {"runtime", "scheme", "formats", "config", *BASE},
+    "runtime": {"scheme", "config", *BASE},
+    "checkpoint": {"runtime", "scheme", "config", *BASE},
     "tiny": BASE,
-    "wan": {"checkpoint", "runtime", "scheme", "formats", "config", "tiny", *BASE},
+    "wan": {"checkpoint", "runtime", "scheme", "config", "tiny", *BASE},
     "calibration": {*LOWER, *BASE},
     "quantization": {*LOWER, *BASE},
     "generation": {*LOWER, *BASE},

@@ -17,7 +17,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from ptq.checkpoint.modules import replace_linears
+from ptq.checkpoint.layers import replace_linears
 from ptq.checkpoint.quantization_config import QUANT_METHOD, PackedConfig
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header, tensor_crc32
 from ptq.checkpoint.shards import CHECKSUMS_KEY, INDEX_NAME
@@ -41,7 +41,7 @@ class PtqConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary, as found in config.json."""
-        return self.packed.model_dump(mode="json")
+        return self.packed.to_dict()
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Called when diffusers prints or saves the configuration; there are no defaults worth hiding."""

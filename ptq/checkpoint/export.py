@@ -1,7 +1,7 @@
 """Packed checkpoints for other tools: compressed-tensors (MXFP4), msModelSlim words (HiF4), fake-quantized bfloat16.
 
 The first two take codes as they are, so the checkpoint must be in the original basis: those tools know neither block
-transforms nor smoothing. Quantize with `--set rotation=0 --set learned_transform=false --set "smoothing=[]"` for them. The
+transforms nor smoothing. Quantize with `--set scheme.transform=none` for them. The
 bfloat16 export undoes the transform; without one it is bit-equal to the weights that the runtime computes with, with one it
 is rounded to bfloat16.
 """
@@ -18,18 +18,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ptq import formats
+from ptq.checkpoint.layers import PACKED, layer_names, read_layer
 from ptq.checkpoint.manifest import MANIFEST_FILE
 from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header
 from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet, write_component
 from ptq.errors import UsageError
 from ptq.runtime import QuantLinear
-from ptq.scheme import Codes
+from ptq.scheme.transform import UNCHANGED
 from ptq.store.files import read_json, write_bytes
 
-TARGETS = ("compressed-tensors", "msmodelslim", "bf16")
+TARGETS = {"compressed-tensors": "mxfp4", "msmodelslim": "hif4", "bf16": None}
+"""Target -> the one format that it takes; None: any."""
 PART_BYTES = 2**30
+"""Converted tensors held in memory at a time."""
 
 
 def export_component(source: Path, out: Path, target: str) -> None:
@@ -55,7 +57,7 @@ def export_component(source: Path, out: Path, target: str) -> None:
         file = parts / f"{index:05d}.safetensors"
         save_file(tensors, file)
         exported.update(read_header(file))
-    write_component(out, _in_order(shards, exported), MAX_SHARD_BYTES)
+    write_component(out, _in_order(shards, exported, packed), MAX_SHARD_BYTES)
     shutil.rmtree(parts)
     own = {key: value for key, value in config.items() if key != "quantization_config"}
     if target == "compressed-tensors":
@@ -93,28 +95,23 @@ def export_pipeline(source: Path, experts: Mapping[str, Any], out: Path, target:
 def _check(packed: PackedConfig, target: str) -> None:
     if target not in TARGETS:
         raise UsageError(f"--to takes one of {', '.join(TARGETS)}, found {target!r}.")
-    needed = {"compressed-tensors": "mxfp4", "msmodelslim": "hif4"}.get(target, packed.format)
-    if packed.format != needed:
-        raise UsageError(f"{target} takes {needed} checkpoints, this one is {packed.format}.")
-    if target != "bf16" and (packed.transform.block_size or packed.transform.smooth):
+    scheme = packed.scheme
+    needed = TARGETS[target] or scheme.format.name
+    if scheme.format.name != needed:
+        raise UsageError(f"{target} takes {needed} checkpoints, this one is {scheme.format.name}.")
+    if target != "bf16" and scheme.transform != UNCHANGED:
         raise UsageError(
-            f'This checkpoint\'s inputs change their basis at run time (transform {packed.transform.type}, block size {packed.transform.block_size}, smooth {packed.transform.smooth}), which {target} cannot do. Quantize once more with --set rotation=0 --set learned_transform=false --set "smoothing=[]" to export it, or use --to bf16.'
+            f"This checkpoint's inputs change their basis at run time (transform {scheme.transform.kind}, blocks of {scheme.transform.block}), which {target} cannot do. Quantize once more with --set scheme.transform=none to export it, or use --to bf16."
         )
 
 
 def _converted(shards: ShardSet, packed: PackedConfig, target: str) -> Iterator[tuple[str, Tensor]]:
     """Tensors that the target stores differently, under their new names."""
-    fmt = formats.get(packed.format)
-    layers = [name.removesuffix(".weight_packed") for name in shards.entries if name.endswith(".weight_packed")]
-    for name in layers if target != "compressed-tensors" else ():
-        words = shards.read(f"{name}.weight_scale")
+    for name in layer_names(shards.entries) if target != "compressed-tensors" else ():
         if target == "msmodelslim":
-            yield f"{name}.weight_scale", msmodelslim_words(words)
+            yield f"{name}.weight_scale", msmodelslim_words(shards.read(f"{name}.weight_scale"))
             continue
-        codes = fmt.unpack(shards.read(f"{name}.weight_packed"), words)
-        stored = packed.spec.basis_name
-        basis = None if stored is None else shards.read(f"{name}.{stored}")
-        layer = QuantLinear.from_codes(Codes(codes.elements, codes.scales), packed.spec, None, basis)
+        layer = QuantLinear.from_packed(read_layer(shards.read, name, packed.scheme))
         yield f"{name}.weight", layer.dequantize().to(torch.bfloat16)
 
 
@@ -130,16 +127,17 @@ def _batches(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor
         yield batch
 
 
-def _in_order(shards: ShardSet, exported: Mapping[str, TensorEntry]) -> list[TensorEntry]:
+def _in_order(shards: ShardSet, exported: Mapping[str, TensorEntry], packed: PackedConfig) -> list[TensorEntry]:
     """Original order, with converted tensors in the place of the packed ones."""
     entries = []
     dense = any(name.endswith(".weight") for name in exported)
+    beside = tuple(f".{name}" for name in packed.scheme.tensors(0, 0))
     for name, entry in shards.entries.items():
         if name in exported:
             entries.append(exported[name])
-        elif dense and name.endswith(".weight_packed"):
+        elif dense and name.endswith(PACKED):
             entries.append(exported[name.removesuffix("_packed")])
-        elif not (dense and name.endswith((".weight_scale", ".smooth", ".transform"))):
+        elif not (dense and name.endswith(beside)):
             entries.append(entry)
     return entries
 
@@ -161,7 +159,7 @@ def compressed_tensors_config(packed: PackedConfig, shards: ShardSet) -> dict[st
             "num_bits": 4,
             "type": "float",
             "strategy": "group",
-            "group_size": packed.weights.group_size,
+            "group_size": packed.scheme.format.group_size,
             "symmetric": True,
         },
         **{"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"},

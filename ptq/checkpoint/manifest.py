@@ -11,9 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ptq.config.recipe import Recipe, translate
 from ptq.errors import DamagedFileError, PtqError
+from ptq.scheme import FORMATS
 from ptq.store.files import files_below, read_json, sha256_file, write_json
 from ptq.version import __version__
 
@@ -103,7 +105,9 @@ class Manifest(_Strict):
     variant: str
     base_model: dict[str, Any]
     recipe_name: str
-    recipe: dict[str, Any]
+    recipe: Recipe
+    earlier_keys: dict[str, Any] = Field(default={}, exclude=True)
+    """Recipe keys of an earlier version that today's recipes cannot say, with their values; never written."""
     calibration: dict[str, Any] | None
     high_precision: list[str]
     budget_scope: str
@@ -116,6 +120,17 @@ class Manifest(_Strict):
     peak_memory_bytes: int
     statement: str = NOT_DONE
     files: dict[str, str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _translate_recipe(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("recipe"), dict):
+            recipe, earlier = translate(value["recipe"])
+            fmt = FORMATS.get(value.get("format", ""))
+            if fmt is not None and earlier.get("activations.ties") == fmt.ties_options[0]:
+                del earlier["activations.ties"]  # layers round so
+            return {**value, "recipe": recipe, "earlier_keys": earlier}
+        return value
 
     @property
     def digest(self) -> str:

@@ -24,13 +24,12 @@ def doctor(
 
     facts = machine_facts()
     if checkpoint is not None:
+        from ptq.checkpoint.layers import describe_placements
         from ptq.checkpoint.manifest import verify_files
-        from ptq.checkpoint.placements import describe_placements
 
         manifest = verify_files(checkpoint)
         facts[f"checkpoint {checkpoint}"] = "complete, every file as recorded in its manifest"
-        if manifest.format == "mxfp4":
-            facts |= describe_placements(checkpoint, {row.expert for row in manifest.layers})
+        facts |= describe_placements(checkpoint, {row.expert for row in manifest.layers}, manifest.format)
     if as_json:
         print_json(facts)
     else:

@@ -43,7 +43,7 @@ def quantize(
 
     Example: ptq quantize tiny --calibration calibration --format hif4 --out tiny-hif4
     """
-    from ptq import formats, ui
+    from ptq import ui
     from ptq.calibration.records import CalibrationSet
     from ptq.cli.common import default_device, print_json, quiet_libraries
     from ptq.config import load_recipe
@@ -52,10 +52,11 @@ def quantize(
     from ptq.quantization.run import QuantizeOptions, check_inputs
     from ptq.quantization.run import quantize as run
     from ptq.quantization.settings import QuantizeSettings, parse_high_precision
+    from ptq.scheme import get_format
     from ptq.wan.loading import resolve_model
     from ptq.wan.preflight import preflight
 
-    formats.get(format_name)
+    get_format(format_name)
     device = device or default_device()
     if budget_scope not in ("total", "per-expert"):
         raise UsageError(f"--budget-scope takes total or per-expert, found {budget_scope!r}.")

@@ -1,16 +1,19 @@
 """Recipes: all that decides the codes, in one strict YAML file; each ingredient is a key that can be switched off.
 
-A recipe is data: `configs/recipes/*.yaml` are installed with the package, a user's own file has the same keys, and
-`--set key=value` changes single keys ("gptq.damping=0.05"). The resolved recipe is stored in the checkpoint's manifest.
+A recipe is data in three parts: how layers are quantized (`scheme`), how weights are rounded (`solver`), how calibration
+records are used (`records`). `configs/recipes/*.yaml` are installed with the package, a user's own file has the same keys, and
+`--set key=value` changes single keys ("solver.damping=0.05"). The resolved recipe is stored in the checkpoint's manifest.
+Every default stands here and nowhere else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ptq.config.load import CONFIGS, list_configs, load_yaml, validate
 from ptq.errors import UsageError
@@ -20,44 +23,82 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class GptqSettings(_Strict):
-    """GPTQ rounding (arXiv 2210.17323) in the transformed space, with static groups.
+class SchemeSettings(_Strict):
+    """How every layer is quantized, beside the format.
 
     Attributes:
-        damping: added to the Hessian's diagonal, as a share of its mean; grows tenfold (counted) when not enough.
-        act_order: round columns by descending Hessian diagonal.
-        precision: of the factorisation.
+        transform: kind of the change of basis: none, hadamard, smoothed, learned (`ptq.scheme`).
+        block: size of its blocks; 0 smooths without rotating, none has no blocks.
+        input_rule: scale rule of the dynamic quantization of inputs; None: the format's default.
     """
 
+    transform: str = "none"
+    block: int = Field(default=64, ge=0)
+    input_rule: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_blocks_without_transform(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("transform", "none") == "none":
+            return {**value, "block": 0}
+        return value
+
+    def describe(self) -> str:
+        """What happens to an input at run time."""
+        rule = f"rule {self.input_rule}" if self.input_rule else "the format's default rule"
+        return f"Every token's input is quantized when it arrives, each group with its own scale ({rule}). Nothing is calibrated or kept in higher precision."
+
+
+class SolverSettings(_Strict):
+    """How a weight becomes codes, in the transformed space.
+
+    Attributes:
+        rounding: rtn (to nearest) or gptq (arXiv 2210.17323, with static groups).
+        smoothing: exponents alpha tried for each distinct input besides "off", by the transforms that can smooth.
+        clip_search: search the group scales instead of taking the format's rule.
+        weight_rule: the format's scale rule for weights where scales are not searched; None: its default.
+        damping: added to the Hessian's diagonal, as a share of its mean; grows tenfold (counted) when not enough.
+        act_order: round columns by descending Hessian diagonal.
+    """
+
+    rounding: Literal["rtn", "gptq"] = "rtn"
+    smoothing: tuple[float, ...] = ()
+    clip_search: bool = False
+    weight_rule: str | None = None
     damping: float = Field(default=0.03, gt=0, le=1)
     act_order: bool = True
-    precision: Literal["float32", "float64"] = "float32"
 
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether the Hessians of the inputs are read."""
+        return self.rounding == "gptq" or self.clip_search
 
-class ActivationSettings(_Strict):
-    """Dynamic quantization of the inputs; None is the format's default rule."""
-
-    scale_rule: str | None = None
-    ties: Literal["even", "away"] | None = None
+    def describe(self) -> str:
+        """How weights are rounded."""
+        if self.rounding == "rtn":
+            return "Weights are rounded to the nearest number of the format."
+        order = "in the order of falling Hessian diagonal" if self.act_order else "in their natural order"
+        return f"Columns are rounded one after another, {order}, on the format's own grid with fixed scales; each error is pushed onto the columns still to come (arXiv 2210.17323). Damping {self.damping:g} of the mean diagonal"
 
 
 class RecordSettings(_Strict):
-    """How the calibration records are used.
+    """How the calibration records are used; all weigh the same.
 
     Attributes:
-        weighting: weight of a record in statistics: d_sigma2 (what an error there adds to the final latent) or uniform.
-        inputs: the stream that feeds the statistics: of the original model, or propagated through quantized blocks.
         tokens_per_record: tokens sampled from each record for the searches.
         hessian_tokens: tokens sampled from each record for the Hessians, weighted up to stand for all; None: all.
         for_report: records of each expert that are replayed where the codes take nothing from records: those of plain
             rounding only serve the errors in the report.
     """
 
-    weighting: Literal["d_sigma2", "uniform"] = "d_sigma2"
-    inputs: Literal["original", "propagated"] = "original"
     tokens_per_record: int = Field(default=128, gt=0)
     hessian_tokens: int | None = Field(default=None, gt=0)
     for_report: int = Field(default=2, gt=0)
+
+    def describe(self) -> str:
+        """How the records are replayed."""
+        tokens = "all tokens" if self.hessian_tokens is None else f"{self.hessian_tokens} tokens of each record"
+        return f"The records are replayed through the experts one block at a time, so that one block's weights are in memory. Statistics of a block's inputs are taken from the original model's hidden states ({tokens}); each record weighs the same."
 
 
 class Recipe(_Strict):
@@ -65,43 +106,55 @@ class Recipe(_Strict):
 
     Attributes:
         description: one line for people.
-        format: the format it was tuned for; None fits both.
-        rounding: rtn or gptq.
-        rotation: size of the blocks that are rotated (Hadamard, or learned), 0 for none.
-        smoothing: exponents alpha tried for each distinct input besides "off"; empty for no smoothing.
-        learned_transform: also try, for each distinct input, blocks learned from its second moments and the weights'
-            (`ptq.solvers.learned`); every layer then stores its blocks instead of a smoothing vector.
-        clip_search: search the group scales instead of taking the format's rule.
-        bias_correction: move the mean output error into the bias.
+        format: the format it was tuned for; None fits all.
     """
 
     description: str = ""
-    format: Literal["mxfp4", "hif4"] | None = None
-    rounding: Literal["rtn", "gptq"] = "rtn"
-    rotation: Literal[0, 16, 32, 64, 128] = 0
-    smoothing: tuple[float, ...] = ()
-    learned_transform: bool = False
-    clip_search: bool = False
-    bias_correction: bool = False
-    weight_scale_rule: str | None = None
-    gptq: GptqSettings = GptqSettings()
-    activations: ActivationSettings = ActivationSettings()
+    format: str | None = None
+    scheme: SchemeSettings = SchemeSettings()
+    solver: SolverSettings = SolverSettings()
     records: RecordSettings = RecordSettings()
 
-    @property
-    def needs_records(self) -> bool:
-        """Whether the codes depend on calibration records."""
-        return bool(self.needs_hessian or self.smoothing or self.bias_correction)
 
-    @property
-    def record_limit(self) -> int | None:
-        """How many records of each expert are replayed; None: all."""
-        return None if self.needs_records else self.records.for_report
+NOW_CALLED = {
+    "rounding": "solver.rounding",
+    "smoothing": "solver.smoothing",
+    "clip_search": "solver.clip_search",
+    "weight_scale_rule": "solver.weight_rule",
+    "gptq.damping": "solver.damping",
+    "gptq.act_order": "solver.act_order",
+    "rotation": "scheme.block",
+    "activations.scale_rule": "scheme.input_rule",
+    "learned_transform": "scheme.transform",
+}
+"""Keys of recipes before 0.2 -> today's."""
+GONE = {
+    "gptq.precision": "float32",
+    "activations.ties": None,
+    "records.weighting": "uniform",
+    "records.inputs": "original",
+    "bias_correction": False,
+}
+"""Keys that measured as dominated and are no more -> the value that is what happens now."""
 
-    @property
-    def needs_hessian(self) -> bool:
-        """Whether any ingredient reads the Hessians of the inputs."""
-        return self.rounding == "gptq" or self.learned_transform or self.clip_search
+
+def translate(earlier: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A recipe as manifests before 0.2 hold it -> the same as today's keys, and what cannot be said with them.
+
+    A recipe of today comes back as it is.
+    """
+    flat = _flatten(earlier)
+    if not any(key in flat for key in (*NOW_CALLED, *GONE)):
+        return dict(earlier), {}
+    lost = {key: flat[key] for key, now in GONE.items() if flat.get(key, now) != now}
+    value: dict[str, Any] = {"scheme": {}, "solver": {}, "records": {}}
+    for key, found in flat.items():
+        group, _, name = NOW_CALLED.get(key, key).rpartition(".")
+        if key not in GONE and key != "learned_transform":
+            (value.setdefault(group, {}) if group else value)[name] = found
+    learned, smoothed = flat.get("learned_transform"), flat.get("smoothing")
+    kind = "learned" if learned else "smoothed" if smoothed else "hadamard" if flat.get("rotation") else "none"
+    return {**value, "scheme": {**value["scheme"], "transform": kind}}, lost
 
 
 def load_recipe(name_or_file: str, format_name: str, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -109,11 +162,11 @@ def load_recipe(name_or_file: str, format_name: str, overrides: tuple[str, ...] 
 
     Args:
         name_or_file: a name in configs/recipes, or a YAML file.
-        format_name: "mxfp4" or "hif4".
+        format_name: of the format it is to be used with.
         overrides: "key=value" or "group.key=value"; values are YAML.
 
     Raises:
-        UsageError: no such recipe, unknown key, wrong value, or a recipe made for the other format.
+        UsageError: no such recipe, unknown key, wrong value, or a recipe made for another format.
     """
     path = CONFIGS / "recipes" / f"{name_or_file}.yaml"
     if not path.exists():
@@ -124,12 +177,39 @@ def load_recipe(name_or_file: str, format_name: str, overrides: tuple[str, ...] 
     value = load_yaml(path)
     for override in overrides:
         _apply(value, override)
+    _refuse_earlier(value, f"Recipe {name_or_file}")
     recipe = validate(Recipe, value, f"Recipe {name_or_file}")
+    check_format(recipe, name_or_file, format_name)
+    return recipe
+
+
+def check_format(recipe: Recipe, name: str, format_name: str) -> None:
+    """Raise UsageError where a recipe is made for another format."""
     if recipe.format not in (None, format_name):
         raise UsageError(
-            f"Recipe {name_or_file} is made for {recipe.format}, but --format is {format_name}. Choose another recipe, or copy it and change its `format` key."
+            f"Recipe {name} is made for {recipe.format}, but the format is {format_name}. Choose another recipe, or copy it and change its `format` key."
         )
-    return recipe
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested groups -> "group.key"."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flatten(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
+    return flat
+
+
+def _refuse_earlier(value: Mapping[str, Any], where: str) -> None:
+    flat = _flatten(value)
+    renamed = [f"{key} is now called {new}" for key, new in NOW_CALLED.items() if key in flat]
+    renamed = [
+        text + (" (none, hadamard, smoothed or learned)" if "scheme.transform" in text else "") for text in renamed
+    ]
+    gone = [f"{key} is gone: it measured as no gain" for key in GONE if key in flat]
+    if renamed or gone:
+        raise UsageError(
+            f"{where} has keys of an earlier version: {'; '.join(renamed + gone)}. The installed recipes ({', '.join(list_configs('recipes'))}) have today's keys."
+        )
 
 
 def _apply(value: dict[str, Any], override: str) -> None:

@@ -40,7 +40,7 @@ def write_expert(
     if directory.exists():
         shutil.rmtree(directory)  # of an interrupted or unprotected pass; its shards may be named otherwise
     write_component(directory, entries, max_shard_bytes)
-    own = {**config, "quantization_config": packed.model_dump(mode="json")}
+    own = {**config, "quantization_config": packed.to_dict()}
     write_bytes(directory / "config.json", (json.dumps(own, indent=2, sort_keys=True) + "\n").encode())
 
 

@@ -9,37 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ptq import formats
 from ptq.quantization.calls import ReplayRecord
 from ptq.quantization.collect import InputCollector, collecting
 from ptq.quantization.processes import ALONE, Processes
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.streams import Stream
 from ptq.runtime import QuantLinear
-from ptq.solvers.solve import LayerSolution, SolveSettings, solve_group
+from ptq.scheme import Scheme
+from ptq.solvers.solve import LayerSolution, solve_group
 from ptq.wan.replay import input_modules, run_block
 from ptq.wan.structure import INPUTS
-
-
-def solve_settings(settings: QuantizeSettings) -> SolveSettings:
-    """The recipe as the solvers take it."""
-    recipe = settings.recipe
-    return SolveSettings(
-        rounding=recipe.rounding,
-        rotation=recipe.rotation,
-        smoothing=recipe.smoothing,
-        learned_transform=recipe.learned_transform,
-        clip_search=recipe.clip_search,
-        bias_correction=recipe.bias_correction,
-        damping=recipe.gptq.damping,
-        act_order=recipe.gptq.act_order,
-        float64=recipe.gptq.precision == "float64",
-        weight_scale_rule=recipe.weight_scale_rule,
-        activation_scale_rule=recipe.activations.scale_rule,
-        activation_ties=recipe.activations.ties,
-    )
 
 
 def forward_stream(
@@ -56,10 +37,9 @@ def make_collector(settings: QuantizeSettings, index: int) -> InputCollector:
     recipe = settings.recipe
     return InputCollector(
         recipe.records.tokens_per_record,
-        hessian=recipe.needs_hessian,
+        hessian=settings.needs_hessian,
         hessian_tokens=recipe.records.hessian_tokens,
         seed=settings.seed + index,
-        dtype=torch.float64 if recipe.gptq.precision == "float64" else torch.float32,
     )
 
 
@@ -77,9 +57,8 @@ def collect_statistics(
         target: where to store the block's outputs, if they are wanted.
     """
     collectors = {name: make_collector(settings, index) for index, name in enumerate(INPUTS)}
-    with collecting(input_modules(block), collectors) as state:
+    with collecting(input_modules(block), collectors):
         for item in records:
-            state["weight"] = item.weight
             output = run_block(block, source[item.record.record].to(device), item.context())
             if target is not None:
                 target[item.record.record] = output
@@ -93,13 +72,12 @@ def solve_block(
     processes: Processes = ALONE,
     inputs: Mapping[str, Sequence[str]] = INPUTS,
 ) -> dict[str, LayerSolution]:
-    """Codes, bases and biases of the block's Linears; each distinct input is solved once, by one process.
+    """Codes and bases of the block's Linears; each distinct input is solved once, by one process.
 
     Args:
         collectors: statistics of each input; emptied on the way, so that a Hessian is gone once its Linears are solved.
         inputs: input -> the Linears that read it, by default those of a Wan block.
     """
-    fmt = formats.get(settings.format)
     modules_of = {name: {linear: block.get_submodule(linear) for linear in linears} for name, linears in inputs.items()}
     own = processes.own({name: solve_cost(modules.values()) for name, modules in modules_of.items()})
     solutions: dict[str, LayerSolution] = {}
@@ -109,10 +87,9 @@ def solve_block(
         modules = modules_of[name]
         solutions |= solve_group(
             {linear: module.weight.float() for linear, module in modules.items()},
-            {linear: None if module.bias is None else module.bias.float() for linear, module in modules.items()},
             collectors.pop(name).stats(),
-            fmt,
-            solve_settings(settings),
+            settings.scheme,
+            settings.recipe.solver,
         )
     solutions = processes.merge(solutions)
     return {linear: solutions[linear] for linears in inputs.values() for linear in linears}
@@ -125,31 +102,22 @@ def solve_cost(linears: Iterable[nn.Module]) -> float:
     return float(k**3 + k**2 * sum(weight.shape[0] for weight in weights))
 
 
-def install(block: nn.Module, solutions: Mapping[str, LayerSolution], settings: QuantizeSettings) -> None:
+def install(block: nn.Module, solutions: Mapping[str, LayerSolution], scheme: Scheme) -> None:
     """Replace the block's Linears by quantized ones, in place."""
     for name, solution in solutions.items():
         linear = block.get_submodule(name)
-        layer = QuantLinear.from_codes(
-            solution.codes, settings.spec, solution.bias, _stored_basis(solution, settings, linear)
-        )
+        # The layer's own copy: on disk Linears of one input do not share the basis.
+        basis = None if solution.basis is None else solution.basis.clone()
+        bias = None if linear.bias is None else linear.bias.float()
+        layer = QuantLinear.from_codes(solution.codes, scheme, bias, basis)
         block.set_submodule(name, layer.to(linear.weight.device))
 
 
-def _stored_basis(solution: LayerSolution, settings: QuantizeSettings, linear: nn.Module) -> Tensor | None:
-    """The layer's own copy: on disk Linears of one input do not share it."""
-    if settings.spec.smooth and solution.basis.smooth_k is None:
-        return torch.ones(linear.in_features, dtype=torch.bfloat16)  # none was chosen, but every layer stores one
-    stored = solution.basis.stored
-    return None if stored is None else stored.clone()
-
-
 def stream_error(records: Sequence[ReplayRecord], reference: Stream, candidate: Stream) -> float:
-    """Weighted squared norm of the difference of two streams, relative to the reference's."""
+    """Squared norm of the difference of two streams, relative to the reference's."""
     error = signal = 0.0
     for item in records:
         original = reference[item.record.record].float()
-        error += item.weight * float(
-            (candidate[item.record.record].float() - original).square().sum(dtype=torch.float64)
-        )
-        signal += item.weight * float(original.square().sum(dtype=torch.float64))
+        error += float((candidate[item.record.record].float() - original).square().sum(dtype=torch.float64))
+        signal += float(original.square().sum(dtype=torch.float64))
     return error / signal if signal else 0.0

@@ -20,25 +20,20 @@ class ReplayRecord:
     """A record during replay, and how to get its context.
 
     Attributes:
-        weight: in statistics and block errors; mean 1 over the expert.
-        importance: in errors of the denoiser's output, always d_sigma^2; mean 1 over the expert.
+        importance: in errors of the denoiser's output, d_sigma^2; mean 1 over the expert. In statistics all weigh the same.
     """
 
     record: Record
-    weight: float
     importance: float
     context: Callable[[], BlockContext]
 
 
-OUTPUT_WEIGHTING = "d_sigma2"
+def importances(records: Sequence[Record]) -> list[float]:
+    """d_sigma^2 of each record, mean 1: an error in the predicted velocity enters the latent times d_sigma.
 
-
-def record_weights(records: Sequence[Record], weighting: str) -> list[float]:
-    """Weight of each record, mean 1: d_sigma^2 (an error in v enters the latent times d_sigma) or uniform.
-
-    d_sigma^2 counts what an error adds to the final latent directly; what later steps make of it is not in it.
+    It counts what an error adds to the final latent directly; what later steps make of it is not in it.
     """
-    raw = [record.d_sigma**2 if weighting == "d_sigma2" else 1.0 for record in records]
+    raw = [record.d_sigma**2 for record in records]
     total = sum(raw)
     return [weight * len(raw) / total for weight in raw] if total else [1.0] * len(raw)
 
@@ -60,7 +55,6 @@ class ExpertCalls:
         expert: its name.
         replay: runs head and tail (the original's and the packed model's are the same).
         calibration: the record set.
-        weighting: of statistics: d_sigma2 or uniform.
         limit: use at most this many records, see `spread`.
 
     Raises:
@@ -72,7 +66,6 @@ class ExpertCalls:
         expert: str,
         replay: ExpertReplay,
         calibration: CalibrationSet,
-        weighting: str = OUTPUT_WEIGHTING,
         limit: int | None = None,
     ) -> None:
         self._replay, self._calibration = replay, calibration
@@ -81,9 +74,9 @@ class ExpertCalls:
             raise PtqError(
                 f"{calibration.directory} has no records of {expert}. Record more steps (--steps, --records-per-prompt) so that every expert is called."
             )
-        weights, importance = record_weights(records, weighting), record_weights(records, OUTPUT_WEIGHTING)
         self.items = [
-            ReplayRecord(r, w, i, self._context_of(r)) for r, w, i in zip(records, weights, importance, strict=True)
+            ReplayRecord(record, importance, self._context_of(record))
+            for record, importance in zip(records, importances(records), strict=True)
         ]
 
     def __len__(self) -> int:

@@ -1,8 +1,8 @@
 """Gathering the statistics of layer inputs while records run through a block.
 
-One collector for each distinct input. All tokens go into the mean and the maxima, all or a seeded subsample into the
-Hessian; another seeded subsample is kept for searches that need activations themselves. Sums are float32 (float64 where the
-recipe asks for it) on the device of the activations.
+One collector for each distinct input. All tokens go into the maxima, all or a seeded subsample into the
+Hessian; another seeded subsample is kept for searches that need activations themselves. Sums are float32 on the device of the
+activations.
 """
 
 from __future__ import annotations
@@ -24,48 +24,34 @@ class InputCollector:
 
     Args:
         sample_per_record: tokens kept of each update.
-        hessian: accumulate sum w x x^T too (K x K); without it the statistics serve rounding to nearest only.
+        hessian: accumulate sum x x^T too (K x K); without it the statistics serve rounding to nearest only.
         hessian_tokens: tokens of each update that go into it, weighted up to stand for all; None: all.
         seed: of the token subsamples.
-        dtype: of the Hessian.
     """
 
     def __init__(
-        self,
-        sample_per_record: int,
-        *,
-        hessian: bool,
-        hessian_tokens: int | None = None,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
+        self, sample_per_record: int, *, hessian: bool, hessian_tokens: int | None = None, seed: int = 0
     ) -> None:
-        self._sample, self._hessian, self._dtype = sample_per_record, hessian, dtype
-        self._hessian_tokens = hessian_tokens
+        self._sample, self._hessian, self._hessian_tokens = sample_per_record, hessian, hessian_tokens
         self._generator = torch.Generator().manual_seed(seed)
         self._h_kk: Tensor | None = None
-        self._sum_k: Tensor | None = None
         self._absmax_k: Tensor | None = None
-        self._weight = 0.0
-        self._tokens = 0
+        self._total = self._tokens = 0
         self._samples: list[Tensor] = []
-        self._sample_weights: list[Tensor] = []
 
-    def update(self, x: Tensor, weight: float) -> None:
-        """Add the tokens of x [..., K], each with this weight."""
+    def update(self, x: Tensor) -> None:
+        """Add the tokens of x [..., K]."""
         x_tk = x.reshape(-1, x.shape[-1])
-        x32 = x_tk.to(self._dtype)
-        if self._sum_k is None or self._absmax_k is None:
-            self._sum_k, self._absmax_k = x32.new_zeros(x32.shape[-1]), x32.new_zeros(x32.shape[-1])
+        x32 = x_tk.float()
+        if self._absmax_k is None:
+            self._absmax_k = x32.new_zeros(x32.shape[-1])
             self._h_kk = x32.new_zeros(x32.shape[-1], x32.shape[-1]) if self._hessian else None
-        self._sum_k += x32.sum(0) * weight
         torch.maximum(self._absmax_k, x32.abs().amax(0), out=self._absmax_k)
-        self._tokens += len(x_tk) if self._h_kk is None else self._add_to_hessian(x32, weight)
-        self._weight += weight * len(x_tk)
-        picked = self._pick(len(x_tk), self._sample, x_tk.device)
-        self._samples.append(x_tk[picked].float())
-        self._sample_weights.append(torch.full((len(picked),), weight, device=x_tk.device))
+        self._tokens += len(x_tk) if self._h_kk is None else self._add_to_hessian(x32)
+        self._total += len(x_tk)
+        self._samples.append(x_tk[self._pick(len(x_tk), self._sample, x_tk.device)].float())
 
-    def _add_to_hessian(self, x_tk: Tensor, weight: float) -> int:
+    def _add_to_hessian(self, x_tk: Tensor) -> int:
         """Returns how many tokens were added."""
         assert self._h_kk is not None
         total = len(x_tk)
@@ -75,7 +61,7 @@ class InputCollector:
         for start in range(0, x_tk.shape[1], COLUMNS):
             part = slice(start, start + COLUMNS)
             above = x_tk[:, : part.stop]
-            self._h_kk[: part.stop, part].addmm_(above.T, x_tk[:, part], alpha=weight * total / len(x_tk))
+            self._h_kk[: part.stop, part].addmm_(above.T, x_tk[:, part], alpha=total / len(x_tk))
         return len(x_tk)
 
     def _pick(self, total: int, count: int, device: torch.device) -> Tensor:
@@ -88,45 +74,28 @@ class InputCollector:
         Raises:
             SolverError: no tokens, or non-finite activations.
         """
-        if self._sum_k is None or self._absmax_k is None:
-            empty = torch.zeros(0)
-            return InputStats(None, empty, empty, 0.0, 0, torch.zeros(0, 0), empty)
+        if self._absmax_k is None:
+            return InputStats(None, torch.zeros(0), 0, 0, torch.zeros(0, 0))
         if self._h_kk is not None:
             for start in range(COLUMNS, len(self._h_kk), COLUMNS):
                 part = slice(start, start + COLUMNS)
                 self._h_kk[part, :start] = self._h_kk[:start, part].T
-        return InputStats(
-            h_kk=self._h_kk,
-            mean_k=(self._sum_k / self._weight).float() if self._weight else self._sum_k.float(),
-            absmax_k=self._absmax_k.float(),
-            weight_sum=self._weight,
-            n_tokens=self._tokens,
-            x_tk=torch.cat(self._samples),
-            w_t=torch.cat(self._sample_weights),
-        )
+        return InputStats(self._h_kk, self._absmax_k, self._total, self._tokens, torch.cat(self._samples))
 
 
 @contextlib.contextmanager
-def collecting(
-    modules: Mapping[str, nn.Module], collectors: Mapping[str, InputCollector]
-) -> Iterator[dict[str, float]]:
-    """While the block runs, feed each module's input into its collector.
-
-    Yields:
-        A one-key dictionary: set `["weight"]` to the weight of the record that is about to run.
-    """
-    state = {"weight": 1.0}
+def collecting(modules: Mapping[str, nn.Module], collectors: Mapping[str, InputCollector]) -> Iterator[None]:
+    """While the model runs, feed each module's input into its collector."""
 
     def hook_for(name: str):
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
-            x = inputs[0] if inputs else keywords["input"]
-            collectors[name].update(x.detach(), state["weight"])
+            collectors[name].update((inputs[0] if inputs else keywords["input"]).detach())
 
         return hook
 
     handles = [module.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, module in modules.items()]
     try:
-        yield state
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ptq import formats
 from ptq.calibration.records import CalibrationSet, Record
 from ptq.checkpoint.manifest import Coverage
 from ptq.checkpoint.shards import ShardSet
@@ -25,7 +24,7 @@ def measure_coverage(
     layout: ModelLayout, shards: dict[str, ShardSet], calibration: CalibrationSet, settings: QuantizeSettings
 ) -> Coverage:
     """Coverage over all experts. Linear parameters are 2-D weights of the experts (embedders and output included)."""
-    fmt = formats.get(settings.format)
+    fmt = settings.scheme.format
     linear = quantized = basis_bytes = 0
     flops = quantized_flops = 0.0
     for expert, config in layout.experts.items():
@@ -47,7 +46,7 @@ def measure_coverage(
             flops += 2.0 * size * tokens
             if name in targets:
                 quantized += size
-                basis_bytes += settings.spec.basis_bytes(entry.shape[1])
+                basis_bytes += settings.scheme.basis_bytes(entry.shape[1])
                 quantized_flops += 2.0 * size * tokens
     total_bytes = sum(entry.nbytes for shard in shards.values() for entry in shard.entries.values())
     return Coverage(

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ptq import formats, ui
+from ptq import ui
 from ptq.calibration.records import CalibrationSet
+from ptq.checkpoint.layers import layer_names, read_layer
 from ptq.checkpoint.manifest import BlockEntry, ExpertEntry, LayerEntry
 from ptq.checkpoint.safetensors_file import TensorEntry
 from ptq.quantization.block import (
@@ -68,8 +69,7 @@ class ExpertRun:
     ) -> None:
         self.name, self.replay, self.settings, self.work = name, replay, settings, work
         self._processes = processes
-        recipe = settings.recipe
-        self._calls = ExpertCalls(name, replay, calibration, recipe.records.weighting, recipe.record_limit)
+        self._calls = ExpertCalls(name, replay, calibration, settings.record_limit)
         self._records = self._calls.items
         self._original, self._propagated = self._calls.start(scratch), self._calls.start(scratch)
 
@@ -99,19 +99,16 @@ class ExpertRun:
             entries, info = finished or ({}, {"layers": []})
             seconds = info["block"]["seconds"] if finished else time.monotonic() - start
             return entries, {**info, "block": self._row(index, seconds, reason)}
-        source = self._propagated if self.settings.recipe.records.inputs == "propagated" else self._original
-        if source is self._original:
-            collectors = collect_statistics(block, self._records, source, self.settings, device, target=self._original)
-        else:
-            collectors = collect_statistics(block, self._records, source, self.settings, device)
-            forward_stream(block, self._records, self._original, self._original, device)
+        collectors = collect_statistics(
+            block, self._records, self._original, self.settings, device, target=self._original
+        )
         solutions = solve_block(block, collectors, self.settings, self._processes)
         layers = []
         for linear, solution in solutions.items():
             n, k = solution.codes.elements.shape
             row = {"expert": self.name, "block": index, "layer": linear, "shape": (n, k), **solution.stats}
             layers.append(LayerEntry.model_validate(row))
-        install(block, solutions, self.settings)
+        install(block, solutions, self.settings.scheme)
         forward_stream(block, self._records, self._propagated, self._propagated, device)
         return self._commit(block, index, layers, time.monotonic() - start)
 
@@ -123,7 +120,7 @@ class ExpertRun:
         seconds: float,
     ) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
         """Store the block and return it as a later run would find it."""
-        tensors = changed_tensors(block, block_prefix(index), biases=self.settings.recipe.bias_correction)
+        tensors = changed_tensors(block, block_prefix(index))
         info = {
             "block": self._row(index, seconds, None),
             "layers": [layer.model_dump(mode="json") for layer in layers],
@@ -154,23 +151,19 @@ class ExpertRun:
         prefix = block_prefix(index)
         files = {entry.file for entry in entries.values()}
         tensors = {name.removeprefix(prefix): t for file in files for name, t in load_file(file).items()}
-        fmt = formats.get(self.settings.format)
-        for name in [n.removesuffix(".weight_packed") for n in tensors if n.endswith(".weight_packed")]:
+        for name in layer_names(tensors):
             linear = block.get_submodule(name)
-            codes = fmt.unpack(tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"])
-            bias = tensors.get(f"{name}.bias", linear.bias)
-            bias = None if bias is None else bias.float()
-            basis = tensors.get(f"{name}.{self.settings.spec.basis_name}")
-            layer = QuantLinear.from_codes(codes, self.settings.spec, bias, basis)
+            bias = None if linear.bias is None else linear.bias.float()
+            layer = QuantLinear.from_packed(read_layer(tensors.__getitem__, name, self.settings.scheme, bias))
             block.set_submodule(name, layer.to(self.replay.device))
 
 
-def changed_tensors(block: nn.Module, prefix: str, *, biases: bool) -> dict[str, Tensor]:
-    """Tensors of a quantized block that differ from the original's: codes, scales, basis, and corrected biases."""
-    tensors = {}
-    for name, module in block.named_modules():
-        if isinstance(module, QuantLinear):
-            for key, value in module.state_dict().items():
-                if key != "bias" or biases:
-                    tensors[f"{prefix}{name}.{key}"] = value.detach().cpu()
-    return tensors
+def changed_tensors(block: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """Tensors of a quantized block that the original does not have: codes, scales, basis."""
+    return {
+        f"{prefix}{name}.{key}": value.detach().cpu()
+        for name, module in block.named_modules()
+        if isinstance(module, QuantLinear)
+        for key, value in module.state_dict().items()
+        if key != "bias"
+    }

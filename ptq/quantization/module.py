@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptq import formats
 from ptq.config import Recipe, load_recipe
+from ptq.config.recipe import check_format
 from ptq.errors import UsageError
 from ptq.quantization.block import install, make_collector, solve_block
 from ptq.quantization.collect import InputCollector, collecting
 from ptq.quantization.settings import QuantizeSettings
-from ptq.quantization.sharing import InputGroup, find_shared_inputs
+from ptq.quantization.shared_inputs import InputGroup, find_shared_inputs
 from ptq.quantization.targets import choose_targets
 from ptq.solvers.solve import LayerSolution
 
@@ -88,8 +88,7 @@ def quantize_module(
         batches: keyword arguments of `model.forward`, one mapping a batch, on the model's device. All weigh the same.
             They run several times; an iterator that can be read only once is kept as a list.
         format: "hif4" or "mxfp4".
-        recipe: a recipe's name or file, or a `Recipe`; default: the format's own. With `records.inputs: propagated`
-            each input is collected behind the layers quantized before it, which takes one pass for every input.
+        recipe: a recipe's name or file, or a `Recipe`; default: the format's own.
         targets: names of Linears; None takes every plain nn.Linear whose K is a multiple of the group and of the
             rotation block and that the batches reach, and reports the others as skipped.
         statistics_bytes: memory for the statistics of one pass; more inputs than fit take more passes over the batches.
@@ -105,8 +104,7 @@ def quantize_module(
     settings = _settings(format, recipe, seed)
     batches = batches if isinstance(batches, Sequence) else list(batches)
     _check_batches(batches)
-    multiple = max(formats.get(format).group_size, settings.recipe.rotation)
-    linears, skipped = choose_targets(model, targets, multiple)
+    linears, skipped = choose_targets(model, targets, settings.scheme.multiple)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -129,11 +127,9 @@ def quantize_module(
 
 
 def _settings(format_name: str, recipe: str | Recipe | None, seed: int) -> QuantizeSettings:
-    formats.get(format_name)
     name = recipe if isinstance(recipe, str) else format_name if recipe is None else "custom"
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(name, format_name)
-    if resolved.format not in (None, format_name):
-        raise UsageError(f"The recipe is made for {resolved.format}, but the format is {format_name}.")
+    check_format(resolved, name, format_name)
     return QuantizeSettings(format_name, resolved, name, {}, seed=seed)
 
 
@@ -154,8 +150,7 @@ def _quantize(
     settings: QuantizeSettings,
     statistics_bytes: int,
 ) -> tuple[dict[str, ModuleLayer], int]:
-    propagated = settings.recipe.records.inputs == "propagated"
-    passes = [[group] for group in groups] if propagated else _pack(groups, settings, statistics_bytes)
+    passes = _pack(groups, settings, statistics_bytes)
     solutions: dict[str, LayerSolution] = {}
     layers: dict[str, ModuleLayer] = {}
     for part in passes:
@@ -165,11 +160,8 @@ def _quantize(
             for name in group.names:
                 n, k = solved[name].codes.elements.shape
                 layers[name] = ModuleLayer(name, (n, k), group.names, group.tokens, solved[name].stats)
-        if propagated:
-            install(model, solved, settings)
-        else:
-            solutions |= solved
-    install(model, solutions, settings)  # only now, so that every pass saw the original model
+        solutions |= solved
+    install(model, solutions, settings.scheme)  # only now, so that every pass saw the original model
     return layers, len(passes)
 
 
@@ -189,8 +181,7 @@ def _pack(groups: Sequence[InputGroup], settings: QuantizeSettings, limit: int) 
 
 def statistics_size(group: InputGroup, settings: QuantizeSettings) -> int:
     """Bytes of the statistics of one input: the Hessian where the recipe needs it, and the sample tokens in float32."""
-    item = 8 if settings.recipe.gptq.precision == "float64" else 4
-    hessian = item * group.k**2 if settings.recipe.needs_hessian else 0
+    hessian = 4 * group.k**2 if settings.needs_hessian else 0
     return hessian + 4 * group.k * min(group.tokens, group.calls * settings.recipe.records.tokens_per_record)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import psutil
 import torch
 
-from ptq import formats
 from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.shards import ShardSet
 from ptq.quantization.calls import spread
@@ -53,14 +52,14 @@ def describe_plan(
     check_inputs(layout, calibration, settings)
     shards = {expert: ShardSet(layout.path / expert) for expert in layout.experts}
     coverage = measure_coverage(layout, shards, calibration, settings)
-    plan = {"model": f"{layout.path} ({layout.preset.variant})", "format": formats.get(settings.format).name}
+    plan = {"model": f"{layout.path} ({layout.preset.variant})", "format": settings.format}
     for expert in layout.experts:
         records, recorded = _used_records(calibration, settings, expert), len(calibration.of_expert(expert))
         tokens = _size(layout, calibration, expert).tokens
         plan[expert] = (
             f"{layout.num_blocks(expert)} blocks, {records} of {recorded} records of {tokens} tokens, hidden states {gigabytes(stream_bytes(layout, calibration, settings, expert))}"
         )
-        if settings.recipe.needs_hessian:
+        if settings.needs_hessian:
             used = settings.recipe.records
             hessian = min(tokens, used.hessian_tokens or tokens)
             plan[f"{expert}, tokens"] = (
@@ -89,7 +88,7 @@ def _size(layout: ModelLayout, calibration: CalibrationSet, expert: str) -> Call
 
 
 def _used_records(calibration: CalibrationSet, settings: QuantizeSettings, expert: str) -> int:
-    return len(spread(calibration.of_expert(expert), settings.recipe.record_limit))
+    return len(spread(calibration.of_expert(expert), settings.record_limit))
 
 
 def stream_bytes(layout: ModelLayout, calibration: CalibrationSet, settings: QuantizeSettings, expert: str) -> int:
@@ -101,13 +100,13 @@ def stream_bytes(layout: ModelLayout, calibration: CalibrationSet, settings: Qua
 
 def packed_bytes(layout: ModelLayout, settings: QuantizeSettings) -> int:
     """Bytes of all experts after quantization."""
-    bits = formats.get(settings.format).bits_per_value
+    bits = settings.scheme.format.bits_per_value
     total = 0.0
     for expert in layout.experts:
         shapes = layout.linear_shapes(expert).values()
         blocks = layout.num_blocks(expert) - len(settings.high_precision.get(expert, ()))
         quantized = blocks * sum(n * k for n, k in shapes)
-        basis = blocks * sum(settings.spec.basis_bytes(k) for _, k in shapes)
+        basis = blocks * sum(settings.scheme.basis_bytes(k) for _, k in shapes)
         entries = ShardSet(layout.path / expert).entries.values()
         itemsize = max(entry.torch_dtype.itemsize for entry in entries)
         total += sum(entry.nbytes for entry in entries) - quantized * itemsize + quantized * bits / 8 + basis
@@ -153,27 +152,24 @@ def _working_bytes(
     sizes = [n * k for n, k in layout.linear_shapes(expert).values()]
     block = sum(sizes) * float_bytes + WEIGHT_COPIES * 4 * max(sizes)
     widths = input_widths(config).values()
-    hessians = (
-        sum(4 * k * k for k in widths) + SOLVER_COPIES * 4 * max(widths) ** 2 if settings.recipe.needs_hessian else 0
-    )
+    hessians = sum(4 * k * k for k in widths) + SOLVER_COPIES * 4 * max(widths) ** 2 if settings.needs_hessian else 0
     return block + hessians + denoiser_activation_bytes(config, _size(layout, calibration, expert), float_bytes)
 
 
 def estimate_seconds(
     layout: ModelLayout, calibration: CalibrationSet, settings: QuantizeSettings, device: str
 ) -> float:
-    """Time of a whole run: each record through each block twice (three times with propagated inputs), Hessians, solves."""
+    """Time of a whole run: each record through each block twice, Hessians, solves."""
     rate = measure_rate(device, torch.float32 if device == "cpu" else torch.bfloat16)
     rate32 = rate if device == "cpu" else measure_rate(device, torch.float32)
-    passes = 3 if settings.recipe.records.inputs == "propagated" else 2
     seconds = 0.0
     for expert, config in layout.experts.items():
         size, records = _size(layout, calibration, expert), _used_records(calibration, settings, expert)
-        seconds += passes * records * forward_flops(config, size) / (rate * EFFICIENCY)
-        if settings.recipe.needs_hessian:
+        seconds += 2 * records * forward_flops(config, size) / (rate * EFFICIENCY)
+        if settings.needs_hessian:
             limit = settings.recipe.records.hessian_tokens or size.tokens + size.text
             sampled = replace(size, tokens=min(size.tokens, limit), text=min(size.text, limit))
             seconds += records * hessian_flops(config, sampled) / (rate32 * EFFICIENCY)
-        if settings.recipe.rounding == "gptq":
+        if settings.recipe.solver.rounding == "gptq":
             seconds += solve_flops(config) / (rate32 * EFFICIENCY)
     return seconds

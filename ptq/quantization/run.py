@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from ptq import formats, ui
+from ptq import ui
 from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.manifest import Manifest, hash_files, package_versions, read_manifest, write_manifest
 from ptq.checkpoint.quantization_config import PackedConfig
@@ -26,6 +26,7 @@ from ptq.quantization.processes import Processes
 from ptq.quantization.sensitivity import protect_blocks, with_protection
 from ptq.quantization.settings import QuantizeSettings, check_budget
 from ptq.quantization.workdir import RUN_FILES, STREAMS_DIR, WorkDir
+from ptq.scheme import FormatError
 from ptq.store.files import digest, free_space_hint
 from ptq.store.locks import exclusive
 from ptq.version import __version__
@@ -136,13 +137,13 @@ def _run_experts(
     with ui.progress("Quantizing blocks", sum(layout.num_blocks(expert) for expert in layout.experts)) as bar:
         for expert, config in layout.experts.items():
             replay = ExpertReplay(shards[expert], config, options.device, dtype)
-            limit = settings.recipe.record_limit
+            limit = settings.record_limit
             scratch = stream_scratch(layout, expert, calibration, work.path, options.max_memory, limit)
             result = ExpertRun(expert, replay, calibration, settings, work, scratch, processes).run(bar)
             results.append(result)
             if not processes.first:
                 continue
-            packed = PackedConfig.build(settings.spec, LINEARS, settings.high_precision.get(expert, {}))
+            packed = PackedConfig(settings.scheme, LINEARS, tuple(sorted(settings.high_precision.get(expert, ()))))
             names = state_names(config, packed)
             limit = options.max_shard_bytes
             write_expert(work.path / expert, config, packed, names, shards[expert], result.changed, limit)
@@ -173,12 +174,11 @@ def check_inputs(layout: ModelLayout, calibration: CalibrationSet, settings: Qua
 
 
 def _check_widths(layout: ModelLayout, expert: str, settings: QuantizeSettings) -> None:
-    multiple = max(formats.get(settings.format).group_size, settings.recipe.rotation)
     for name, (_, k) in layout.linear_shapes(expert).items():
-        if k % multiple:
-            raise UsageError(
-                f"{expert} of {layout.path}: {name} has {k} input channels, not a multiple of {multiple} ({settings.format} group {formats.get(settings.format).group_size}, rotation {settings.recipe.rotation}). Choose another format or rotation (--set rotation=...)."
-            )
+        try:
+            settings.scheme.check_width(k)
+        except FormatError as error:
+            raise UsageError(f"{expert} of {layout.path}, {name}: {error}") from error
 
 
 def run_signature(
@@ -265,7 +265,7 @@ def _manifest(
         variant=layout.preset.variant,
         base_model=signature["model"],
         recipe_name=settings.recipe_name,
-        recipe=settings.recipe.model_dump(mode="json"),
+        recipe=settings.recipe,
         calibration={
             "digest": calibration.digest,
             "prompts": used["prompts"],

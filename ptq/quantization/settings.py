@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Literal
 
 from ptq.config import Recipe
 from ptq.errors import UsageError
-from ptq.runtime import QuantSpec
+from ptq.scheme import FormatError, Scheme, Smoothed
 
 BUDGET = {"mxfp4": 5, "hif4": 2}
 """Transformer blocks that may stay in high precision (rules of the challenge)."""
@@ -38,19 +39,42 @@ class QuantizeSettings:
     budget_scope: BudgetScope = "total"
     seed: int = 0
 
+    @functools.cached_property
+    def scheme(self) -> Scheme:
+        """How every quantized layer is quantized.
+
+        Raises:
+            UsageError: the recipe's names do not fit together.
+        """
+        try:
+            scheme = Scheme.of(self.format, **self.recipe.scheme.model_dump())
+        except FormatError as error:
+            raise UsageError(f"Recipe {self.recipe_name}: {error}") from error
+        kind, exponents = scheme.transform.kind, self.recipe.solver.smoothing
+        if exponents and not scheme.transform.smooths:
+            raise UsageError(
+                f"Recipe {self.recipe_name}: the transform {kind} does not try exponents of smoothing; leave solver.smoothing empty, or set scheme.transform to smoothed or learned."
+            )
+        if kind == Smoothed.kind and not exponents:
+            raise UsageError(
+                f"Recipe {self.recipe_name}: the transform {kind} has no exponents to try; name some, for example --set solver.smoothing=[0.5]."
+            )
+        return scheme
+
     @property
-    def spec(self) -> QuantSpec:
-        """The numerics of every quantized layer."""
-        recipe = self.recipe
-        learned = recipe.learned_transform
-        return QuantSpec(
-            format=self.format,
-            rotation=recipe.rotation,
-            smooth=bool(recipe.smoothing) and not learned,
-            scale_rule=recipe.activations.scale_rule,
-            ties=recipe.activations.ties,
-            learned=learned,
-        )
+    def needs_records(self) -> bool:
+        """Whether the codes depend on calibration records."""
+        return self.needs_hessian or self.scheme.transform.needs_records
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether any ingredient reads the Hessians of the inputs."""
+        return self.recipe.solver.needs_hessian or self.scheme.transform.needs_hessian
+
+    @property
+    def record_limit(self) -> int | None:
+        """How many records of each expert are replayed; None: all."""
+        return None if self.needs_records else self.recipe.records.for_report
 
 
 def parse_high_precision(text: str, num_blocks: Mapping[str, int]) -> dict[str, dict[int, str]]:

@@ -1,40 +1,18 @@
 """The method as this checkpoint's recipe really ran: an ingredient is described only when it was on.
 
-Texts and figures come from the resolved recipe and the per-layer statistics in the manifest; `key` selects the equation
-in the PDF's template. A recipe key that is set but that no step here describes is named, never dropped.
+The parts describe themselves (format, transform, and each group of the recipe's settings); figures come from the per-layer
+statistics in the manifest; `key` selects the equation in the PDF's template. Keys of an earlier version that no step here
+describes are named, never dropped.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from ptq.checkpoint.manifest import Manifest
-from ptq.config import Recipe
-from ptq.report.cells import flatten, plain
-from ptq.report.facts import FORMAT_NAMES
-
-FORMAT_TEXT = {
-    "mxfp4": "MXFP4 (OCP Microscaling v1.0): groups of 32 values along the input dimension share one power-of-two scale; each value is one of 15 E2M1 numbers. 4.25 bits a value.",
-    "hif4": "HiF4 (HiFloat4, arXiv 2602.11287): groups of 64 values along the input dimension share one E6M2 scale; eight bits double single eighths of the group and sixteen bits single fours; each value has a sign and a level from 0 to 7. 4.5 bits a value.",
-}
-_DESCRIBED = {
-    *(
-        "description",
-        "format",
-        "rounding",
-        "rotation",
-        "smoothing",
-        "learned_transform",
-        "clip_search",
-        "bias_correction",
-    ),
-    *("weight_scale_rule", "gptq.damping", "gptq.act_order", "gptq.precision"),
-    *("activations.scale_rule", "activations.ties"),
-    *("records.weighting", "records.inputs", "records.tokens_per_record"),
-}
+from ptq.scheme import Transform, get_format, get_transform
 
 
 @dataclass(frozen=True)
@@ -48,22 +26,18 @@ class Step:
 
 def describe_method(manifest: Manifest) -> list[Step]:
     """The steps in the order in which they act."""
-    recipe = manifest.recipe
-    makers: Iterable[Callable[[Manifest, Mapping[str, Any]], Step | None]] = (
-        _format, _records, _replay, _smoothing, _rotation, _learned, _scales, _rounding, _bias, _activations,
-        _protection, _other,
+    makers: Iterable[Callable[[Manifest], Step | None]] = (
+        _format, _records, _replay, _transform, _scales, _rounding, _inputs, _protection, _earlier,
     )  # fmt: skip
-    return [step for maker in makers if (step := maker(manifest, recipe)) is not None]
+    return [step for maker in makers if (step := maker(manifest)) is not None]
 
 
-def _format(manifest: Manifest, recipe: Mapping[str, Any]) -> Step:
-    text = FORMAT_TEXT[manifest.format]
-    return Step(
-        f"format-{manifest.format}", "Number format", f"{text} Weights and inputs of every quantized layer use it."
-    )
+def _format(manifest: Manifest) -> Step:
+    text = f"{get_format(manifest.format).description} Weights and inputs of every quantized layer use it."
+    return Step(f"format-{manifest.format}", "Number format", text)
 
 
-def _records(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
+def _records(manifest: Manifest) -> Step | None:
     calibration = manifest.calibration
     if calibration is None:
         return None
@@ -74,114 +48,59 @@ def _records(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
     )
 
 
-def _replay(manifest: Manifest, recipe: Mapping[str, Any]) -> Step:
-    if not Recipe.model_validate({k: v for k, v in recipe.items() if k in Recipe.model_fields}).needs_records:
-        text = (
-            "Blocks are converted one at a time; the recorded calls are replayed to measure the errors in this report."
-        )
-        return Step("", "Block by block", f"{text} This recipe takes nothing else from them.")
-    records = recipe.get("records", {})
-    stream = {
-        "original": "the original model's hidden states",
-        "propagated": "hidden states that already passed the quantized blocks before it",
-    }.get(records.get("inputs"), "hidden states")
-    weighted = records.get("weighting") == "d_sigma2"
-    how = "its squared noise-level step, because the sampler multiplies an error by it" if weighted else "the same"
-    return Step(
-        "weighting" if weighted else "",
-        "Block by block",
-        f"The records are replayed through the experts one block at a time, so that one block's weights are in memory. Statistics of a block's inputs are taken from {stream}; each record weighs {how}.",
-    )
+def _replay(manifest: Manifest) -> Step:
+    if manifest.recipe.solver.needs_hessian or _kind(manifest).needs_records:
+        return Step("", "Block by block", manifest.recipe.records.describe())
+    text = "Blocks are converted one at a time; the recorded calls are replayed to measure the errors in this report. This recipe takes nothing else from them."
+    return Step("", "Block by block", text)
 
 
-def _smoothing(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
-    if not recipe.get("smoothing"):
+def _kind(manifest: Manifest) -> Transform:
+    return get_transform(manifest.recipe.scheme.transform, manifest.recipe.scheme.block)
+
+
+def _transform(manifest: Manifest) -> Step | None:
+    transform = _kind(manifest)
+    if not transform.description:
         return None
-    tried = ", ".join(f"{alpha:g}" for alpha in recipe["smoothing"])
-    return Step(
-        "smoothing",
-        "Smoothing",
-        f"Each input channel is multiplied by a factor and the weight's column divided by it, so that outlier channels shrink (SmoothQuant, arXiv 2211.10438, with root mean squares). Exponents tried for each input: {tried}, and none"
-        + ("." if recipe.get("learned_transform") else _kept(manifest)),
+    text = transform.description.format(block=transform.block)
+    if transform.needs_records:
+        alphas = ", ".join(f"{alpha:g}" for alpha in manifest.recipe.solver.smoothing)
+        chosen = Counter(row.basis for row in manifest.layers)
+        counted = ", ".join(f"{name} for {n}" for name, n in sorted(chosen.items()))
+        tried = f" Exponents of smoothing tried for each input: {alphas}, and none." if alphas else ""
+        text += f"{tried} Kept is the candidate with the smallest output error with both sides quantized. Chosen over all layers: {counted}."
+    return Step(transform.kind, transform.title, text)
+
+
+def _scales(manifest: Manifest) -> Step | None:
+    fmt, solver = get_format(manifest.format), manifest.recipe.solver
+    if solver.clip_search:
+        text = f"The scale of each weight group is the one with the smallest weighted error ({fmt.searched_scales}). The stored numbers are plain {fmt.title}."
+        return Step("scales", "Searched group scales", text)
+    return (
+        Step("", "Weight scales", f"Weight scales follow the rule {solver.weight_rule}.")
+        if solver.weight_rule
+        else None
     )
 
 
-def _rotation(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
-    block = recipe.get("rotation", 0)
-    if not block or recipe.get("learned_transform"):
-        return None
-    return Step(
-        "rotation",
-        "Block Hadamard rotation",
-        f"Input and weight are rotated by an orthonormal Hadamard matrix in blocks of {block} channels: the layer's output stays the same, an outlier is spread over its block. The weight is rotated once, the input at run time.",
-    )
-
-
-def _learned(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
-    if not recipe.get("learned_transform"):
-        return None
-    return Step(
-        "learned",
-        "Learned block transform",
-        f"Input and weight change their basis in blocks of {recipe['rotation']} channels, by the matrix for which quantization noise costs the layer least, in closed form from the second moments of input and weight (WUSH, arXiv 2512.00956); its last factor is a Hadamard matrix, which spreads outliers. Blocks are stored with 8 bits an entry and applied to the input at run time. Tried for each input beside the Hadamard matrix alone (off)"
-        + _kept(manifest),
-    )
-
-
-def _kept(manifest: Manifest) -> str:
-    chosen = Counter(row.basis for row in manifest.layers)
-    counted = ", ".join(f"{name} for {n}" for name, n in sorted(chosen.items()))
-    return f"; kept is the one with the smallest output error with both sides quantized. Chosen over all layers: {counted}."
-
-
-def _scales(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
-    if recipe.get("clip_search"):
-        tried = "exponents one below to one above the rule's" if manifest.format == "mxfp4" else (
-            "scale codes four below to two above the rule's, micro-exponents free"
-        )  # fmt: skip
-        return Step(
-            "scales",
-            "Searched group scales",
-            f"The scale of each weight group is the one with the smallest weighted error ({tried}). The stored numbers are plain {FORMAT_NAMES[manifest.format]}.",
-        )
-    rule = recipe.get("weight_scale_rule")
-    return Step("", "Weight scales", f"Weight scales follow the rule {rule}.") if rule else None
-
-
-def _rounding(manifest: Manifest, recipe: Mapping[str, Any]) -> Step:
-    if recipe.get("rounding") != "gptq":
-        return Step("rtn", "Rounding to nearest", "Weights are rounded to the nearest number of the format.")
-    gptq = recipe.get("gptq", {})
+def _rounding(manifest: Manifest) -> Step:
+    solver = manifest.recipe.solver
+    if solver.rounding == "rtn":
+        return Step("rtn", "Rounding to nearest", solver.describe())
     retries = sum(row.damping_retries for row in manifest.layers)
     kept = sum(row.rows_kept_rtn for row in manifest.layers)
     rows = sum(row.shape[0] for row in manifest.layers)
-    order = "in the order of falling Hessian diagonal" if gptq.get("act_order") else "in their natural order"
-    return Step(
-        "gptq",
-        "GPTQ rounding",
-        f"Columns are rounded one after another, {order}, on the format's own grid with fixed scales; each error is pushed onto the columns still to come (arXiv 2210.17323). Damping {plain(gptq.get('damping', 0))} of the mean diagonal, raised {retries} times; factorisation in {gptq.get('precision')}. Plain rounding was the better of the two in {kept} of {rows} output rows and was kept there.",
-    )
+    text = f"{solver.describe()}, raised {retries} times. Plain rounding was the better of the two in {kept} of {rows} output rows and was kept there."
+    return Step("gptq", "GPTQ rounding", text)
 
 
-def _bias(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
-    if not recipe.get("bias_correction"):
-        return None
-    text = "The mean output error that quantization leaves on sample tokens is added to the bias; it costs nothing at run time."
-    return Step("bias", "Bias correction", text)
+def _inputs(manifest: Manifest) -> Step:
+    return Step("activations", "Inputs at run time", manifest.recipe.scheme.describe())
 
 
-def _activations(manifest: Manifest, recipe: Mapping[str, Any]) -> Step:
-    activations = recipe.get("activations", {})
-    rule = f"rule {activations['scale_rule']}" if activations.get("scale_rule") else "the format's default rule"
-    ties = f", ties {activations['ties']}" if activations.get("ties") else ""
-    return Step(
-        "activations",
-        "Inputs at run time",
-        f"Every token's input is quantized when it arrives, each group with its own scale ({rule}{ties}). Nothing is calibrated or kept in higher precision.",
-    )
-
-
-def _protection(manifest: Manifest, recipe: Mapping[str, Any]) -> Step:
+def _protection(manifest: Manifest) -> Step:
     if not manifest.high_precision:
         return Step("", "High-precision blocks", "Every block of every expert runs in W4A4; none is protected.")
     reasons = {f"{row.expert}:{row.block}": row.reason for row in manifest.blocks if row.high_precision}
@@ -189,13 +108,13 @@ def _protection(manifest: Manifest, recipe: Mapping[str, Any]) -> Step:
     return Step("", "High-precision blocks", f"Kept as in the original: {listed}.")
 
 
-def _other(manifest: Manifest, recipe: Mapping[str, Any]) -> Step | None:
-    """Keys that are set to something else than their default, and that the steps above do not know."""
-    defaults = flatten(Recipe().model_dump(mode="json"))
-    off = {"no", "default", "none", "0"}
-    values = flatten(dict(recipe))
-    unknown = {k: v for k, v in values.items() if k not in _DESCRIBED and v != defaults.get(k) and v not in off}
-    if not unknown:
+def _earlier(manifest: Manifest) -> Step | None:
+    """Keys of an earlier version that today's recipes do not have."""
+    if not manifest.earlier_keys:
         return None
-    listed = ", ".join(f"{key} = {value}" for key, value in sorted(unknown.items()))
-    return Step("", "Further settings", f"Set in the recipe and not described above: {listed}.")
+    listed = ", ".join(f"{key} = {value}" for key, value in sorted(manifest.earlier_keys.items()))
+    return Step(
+        "",
+        "Further settings",
+        f"Set in the recipe of the earlier version that made this checkpoint, and not described above: {listed}.",
+    )

@@ -153,7 +153,11 @@ def _picks(sensitivity: Any) -> Table:
 
 
 def _recipe(manifest: Manifest) -> list[tuple[str, str]]:
-    return [(key, value) for key, value in flatten(manifest.recipe).items() if key not in ("description", "format")]
+    return [
+        (key, value)
+        for key, value in flatten(manifest.recipe.model_dump(mode="json")).items()
+        if key not in ("description", "format")
+    ]
 
 
 def _ablation_cell(value: str | int | float) -> Cell:

@@ -84,7 +84,7 @@ def join(*parts: str | int | float) -> str:
 
 def _plain_recipe(manifest: Manifest) -> dict[str, Any]:
     """The resolved recipe without its description and without the keys that are left to the format."""
-    recipe = {key: value for key, value in manifest.recipe.items() if key != "description"}
+    recipe = {key: value for key, value in manifest.recipe.model_dump(mode="json").items() if key != "description"}
     return {key: _without_defaults(value) for key, value in _without_defaults(recipe).items()}
 
 

@@ -1,6 +1,6 @@
-"""Running quantized layers: `QuantLinear`, its specification, and the caches and backends behind it."""
+"""Running quantized layers: `QuantLinear`, its packed weight, and the caches and backends behind it."""
 
 from ptq.runtime.linear import QuantLinear
-from ptq.runtime.spec import QuantSpec
+from ptq.runtime.weight import PackedWeight
 
-__all__ = ["QuantLinear", "QuantSpec"]
+__all__ = ["PackedWeight", "QuantLinear"]

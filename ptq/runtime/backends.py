@@ -1,14 +1,14 @@
 """Which implementation runs a quantized layer, why, and how to force another.
 
-    triton-fp8    MXFP4 as FP8 on Hopper and Blackwell: our persistent kernel
-    scaled-mm     the same operands through torch._scaled_mm (cuBLASLt)
-    dot-scaled    MXFP4 on Blackwell's block-scaled tensor cores, nothing expanded
-    bf16-decode   both formats, any CUDA device since sm_80: exact values in bfloat16
-    cpu           float32 on the CPU
+A backend is one value: its name and device, what speaks against it, how it runs, what speaks for it. The choice depends on
+the device, the scheme, the shape and the placement of the weight. It is never silent: each choice is reported once with its
+reason, and a forced backend (`PTQ_BACKEND`, `use_backend`) that cannot run is an error that says why.
 
-The choice depends on the device, the format, the shape and the placement of the weight. It is never silent: each choice
-is reported once with its reason, and a forced backend (`PTQ_BACKEND`, `use_backend`) that cannot run is an error that
-says why. Nothing here runs a kernel; `ptq.runtime.ops` does.
+    dot-scaled    Blackwell's block-scaled tensor cores, nothing expanded       ptq/runtime/gpu.py
+    triton-fp8    exact in FP8 on Hopper and Blackwell: our persistent kernel
+    scaled-mm     the same operands through torch._scaled_mm (cuBLASLt)
+    bf16-decode   every format with kernels, any CUDA device since sm_80: exact values in bfloat16
+    cpu           float32 on the CPU, every format                              ptq/runtime/cpu.py
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ptq import ui
 from ptq.errors import UsageError
-from ptq.runtime.exactness import BF16_DECODED, Placement
-from ptq.runtime.spec import QuantSpec
+from ptq.runtime.weight import PackedWeight
+from ptq.scheme import Placement, Scheme, get_format
+from ptq.scheme.format import FORMATS
+from ptq.scheme.placement import DECODED
 
-BACKENDS = ("triton-fp8", "scaled-mm", "dot-scaled", "bf16-decode", "cpu")
-PREFERENCE = ("dot-scaled", "triton-fp8", "scaled-mm", "bf16-decode")
-"""Order in which a CUDA device tries them."""
 FEW_ROWS = 64
-"""Up to this many rows the packed weight is read once and decoded in registers (bf16-decode), whatever the device."""
+"""Up to this many rows only backends that read the packed weight once and decode it in registers are considered."""
 VARIABLE = "PTQ_BACKEND"
 
 
@@ -41,27 +42,69 @@ class Machine:
     capability: tuple[int, int]
     triton: bool
 
+    @property
+    def dotted(self) -> str:
+        """The capability as people write it."""
+        return f"{self.capability[0]}.{self.capability[1]}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer.
+
+    Attributes:
+        scheme: of the layer. m, n, k: rows, output features, input features.
+        placement: of the weight (`Format.place`); ignored on the CPU.
+        machine: where.
+    """
+
+    scheme: Scheme
+    m: int
+    n: int
+    k: int
+    placement: Placement
+    machine: Machine
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation.
+
+    Attributes:
+        name: as users write it.
+        device: type of the device that it runs on.
+        merit: why it is taken where it can be.
+        obstacle: why it cannot run a call on its device, or None.
+        run: (x [..., K] on the device, weight with contiguous tensors, placement) -> [M, N] of any float dtype.
+        few_rows: whether it is made for at most FEW_ROWS rows too.
+    """
+
+    name: str
+    device: str
+    merit: str
+    obstacle: Callable[[Call], str | None]
+    run: Callable[[Tensor, PackedWeight, Placement], Tensor]
+    few_rows: bool = False
+
 
 @dataclass(frozen=True)
 class Choice:
     """A backend and one sentence why."""
 
-    backend: str
+    backend: Backend
     reason: str
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Rows, output features, input features of one call."""
-
-    m: int
-    n: int
-    k: int
-
-
-ON_CPU = Choice("cpu", "the tensors are on the CPU")
+BACKENDS: dict[str, Backend] = {}
+"""Name -> backend, in the order in which they are tried."""
 
 _forced: str | None = None
+
+
+def register_backend(backend: Backend) -> Backend:
+    """Make a backend known; it is tried after those that are."""
+    BACKENDS[backend.name] = backend
+    return backend
 
 
 def use_backend(name: str | None) -> None:
@@ -86,79 +129,54 @@ def forced_backend() -> str | None:
     return _known(name, VARIABLE) if name else None
 
 
-def choose(spec: QuantSpec, shape: Shape, placement: Placement, machine: Machine, forced: str | None) -> Choice:
+def choose(call: Call, forced: str | None) -> Choice:
     """The backend for one call.
 
     Args:
-        placement: of the weight (`ptq.runtime.exactness.place`); ignored on the CPU and for HiF4.
         forced: a backend name, or None for the best that can run.
 
     Raises:
         UsageError: the forced backend, or every backend, cannot run here.
     """
     if forced is not None:
-        reason = obstacle(forced, spec, shape, placement, machine)
+        reason = obstacle(BACKENDS[forced], call)
         if reason:
             raise UsageError(
-                f"Backend {forced} was asked for but cannot run this {spec.format} layer ([{shape.m}, {shape.k}] x [{shape.n}, {shape.k}]): {reason}. Leave {VARIABLE} and --backend unset to use the best that can."
+                f"Backend {forced} was asked for but cannot run this {call.scheme.format.name} layer ([{call.m}, {call.k}] x [{call.n}, {call.k}]): {reason}. Leave {VARIABLE} and --backend unset to use the best that can."
             )
-        return Choice(forced, "asked for")
-    if machine.device == "cpu":
-        return ON_CPU
-    candidates = ("bf16-decode",) if shape.m <= FEW_ROWS else PREFERENCE
+        return Choice(BACKENDS[forced], "asked for")
+    few = call.m <= FEW_ROWS
     refusals: list[str] = []
-    for backend in candidates:
-        reason = obstacle(backend, spec, shape, placement, machine)
+    for backend in BACKENDS.values():
+        if backend.device != call.machine.device or (few and not backend.few_rows):
+            continue
+        reason = obstacle(backend, call)
         if reason is None:
-            return Choice(backend, "; ".join(refusals) or _merit(backend, shape))
-        refusals.append(f"not {backend}: {reason}")
-    raise UsageError(f"No backend can run {spec.format} layers on this device: {'; '.join(refusals)}.")
+            return Choice(backend, "; ".join(refusals) or _merit(backend, few))
+        refusals.append(f"not {backend.name}: {reason}")
+    raise UsageError(f"No backend can run {call.scheme.format.name} layers on this device: {'; '.join(refusals)}.")
 
 
-def obstacle(backend: str, spec: QuantSpec, shape: Shape, placement: Placement, machine: Machine) -> str | None:
+def obstacle(backend: Backend, call: Call) -> str | None:
     """Why `backend` cannot run this call, or None."""
-    if (backend == "cpu") != (machine.device == "cpu"):
-        return f"the tensors are on {machine.device}"
-    if backend == "cpu":
-        return None
-    if not machine.triton:
-        return "triton is not installed (pip install triton)"
-    if backend == "bf16-decode":
-        return None if machine.capability >= (8, 0) else f"it needs compute capability 8.0, found {_dotted(machine)}"
-    if spec.format != "mxfp4":
-        return f"{spec.format} scales have mantissas, exact in bfloat16 only"
-    return _mxfp4_obstacle(backend, shape, placement, machine)
-
-
-def _mxfp4_obstacle(backend: str, shape: Shape, placement: Placement, machine: Machine) -> str | None:
-    major = machine.capability[0]
-    if backend == "dot-scaled":
-        return None if major in (10, 12) else f"block-scaled tensor cores came with Blackwell, found {_dotted(machine)}"
-    if placement.kind == "bf16":
-        return f"the weight does not fit FP8 ({placement.reason})"
-    if backend == "triton-fp8":
-        return (
-            None if major in (9, 10, 12) else f"it needs tensor memory access (9.0 or later), found {_dotted(machine)}"
-        )
-    if placement.kind != "e4m3":
-        return f"torch._scaled_mm takes e4m3 weights with one factor, this one is {placement.kind} ({placement.reason})"
-    if machine.capability < (8, 9):
-        return f"FP8 tensor cores came with 8.9, found {_dotted(machine)}"
-    if shape.n % 16 or shape.k % 16:
-        return f"torch._scaled_mm needs N and K to be multiples of 16, found {shape.n} and {shape.k}"
-    return None
+    if backend.device != call.machine.device:
+        return f"the tensors are on {call.machine.device}"
+    return backend.obstacle(call)
 
 
 def preview(machine: Machine) -> dict[str, str]:
     """Format -> "backend: reason" for a large layer on this machine, for `ptq doctor`; what is forced counts."""
     found = {}
-    for name, placement in (("mxfp4", Placement("e4m3", 0, None, "a usual weight")), ("hif4", BF16_DECODED)):
+    for name in FORMATS:
+        scheme = Scheme(get_format(name))
+        fp8 = scheme.format.exact_in_fp8(scheme.input_rule)
+        placement = Placement("e4m3", 0, None, "a usual weight") if fp8 else DECODED
         try:
-            choice = choose(QuantSpec(name), Shape(32760, 5120, 5120), placement, machine, forced_backend())
+            choice = choose(Call(scheme, 32760, 5120, 5120, placement, machine), forced_backend())
         except UsageError as error:
             found[name] = str(error)
         else:
-            found[name] = f"{choice.backend}: {choice.reason}"
+            found[name] = f"{choice.backend.name}: {choice.reason}"
     return found
 
 
@@ -175,27 +193,18 @@ def has_triton() -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def report_once(format_name: str, choice: Choice) -> None:
+def report_once(format_name: str, backend: str, reason: str) -> None:
     """Tell the user once per format, backend and reason."""
-    ui.info(f"{format_name} layers run on backend {choice.backend}: {choice.reason}.")
+    ui.info(f"{format_name} layers run on backend {backend}: {reason}.")
 
 
-def _merit(backend: str, shape: Shape) -> str:
-    if shape.m <= FEW_ROWS:
+def _merit(backend: Backend, few: bool) -> str:
+    if few and backend.device != "cpu":
         return f"at most {FEW_ROWS} rows: the weight is decoded while it is read"
-    return {
-        "dot-scaled": "block-scaled tensor cores multiply the packed codes",
-        "triton-fp8": "MXFP4 is exact in FP8",
-        "scaled-mm": "MXFP4 is exact in FP8",
-        "bf16-decode": "exact in bfloat16",
-    }[backend]
+    return backend.merit
 
 
 def _known(name: str, source: str) -> str:
     if name not in BACKENDS:
         raise UsageError(f"{source} names the backend {name!r}; choose one of {', '.join(BACKENDS)}.")
     return name
-
-
-def _dotted(machine: Machine) -> str:
-    return f"{machine.capability[0]}.{machine.capability[1]}"

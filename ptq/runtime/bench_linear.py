@@ -17,23 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq import formats
+from ptq.config import load_recipe
 from ptq.runtime import cpu
+from ptq.runtime.last_input import forget_input
 from ptq.runtime.linear import QuantLinear
-from ptq.runtime.sharing import forget_input
-from ptq.runtime.spec import QuantSpec
-from ptq.scheme import hadamard_blocks
+from ptq.scheme import FORMATS, Scheme
 
 CPU_SHAPES = ((256, 192, 192), (256, 512, 192), (256, 192, 512), (1024, 1536, 1536))
 """[M, N, K] of small models, and one layer that no cache hides."""
 GPU_SHAPES = ((32760, 5120, 5120), (32760, 13824, 5120), (32760, 5120, 13824), (512, 5120, 5120))
 """The block Linears of A14B at 832 x 480 x 81 frames: attention, feed-forward up and down, text keys and values."""
-SPECS = {
-    "mxfp4": QuantSpec("mxfp4", 64, scale_rule="even", learned=True),
-    "hif4": QuantSpec("hif4", 64, scale_rule="mse", learned=True),
-}
-"""The numerics of the default recipes."""
 BASELINE = {"cpu": "float32", "cuda": "bf16"}
+"""What speedups are relative to, by device."""
 
 Run = Callable[[], Tensor]
 
@@ -114,9 +109,9 @@ def measure_shape(shape: tuple[int, int, int], device: torch.device, repeats: in
                 tflops=2.0 * m * n * k / seconds[name] / 1e12,
                 speedup=baseline / seconds[name],
                 weight_bytes=nbytes,
-                error=_error(run(), spec, x, weight) if spec else None,
+                error=_error(run(), scheme, x, weight) if scheme else None,
             )
-            for name, (run, nbytes, spec) in candidates.items()
+            for name, (run, nbytes, scheme) in candidates.items()
         ]
 
 
@@ -150,9 +145,9 @@ def _timed(run: Run, device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def _candidates(x: Tensor, weight: Tensor) -> dict[str, tuple[Run, int, QuantSpec | None]]:
-    """Name -> (call, bytes of weight kept, spec if the result can be checked against its own fake quantization)."""
-    found: dict[str, tuple[Run, int, QuantSpec | None]] = {}
+def _candidates(x: Tensor, weight: Tensor) -> dict[str, tuple[Run, int, Scheme | None]]:
+    """Name -> (call, bytes of weight kept, scheme if the result can be checked against its own fake quantization)."""
+    found: dict[str, tuple[Run, int, Scheme | None]] = {}
     x16, w16 = x.bfloat16(), weight.bfloat16()
     if x.device.type == "cpu":
         found["float32"] = (lambda: F.linear(x, weight), weight.nbytes, None)
@@ -160,30 +155,30 @@ def _candidates(x: Tensor, weight: Tensor) -> dict[str, tuple[Run, int, QuantSpe
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (8, 9):
         w8, factor = _to_e4m3(weight)
         found["fp8 w8a8"] = (lambda: _w8a8(x, w8, factor), w8.nbytes, None)
-    for name, spec in SPECS.items():
-        layer = quantized_layer(weight, spec)
-        decoded = cpu.decode(layer.weight_packed, layer.weight_scale, name).to(x.dtype)
+    for name, scheme in default_schemes().items():
+        layer = quantized_layer(weight, scheme)
+        decoded = layer.packed.decode().to(x.dtype)
         fake = _fake_quant(x, decoded, layer)
         packed = sum(p.nbytes for p in layer.parameters())
         cached = decoded.numel() * 4 if x.device.type == "cpu" else 0
         kept = packed + (cached if cached <= cpu.decoded_cache.limit_bytes else 0)
-        found[f"{name} fake-quant"] = (fake, decoded.nbytes, spec)
-        if name == "mxfp4" and x.device.type == "cuda":
-            found["mxfp4 plain dot_scaled"] = (_plain_dot_scaled(x, layer), packed, spec)
-        found[f"{name} ptq"] = (_layer_call(layer, x), kept, spec)
+        found[f"{name} fake-quant"] = (fake, decoded.nbytes, scheme)
+        if scheme.format.block_scaled and x.device.type == "cuda":
+            found[f"{name} plain dot_scaled"] = (_plain_dot_scaled(x, layer), packed, scheme)
+        found[f"{name} ptq"] = (_layer_call(layer, x), kept, scheme)
     return found
 
 
-def quantized_layer(weight: Tensor, spec: QuantSpec, bias: Tensor | None = None) -> QuantLinear:
+def default_schemes() -> dict[str, Scheme]:
+    """Format -> the numerics of its default recipe."""
+    return {name: Scheme.of(name, **load_recipe(name, name).scheme.model_dump()) for name in FORMATS}
+
+
+def quantized_layer(weight: Tensor, scheme: Scheme, bias: Tensor | None = None) -> QuantLinear:
     """Round a weight [N, K] to nearest, for speed measurements (no calibration)."""
-    basis = plain_basis(spec, weight.shape[1], weight.device)
-    codes = formats.get(spec.format).quantize(spec.transform_weight(weight.float(), basis))
-    return QuantLinear.from_codes(codes, spec, bias, basis)
-
-
-def plain_basis(spec: QuantSpec, k: int, device: torch.device) -> Tensor | None:
-    """What a layer of this spec stores where nothing was learned: Hadamard blocks, or None."""
-    return hadamard_blocks(k, spec.rotation).to(device) if spec.learned else None
+    basis = scheme.transform.plain(weight.shape[1], weight.device)
+    codes = scheme.format.quantize(scheme.transform.weight(weight, basis))
+    return QuantLinear.from_codes(codes, scheme, bias, basis)
 
 
 def _layer_call(layer: QuantLinear, x: Tensor) -> Run:
@@ -195,16 +190,16 @@ def _layer_call(layer: QuantLinear, x: Tensor) -> Run:
 
 
 def _fake_quant(x: Tensor, decoded: Tensor, layer: QuantLinear) -> Run:
-    return lambda: F.linear(layer.spec.quantize_input(x, layer.basis).to(x.dtype), decoded)
+    return lambda: F.linear(layer.scheme.quantize_input(x, layer.basis).to(x.dtype), decoded)
 
 
 def _plain_dot_scaled(x: Tensor, layer: QuantLinear) -> Run:
     from ptq.runtime.kernels.gemm_dot_scaled import gemm_dot_scaled
-    from ptq.runtime.kernels.hadamard_quantize import hadamard_quantize
+    from ptq.runtime.kernels.quantize import quantize
     from ptq.runtime.kernels.tiles import Tile
 
     def run() -> Tensor:
-        a = hadamard_quantize(x, layer.basis, layer.spec, "packed")
+        a = quantize(x, layer.basis, layer.scheme, "packed")
         weight = (layer.weight_packed, layer.weight_scale)
         return gemm_dot_scaled(a.values, a.scales, *weight, None, x.dtype, tile=Tile(128, 128, 128, stages=3))
 
@@ -221,9 +216,8 @@ def _w8a8(x: Tensor, w8: Tensor, w_factor: Tensor) -> Tensor:
     return torch._scaled_mm(x8, w8.t(), x_factor, w_factor, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def _error(found: Tensor, spec: QuantSpec, x: Tensor, weight: Tensor, rows: int = 64) -> float:
+def _error(found: Tensor, scheme: Scheme, x: Tensor, weight: Tensor, rows: int = 64) -> float:
     """Relative difference to the float64 product of fake-quantized input and decoded weight, on the first rows."""
-    basis = plain_basis(spec, weight.shape[1], weight.device)
-    codes = formats.get(spec.format).quantize(spec.transform_weight(weight.float(), basis))
-    exact = spec.quantize_input(x[:rows], basis).double() @ formats.get(spec.format).dequantize(codes).double().T
+    layer = quantized_layer(weight, scheme)
+    exact = scheme.quantize_input(x[:rows], layer.basis).double() @ layer.packed.decode().double().T
     return float((found[:rows].double() - exact).abs().max() / exact.abs().max())

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq import formats
+from ptq.scheme import FORMATS
 
 WAN_SHAPES = ((5120, 5120), (13824, 5120), (5120, 13824), (3072, 3072), (14336, 3072), (3072, 14336))
 """[N, K] of the Linears of the A14B and 5B models."""
@@ -105,7 +105,7 @@ def _measure(x: Tensor, candidates: dict[str, tuple[str, Callable[[Tensor], Any]
 
 def _candidates() -> tuple[dict[str, tuple[str, Callable[[Tensor], Any]]], list[str]]:
     found: dict[str, tuple[str, Callable[[Tensor], Any]]] = {"copy bfloat16": ("copy", torch.clone)}
-    for name, format_ in formats.FORMATS.items():
+    for name, format_ in FORMATS.items():
         found[f"ptq {name} pack"] = ("pack", format_.quantize_and_pack)
         found[f"ptq {name} fake-quant"] = ("fake", format_.fake_quantize)
     missing = []

@@ -9,89 +9,88 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ptq import formats
-from ptq.runtime import cpu, ops
-from ptq.runtime.spec import QuantSpec
-from ptq.scheme import Codes, decode_blocks, restore_weight, rotate_weight, rotation_scales
+from ptq.runtime import ops
+from ptq.runtime.weight import PackedWeight
+from ptq.scheme import Codes, Scheme
 
 
 class QuantLinear(nn.Module):
     """W4A4 replacement of nn.Linear.
 
     State: `weight_packed` uint8 [N, K/2], `weight_scale` [N, K/group] (dtype of the format), `bias` float [N] or
-    absent, and what `spec` asks for: `smooth` bfloat16 [K] or `transform` uint8 [K/B, B, B]. All are parameters without
-    gradient, so that device maps, offloading hooks and state dicts treat them like any weight.
+    absent, and the basis of the scheme's transform under its name (`transform`, `smooth`) where it stores one. All are
+    parameters without gradient, so that device maps, offloading hooks and state dicts treat them like any weight.
 
     Args:
-        in_features, out_features: K and N; K must be a multiple of the group and of the rotation block.
+        in_features, out_features: K and N; K must be a multiple of the group and of the transform's block.
         bias: whether the layer has a bias.
-        spec: the numerics.
+        scheme: the numerics.
         device, dtype: where and in which float dtype to create bias (packed dtypes are fixed).
 
     Raises:
-        FormatError: K does not fit the format.
+        FormatError: K does not fit the scheme.
     """
+
+    weight_packed: nn.Parameter
+    weight_scale: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         bias: bool,
-        spec: QuantSpec,
+        scheme: Scheme,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.spec = in_features, out_features, spec
-        fmt = formats.get(spec.format)
-        if in_features % max(fmt.group_size, spec.rotation):
-            raise formats.FormatError(
-                f"A layer with K = {in_features} cannot be {spec.format} with rotation {spec.rotation}: K must be a multiple of {max(fmt.group_size, spec.rotation)}."
-            )
-        self.weight_packed = _frozen(torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device))
-        scale_shape = (out_features, in_features // fmt.group_size)
-        self.weight_scale = _frozen(torch.empty(scale_shape, dtype=fmt.scale_dtype, device=device))
+        scheme.check_width(in_features)
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        tensors = scheme.tensors(out_features, in_features)
+        basis = tensors.pop(scheme.transform.tensor or "", None)
+        for name, (shape, stored) in tensors.items():
+            setattr(self, name, _frozen(torch.empty(shape, dtype=stored, device=device)))
         self.bias = _frozen(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
-        self.smooth = self.transform = None
-        if spec.smooth:
-            self.smooth = _frozen(torch.empty(in_features, dtype=torch.bfloat16, device=device))
-        if spec.learned:
-            blocks = (in_features // spec.rotation, spec.rotation, spec.rotation)
-            self.transform = _frozen(torch.empty(blocks, dtype=torch.uint8, device=device))
+        if basis is not None:
+            setattr(self, str(scheme.transform.tensor), _frozen(torch.empty(basis[0], dtype=basis[1], device=device)))
 
     @classmethod
-    def from_codes(cls, codes: Codes, spec: QuantSpec, bias: Tensor | None, basis: Tensor | None) -> QuantLinear:
-        """A layer holding given codes (weight already in the transformed basis), bias [N], and smooth [K] or transform
-        [K/B, B, B] as `spec` says."""
-        packed, scale = formats.get(spec.format).pack(codes)
-        n, k = codes.elements.shape
-        layer = cls(k, n, bias is not None, spec, device="meta")
-        layer.weight_packed, layer.weight_scale = _frozen(packed), _frozen(scale)
-        layer.bias = None if bias is None else _frozen(bias)
-        if spec.basis_name is not None:
-            setattr(layer, spec.basis_name, None if basis is None else _frozen(basis))
+    def from_codes(cls, codes: Codes, scheme: Scheme, bias: Tensor | None, basis: Tensor | None) -> QuantLinear:
+        """A layer holding given codes (of the weight in the basis), bias [N], and the basis as the transform stores it."""
+        return cls.from_packed(PackedWeight(*scheme.format.pack(codes), bias, basis, scheme))
+
+    @classmethod
+    def from_packed(cls, weight: PackedWeight) -> QuantLinear:
+        """A layer holding a packed weight."""
+        layer = cls(weight.k, weight.n, weight.bias is not None, weight.scheme, device="meta")
+        layer.weight_packed, layer.weight_scale = _frozen(weight.codes), _frozen(weight.scales)
+        layer.bias = None if weight.bias is None else _frozen(weight.bias)
+        if weight.scheme.transform.tensor is not None:
+            assert weight.basis is not None
+            setattr(layer, weight.scheme.transform.tensor, _frozen(weight.basis))
         return layer
 
     @property
     def basis(self) -> Tensor | None:
-        """The tensor that `spec`'s change of basis needs: `transform`, `smooth` or None."""
-        return self.transform if self.spec.learned else self.smooth
+        """The tensor that the scheme's transform stores, or None."""
+        name = self.scheme.transform.tensor
+        return None if name is None else getattr(self, name)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """All that the layer holds, as one value."""
+        return PackedWeight(self.weight_packed, self.weight_scale, self.bias, self.basis, self.scheme)
 
     def codes(self) -> Codes:
         """The unpacked codes."""
-        return formats.get(self.spec.format).unpack(self.weight_packed, self.weight_scale)
+        return self.scheme.format.unpack(self.weight_packed, self.weight_scale)
 
     def dequantize(self) -> Tensor:
         """The weight in the original basis as float32 [N, K]: what plain `x @ W.T` would need (the change of
         basis undone; input quantization is not part of it)."""
-        weight = cpu.decode(self.weight_packed, self.weight_scale, self.spec.format)
-        if self.transform is not None:
-            return restore_weight(weight, decode_blocks(self.transform))
-        if self.spec.rotation:
-            input_factor, weight_factor = rotation_scales(self.spec.rotation)
-            weight = rotate_weight(weight, self.spec.rotation) * (input_factor / weight_factor)
-        return weight if self.smooth is None else weight * self.smooth.float()
+        return self.scheme.transform.restore(self.packed.decode(), self.basis)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] of any float dtype -> [..., N] in the same dtype.
@@ -99,10 +98,10 @@ class QuantLinear(nn.Module):
         Raises:
             UsageError: a forced backend cannot run this layer here.
         """
-        return ops.linear(x, self.weight_packed, self.weight_scale, self.bias, self.basis, self.spec)
+        return ops.linear(x, self.packed)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme.key}"
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

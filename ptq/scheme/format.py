@@ -1,12 +1,12 @@
-"""What every 4-bit block format offers: the `Format` interface, its `Codes`, nibble packing.
+"""What every 4-bit block format offers: the `Format` interface, its `Codes`, nibble packing, the table of formats.
 
 A format cuts the last dimension K into groups, gives each group a scale and each element a nibble. Two views of the
 same codes exist: (elements, scales) for arithmetic, and (weight_packed, weight_scale) as stored in a checkpoint.
 Rounding solvers use the third view, `steps` and `encode`: once scales are fixed, every element has its own step and the
 format is a plain nearest-level quantizer on `x / step`.
 
-Tensors in CPU memory are converted by compiled kernels (`ptq.scheme.native`), all others by the eager functions of the
-formats, which are the definition: both give the same codes. Eager functions work on columns, [group, n] with n groups side
+Tensors in CPU memory are converted by compiled kernels (`ptq.scheme.native`) where a format has them, all others by the
+eager functions of the formats, which are the definition: both give the same codes. Eager functions work on columns, [group, n] with n groups side
 by side, so that every operation runs along contiguous memory.
 
 Deliberately no nn.Module and no state: functions of tensors on whatever device they are.
@@ -15,6 +15,7 @@ Deliberately no nn.Module and no state: functions of tensors on whatever device 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,9 +24,11 @@ from torch import Tensor
 
 from ptq.errors import PtqError
 from ptq.scheme import native
+from ptq.scheme.placement import DECODED, Placement
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP16_MAX = 65504.0
+"""Largest finite float16."""
 
 
 class FormatError(PtqError, ValueError):
@@ -46,17 +49,33 @@ class Codes:
 
 
 class Format(ABC):
-    """A 4-bit block format along the last dimension. Stateless; get one with `ptq.formats.get(name)`."""
+    """A 4-bit block format along the last dimension. Stateless; get one with `get_format(name)`.
+
+    A format of your own subclasses this, sets the names below, defines the abstract methods, and is made known with
+    `register_format`. Everything else has a default: no compiled twin, no search of scales, no Triton kernels, products in
+    bfloat16.
+    """
 
     name: ClassVar[str]
+    title: ClassVar[str]
+    """The name as people write it."""
+    description: ClassVar[str]
+    """Sentences for the report: groups, scales, elements, bits a value."""
     group_size: ClassVar[int]
     bits_per_value: ClassVar[float]
     scale_dtype: ClassVar[torch.dtype]
+    """An integer dtype: the diffusers loader casts floating ones."""
     scale_layout: ClassVar[str]
     scale_rules: ClassVar[tuple[str, ...]]
     """Names accepted by `scale_rule`; the first one is the default."""
     ties_options: ClassVar[tuple[str, ...]]
-    """Names accepted by `ties`; the first one is the default."""
+    """Names accepted by `ties`; the first one is the default, and the one that layers use."""
+    searched_scales: ClassVar[str | None] = None
+    """What `search_scales` tries, for the report; None: there is no search."""
+    kernel_id: ClassVar[int | None] = None
+    """What `ptq.runtime.kernels.formats` knows the format by; None: it runs on the CPU only."""
+    block_scaled: ClassVar[bool] = False
+    """Whether packed codes and scales are operands of Blackwell's block-scaled tensor cores as they are."""
 
     # Public, shape-checked entry points.
 
@@ -75,8 +94,9 @@ class Format(ABC):
             FormatError: dtype, K, scale rule or ties not accepted.
         """
         rule, ties = self.check(x, scale_rule, ties)
-        if native.takes(x):
-            return Codes(*native.codes(self.kernels(rule, ties), x, self.group_size, self.scale_dtype, packed=False))
+        kernels = self._compiled(x, rule, ties)
+        if kernels is not None:
+            return Codes(*native.codes(kernels, x, self.group_size, self.scale_dtype, packed=False))
         elements, scales = self.quantize_columns(to_columns(x, self.group_size), rule, ties)
         elements = elements.T.contiguous().view(x.shape)
         return Codes(elements, scales.view(*x.shape[:-1], x.shape[-1] // self.group_size))
@@ -90,8 +110,9 @@ class Format(ABC):
             weight_packed uint8 [..., K/2], weight_scale [..., K/group_size].
         """
         rule, ties = self.check(x, scale_rule, ties)
-        if native.takes(x):
-            return native.codes(self.kernels(rule, ties), x, self.group_size, self.scale_dtype, packed=True)
+        kernels = self._compiled(x, rule, ties)
+        if kernels is not None:
+            return native.codes(kernels, x, self.group_size, self.scale_dtype, packed=True)
         return self.pack(self.quantize(x, scale_rule=rule, ties=ties))
 
     def dequantize(self, codes: Codes) -> Tensor:
@@ -106,9 +127,10 @@ class Format(ABC):
         saturate at 65504 instead of becoming infinite. Same arguments and errors as `quantize`; NaN groups are NaN.
         """
         rule, ties = self.check(x, scale_rule, ties)
-        if native.takes(x):
+        kernels = self._compiled(x, rule, ties)
+        if kernels is not None:
             wide = x.float() if x.dtype == torch.float16 else x
-            return into(x.dtype, native.values(self.kernels(rule, ties), wide, self.group_size))
+            return into(x.dtype, native.values(kernels, wide, self.group_size))
         values = self.fake_quantize_columns(to_columns(x, self.group_size), rule, ties)
         return into(x.dtype, values).T.contiguous().view(x.shape)
 
@@ -151,15 +173,59 @@ class Format(ABC):
     def quantize_columns(self, x_gn: Tensor, rule: str, ties: str) -> tuple[Tensor, Tensor]:
         """float32 [group, n] -> (elements uint8 [group, n], scales [n])."""
 
-    @abstractmethod
+    # What a format may add.
+
     def fake_quantize_columns(self, x_gn: Tensor, rule: str, ties: str) -> Tensor:
         """float32 [group, n] -> its values on the grid, float32 [group, n]."""
+        elements, scales = self.quantize_columns(x_gn, rule, ties)
+        return self.decode(elements.T, self.steps(scales.unsqueeze(-1))).T
 
-    @abstractmethod
-    def kernels(self, rule: str, ties: str) -> native.Kernels:
-        """The compiled kernels of the format with these options."""
+    def kernels(self, rule: str, ties: str) -> native.Kernels | None:
+        """The compiled kernels of the format with these options; None: the eager functions run on the CPU too."""
+        return None
+
+    def kernel_rule(self, scale_rule: str) -> int:
+        """The number by which the format's device functions know a scale rule."""
+        return self.scale_rules.index(scale_rule)
+
+    def search_scales(self, w_rk: Tensor, weights_k: Tensor | None) -> Tensor:
+        """Scales [R, K / group] of a weight float32 [R, K] with the smallest squared error, columns weighted by float32 [K].
+
+        Raises:
+            FormatError: the format has no such search.
+        """
+        raise FormatError(f"{self.title} has no search of weight scales: set solver.clip_search to false.")
+
+    def exact_in_fp8(self, scale_rule: str | None) -> bool:
+        """Whether inputs quantized by this rule are exact in FP8 times one power of two."""
+        return False
+
+    def place(self, weight_packed: Tensor, weight_scale: Tensor) -> Placement:
+        """How a packed weight is held while it is multiplied: in FP8 where it is exact there, else in bfloat16.
+
+        Raises:
+            FormatError: a damaged weight.
+        """
+        return DECODED
+
+    def decode_packed(self, weight_packed: Tensor, weight_scale: Tensor) -> Tensor:
+        """Packed codes -> exact values, float32 [..., K]."""
+        return self.dequantize(self.unpack(weight_packed, weight_scale))
+
+    def packed_tensors(self, n: int, k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """What a layer of N x K stores of its weight: name -> (shape, dtype)."""
+        return {
+            "weight_packed": ((n, k // 2), torch.uint8),
+            "weight_scale": ((n, k // self.group_size), self.scale_dtype),
+        }
+
+    def __reduce__(self) -> tuple[Callable[[str], Format], tuple[str]]:
+        return get_format, (self.name,)  # copies and other processes get the one that is registered
 
     # Checks.
+
+    def _compiled(self, x: Tensor, rule: str, ties: str) -> native.Kernels | None:
+        return self.kernels(rule, ties) if native.takes(x) else None
 
     def check(self, x: Tensor, scale_rule: str | None, ties: str | None) -> tuple[str, str]:
         """Check an input and its options.

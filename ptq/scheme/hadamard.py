@@ -16,7 +16,43 @@ import functools
 import torch
 from torch import Tensor
 
+from ptq.scheme.format import FormatError
+from ptq.scheme.transform import Transform, register_transform, settle
+
 BLOCK_SIZES = (16, 32, 64, 128)
+
+
+@register_transform
+class Hadamard(Transform):
+    """A rule, not stored matrices: nothing is kept with the layer."""
+
+    kind = "hadamard"
+    title = "Block Hadamard rotation"
+    description = "Input and weight are rotated by an orthonormal Hadamard matrix in blocks of {block} channels: the layer's output stays the same, an outlier is spread over its block. The weight is rotated once, the input at run time."
+
+    def check(self, group_size: int) -> None:
+        if self.block not in BLOCK_SIZES:
+            raise FormatError(f"Hadamard block size {self.block} is not supported; choose one of {BLOCK_SIZES}.")
+
+    def input(self, x: Tensor, basis: Tensor | None) -> Tensor:
+        return rotate(x, self.block, rotation_factors(self.block)[0])
+
+    def weight(self, w_nk: Tensor, basis: Tensor | None) -> Tensor:
+        return rotate(w_nk.float(), self.block, rotation_factors(self.block)[1])
+
+    def restore(self, w_nk: Tensor, basis: Tensor | None) -> Tensor:
+        input_factor, weight_factor = rotation_factors(self.block)
+        return rotate(w_nk, self.block, weight_factor) * (input_factor / weight_factor)
+
+    def hessian(self, h_kk: Tensor, basis: Tensor | None) -> Tensor:
+        factor = rotation_factors(self.block)[0]
+        return settle(rotate(rotate(h_kk, self.block, factor).T, self.block, factor).T)
+
+
+def rotation_factors(size: int) -> tuple[float, float]:
+    """(input factor, weight factor): powers of two whose product is 1 / size."""
+    exponent = size.bit_length() - 1
+    return 2.0 ** -(exponent // 2), 2.0 ** -((exponent + 1) // 2)
 
 
 def hadamard_matrix(size: int) -> Tensor:
@@ -38,30 +74,8 @@ def signs(size: int) -> Tensor:
     return matrix
 
 
-def rotation_scales(size: int) -> tuple[float, float]:
-    """(input factor, weight factor): powers of two whose product is 1 / size."""
-    exponent = size.bit_length() - 1
-    return 2.0 ** -(exponent // 2), 2.0 ** -((exponent + 1) // 2)
-
-
-def rotate_input(x: Tensor, size: int) -> Tensor:
-    """Rotate activations [..., K] in blocks of `size` (0: unchanged). float32 result for float32 input."""
-    return x if size == 0 else _rotate(x, size, rotation_scales(size)[0])
-
-
-def rotate_weight(w_nk: Tensor, size: int) -> Tensor:
-    """Rotate a weight [N, K] so that rotate_weight(W) @ rotate_input(x) = W @ x (0: unchanged)."""
-    return w_nk if size == 0 else _rotate(w_nk, size, rotation_scales(size)[1])
-
-
-def rotate_hessian(h_kk: Tensor, size: int) -> Tensor:
-    """Hessian [K, K] = sum x x^T of raw inputs -> the Hessian of rotated inputs (0: unchanged)."""
-    if size == 0:
-        return h_kk
-    return rotate_input(rotate_input(h_kk, size).T, size).T
-
-
-def _rotate(x: Tensor, size: int, factor: float) -> Tensor:
+def rotate(x: Tensor, size: int, factor: float) -> Tensor:
+    """x [..., K] times the block-diagonal +-1 matrix times `factor`, in the dtype of x."""
     if x.shape[-1] % size:
         raise ValueError(f"Rotation blocks of {size} do not divide the last dimension of {list(x.shape)}.")
     matrix = _scaled_signs(size, factor, x.device, x.dtype)

@@ -20,24 +20,31 @@ from ptq.scheme.format import Format, with_sign
 NAN_SCALE = 0xFF
 SCALE_MIN, SCALE_MAX = 2.0**-48, 49152.0
 SCALE_BIAS = 48
-BF16_ONE_SEVENTH = 0.142578125  # bfloat16(1/7)
+BF16_ONE_SEVENTH = 0.142578125
+"""bfloat16(1/7)."""
 MSE_BYTES = 3
 """The rule `mse` tries this many E6M2 bytes, from the reference's upwards. Lower ones were measured to add nothing."""
 MSE_LARGEST = 128.0
 """`mse` counts magnitudes above 128 quarters of S's power of two as 128. No such value can be written, so that only an
 error that no choice avoids becomes smaller, and squares stay finite."""
+SEARCHED_OFFSETS = (0, -1, 1, -2, 2, -3, -4)
+"""E6M2 bytes tried for a weight's group, relative to the reference, best first: on equal error the first one wins."""
 
 
 class HiF4(Format):
     """The HiF4 format. See `Format` for the interface."""
 
     name = "hif4"
+    title = "HiF4"
+    description = "HiF4 (HiFloat4, arXiv 2602.11287): groups of 64 values along the input dimension share one E6M2 scale; eight bits double single eighths of the group and sixteen bits single fours; each value has a sign and a level from 0 to 7. 4.5 bits a value."
     group_size = 64
     bits_per_value = 4.5
     scale_dtype = torch.int32
     scale_layout = "hif4-pto-u32-v1"
     scale_rules = ("reference", "mse")
     ties_options = ("away", "even")
+    searched_scales = "scale codes four below to two above the rule's, micro-exponents free"
+    kernel_id = 1
 
     def steps(self, scales: Tensor) -> Tensor:
         scale, e8, e16 = split_words(scales)
@@ -67,6 +74,52 @@ class HiF4(Format):
         from ptq.scheme.native_hif4 import codes, values
 
         return native.Kernels(codes, values, (rule == "mse", ties == "even"))
+
+    def search_scales(self, w_rk: Tensor, weights_k: Tensor | None) -> Tensor:
+        # The group is 8 x 2 x 4: for given S and e8 each four elements choose e16 alone, and each eight choose e8 alone, so
+        # the optimum is exact. Because 2 * S(byte) = S(byte + 4), the 7 x 3 steps of all candidates are only 15 different ones.
+        byte = self.quantize(w_rk).scales & 0xFF  # [R, G]
+        errors = _quad_errors(w_rk, byte, weights_k)
+        lowest = min(SEARCHED_OFFSETS)
+        best_error = torch.full(byte.shape, torch.inf, device=byte.device)
+        best_offset = torch.zeros_like(byte)
+        for offset in SEARCHED_OFFSETS:
+            by_e8 = _error_by_e8(*(errors[offset - lowest + 4 * shift] for shift in range(3)))
+            error = torch.minimum(*by_e8).sum(-1)
+            better = (error < best_error) & (byte + offset >= 0) & (byte + offset < NAN_SCALE)
+            best_error = torch.where(better, error, best_error)
+            best_offset = torch.where(better, offset, best_offset)
+        index = (best_offset - lowest).long()[None, :, :, None].expand(1, -1, -1, 16)
+        chosen = [errors.gather(0, index + 4 * shift)[0] for shift in range(3)]
+        error_e8_0, error_e8_1 = _error_by_e8(*chosen)
+        e8 = error_e8_1 < error_e8_0  # [R, G, 8]
+        high = e8.repeat_interleave(2, dim=-1)
+        e16 = torch.where(high, chosen[2] < chosen[1], chosen[1] < chosen[0])  # [R, G, 16]
+        return join_words(byte + best_offset, e8, e16)
+
+
+def _quad_errors(w_rk: Tensor, byte: Tensor, weights_k: Tensor | None) -> Tensor:
+    """Weighted squared error of every four elements under each step S(byte + i) / 4: [15, R, G, 16]."""
+    # Elements of a quad in the leading dimension: sums over it run over contiguous memory.
+    y = w_rk.abs().reshape(*byte.shape, 16, 4).permute(3, 0, 1, 2).contiguous()
+    weights = None if weights_k is None else weights_k.reshape(-1, 16, 4).permute(2, 0, 1).unsqueeze(1).contiguous()
+    lowest, highest = min(SEARCHED_OFFSETS), max(SEARCHED_OFFSETS) + 8
+    errors = torch.empty((highest - lowest + 1, *byte.shape, 16), device=w_rk.device)
+    for i in range(lowest, highest + 1):
+        # Sixteen bytes down is a factor 16 exactly, and keeps the index below the NaN byte.
+        step = (scale_values(byte + i - 16) * 4.0).unsqueeze(-1)
+        level = (y / step).round_().clamp_(max=7.0)
+        error = torch.addcmul(y, level, step, value=-1.0).square_()
+        if weights is not None:
+            error *= weights
+        torch.sum(error, 0, out=errors[i - lowest])
+    return errors
+
+
+def _error_by_e8(shift0: Tensor, shift1: Tensor, shift2: Tensor) -> tuple[Tensor, Tensor]:
+    """Errors [R, G, 16] under e8 + e16 = 0, 1, 2 -> errors [R, G, 8] with e8 = 0 and e8 = 1, e16 at its best."""
+    low, high = torch.minimum(shift0, shift1), torch.minimum(shift1, shift2)
+    return low[..., 0::2] + low[..., 1::2], high[..., 0::2] + high[..., 1::2]
 
 
 def split_words(words: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,27 +16,39 @@ import torch
 from torch import Tensor
 
 from ptq.scheme import native
-from ptq.scheme.format import Format, with_sign
+from ptq.scheme.format import Format, FormatError, grouped, with_sign
+from ptq.scheme.placement import Placement, place_rows
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 NAN_SCALE = 0xFF
-E2M1_MAX_EXPONENT = 2  # 6 = 1.5 * 2^2
-MAX_SCALE = 252  # 2^125: the largest scale under which every element, up to 6, is a finite float32
-# The exponent grows by one when the fraction of amax = 1.f * 2^e reaches: floor never, ceil f > 0.5 (amax > 6 * 2^(e-2)),
-# even f >= 0.75 (half an E2M1 ulp added), qmax7.25 f > 0.8125 (amax > 7.25 * 2^(e-2)).
+E2M1_MAX_EXPONENT = 2
+"""6 = 1.5 * 2^2."""
+MAX_SCALE = 252
+"""2^125: the largest scale under which every element, up to 6, is a finite float32."""
 EXPONENT_CARRY = {"floor": 0, "ceil": 0x3FFFFF, "even": 0x200000, "qmax7.25": 0x17FFFF}
+"""The exponent grows by one when the fraction of amax = 1.f * 2^e reaches: floor never, ceil f > 0.5 (amax > 6 * 2^(e-2)),
+even f >= 0.75 (half an E2M1 ulp added), qmax7.25 f > 0.8125 (amax > 7.25 * 2^(e-2))."""
+SEARCHED_OFFSETS = (0, 1, -1)
+"""Exponents tried for a weight's group, relative to the rule `floor`, best first: on equal error the first one wins."""
+EMPTY = 1 << 12
+"""An exponent beyond every real one: that of a block of zeros."""
 
 
 class MXFP4(Format):
     """The OCP MXFP4 format. See `Format` for the interface."""
 
     name = "mxfp4"
+    title = "MXFP4"
+    description = "MXFP4 (OCP Microscaling v1.0): groups of 32 values along the input dimension share one power-of-two scale; each value is one of 15 E2M1 numbers. 4.25 bits a value."
     group_size = 32
     bits_per_value = 4.25
     scale_dtype = torch.uint8
     scale_layout = "e8m0-u8"
     scale_rules = ("floor", "ceil", "even", "qmax7.25", "mse")
     ties_options = ("even", "away")
+    searched_scales = "exponents one below to one above the rule's"
+    kernel_id = 0
+    block_scaled = True
 
     def steps(self, scales: Tensor) -> Tensor:
         return scale_values(scales).repeat_interleave(self.group_size, dim=-1)
@@ -66,6 +78,51 @@ class MXFP4(Format):
         from ptq.scheme.native_mxfp4 import codes, values
 
         return native.Kernels(codes, values, (_carry(rule), rule == "mse", ties == "even"))
+
+    def kernel_rule(self, scale_rule: str) -> int:
+        return -1 if scale_rule == "mse" else EXPONENT_CARRY[scale_rule]
+
+    def search_scales(self, w_rk: Tensor, weights_k: Tensor | None) -> Tensor:
+        floor = self.quantize(w_rk, scale_rule="floor").scales.to(torch.int32)
+        weights = None if weights_k is None else grouped(weights_k, self.group_size)
+        best_scales, best_error = floor, torch.full(floor.shape, torch.inf, device=w_rk.device)
+        for offset in SEARCHED_OFFSETS:
+            scales = (floor + offset).clamp(min=0)
+            steps = self.steps(scales.to(torch.uint8))
+            error = grouped(self.decode(self.encode(w_rk, steps), steps).sub_(w_rk).square_(), self.group_size)
+            if weights is not None:
+                error *= weights
+            error_g = error.sum(-1)
+            better = error_g < best_error
+            best_error = torch.where(better, error_g, best_error)
+            best_scales = torch.where(better, scales, best_scales)
+        return best_scales.to(torch.uint8)
+
+    def exact_in_fp8(self, scale_rule: str | None) -> bool:
+        return True
+
+    def place(self, weight_packed: Tensor, weight_scale: Tensor) -> Placement:
+        return place_rows(*row_exponent_ranges(weight_packed, weight_scale))
+
+
+def row_exponent_ranges(weight_packed: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest block exponent of each row, int32 [N] each; a row of zeros has low > high.
+
+    Blocks whose codes are all zero do not count: zero is exact under any factor.
+    """
+    if bool((weight_scale == NAN_SCALE).any()):
+        raise FormatError("A weight scale is NaN (byte 0xFF): the checkpoint is damaged, quantize the model again.")
+    used = nonzero_blocks(weight_packed)
+    exponent = weight_scale.to(torch.int32) - 127
+    low = torch.where(used, exponent, EMPTY).amin(-1)
+    high = torch.where(used, exponent, -EMPTY).amax(-1)
+    return low, high
+
+
+def nonzero_blocks(packed: Tensor) -> Tensor:
+    """Packed codes uint8 [..., K/2] -> bool [..., K/32]: which blocks have a non-zero magnitude."""
+    blocks = packed.reshape(*packed.shape[:-1], packed.shape[-1] // 16, 16)
+    return ((blocks & 0x77) != 0).any(-1)
 
 
 def scale_values(scales: Tensor) -> Tensor:

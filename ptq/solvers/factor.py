@@ -20,6 +20,7 @@ from torch import Tensor
 from ptq.solvers.stats import SolverError
 
 RETRY_FACTOR = 10.0
+"""Damping grows by this with every retry."""
 FIRST_RETRY = 1e-4
 """Damping of the first retry where the requested damping was zero."""
 MAX_DAMPING = 10.0
@@ -48,10 +49,8 @@ class Factor:
     dead_columns: int
 
 
-def factorize(
-    h_kk: Tensor, *, damping: float = 0.01, act_order: bool = True, dtype: torch.dtype = torch.float32
-) -> Factor:
-    """Factorise a Hessian float [K, K] of inputs in the space of the weight (smoothed, rotated).
+def factorize(h_kk: Tensor, *, damping: float, act_order: bool, dtype: torch.dtype = torch.float32) -> Factor:
+    """Factorise a Hessian float [K, K] of inputs in the basis of the weight.
 
     Args:
         damping: fraction of the mean diagonal (over live columns) added to the diagonal.

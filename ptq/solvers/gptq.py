@@ -8,59 +8,30 @@ inside the block. Left-looking, so the weight is read once and never rewritten.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ptq.scheme import Codes, Format
-from ptq.solvers.factor import Factor, factorize
+from ptq.solvers.factor import Factor
 from ptq.solvers.rtn import check_weight
 from ptq.solvers.stats import SolverError
 
-DTYPES = (torch.float32, torch.float64)
 
-
-@dataclass(frozen=True)
-class GptqResult:
-    """Codes and how the factorisation went (see `Factor`)."""
-
-    codes: Codes
-    damping: float
-    damping_retries: int
-    dead_columns: int
-
-
-def gptq(
-    w_nk: Tensor,
-    hessian: Tensor | Factor,
-    fmt: Format,
-    *,
-    scales: Tensor,
-    damping: float = 0.01,
-    act_order: bool = True,
-    block_columns: int = 128,
-    dtype: torch.dtype = torch.float32,
-) -> GptqResult:
+def gptq(w_nk: Tensor, factor: Factor, fmt: Format, *, scales: Tensor, block_columns: int = 128) -> Codes:
     """Round a weight so that its output error on the calibration inputs is small.
 
     Args:
-        w_nk: float [N, K], smoothed and rotated. Rows are independent: stack Linears that share an input.
-        hessian: float [K, K] in the same space, or a Factor (then damping, act_order and dtype are the factor's).
+        w_nk: float [N, K], in the basis. Rows are independent: stack Linears that share an input.
+        factor: of the Hessian of the inputs in the same basis; sums are in its dtype.
         scales: [N, K / group] in the format's stored layout, from `round_to_nearest` or `search_scales`.
         block_columns: columns a lazy block; changes speed, and codes only through the order of floating-point sums.
-        dtype: float32 or float64.
 
     Raises:
-        SolverError: a non-finite weight or Hessian, shapes that do not fit, no factorisation.
+        SolverError: a non-finite weight, shapes that do not fit.
         FormatError: scales that do not belong to a weight of this shape.
     """
     check_weight(w_nk)
     n, k = w_nk.shape
-    if isinstance(hessian, Factor):
-        factor = hessian
-    else:
-        factor = factorize(hessian, damping=damping, act_order=act_order, dtype=dtype)
     if len(factor.order) != k:
         raise SolverError(f"The weight has {k} input channels and the Hessian {len(factor.order)}.")
     steps = fmt.steps(scales)
@@ -69,8 +40,7 @@ def gptq(
     rounded = _round_columns(w_nk, steps, factor, fmt, block_columns)
     elements = torch.empty((k, n), dtype=torch.uint8, device=w_nk.device)
     elements[factor.order] = rounded
-    codes = Codes(elements.T.contiguous(), scales)
-    return GptqResult(codes, factor.damping, factor.damping_retries, factor.dead_columns)
+    return Codes(elements.T.contiguous(), scales)
 
 
 def _round_columns(w_nk: Tensor, steps_nk: Tensor, factor: Factor, fmt: Format, block_columns: int) -> Tensor:

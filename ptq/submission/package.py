@@ -62,7 +62,9 @@ def collect(
     members |= {f"source/{name}": path for name, path in source_files().items()}
     members["report/report.pdf"] = pdf
     members["report/report.html"] = html
-    members[RECIPE_FILE] = yaml.safe_dump(manifest.recipe, sort_keys=True, allow_unicode=True).encode()
+    members[RECIPE_FILE] = yaml.safe_dump(
+        manifest.recipe.model_dump(mode="json"), sort_keys=True, allow_unicode=True
+    ).encode()
     members["prompts.jsonl"] = _prompts(runs["candidate"])
     members["README.md"] = readme(manifest, verdict).encode()
     steps = reproduction(gather(Sources(evaluation, checkpoint, *runs.values())))

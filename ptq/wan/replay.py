@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from ptq.checkpoint.modules import replace_linears
+from ptq.checkpoint.layers import replace_linears
 from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import PtqError

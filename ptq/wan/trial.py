@@ -18,18 +18,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import ptq  # noqa: F401  (registers the quantizer that from_pretrained needs)
-from ptq import formats
 from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.safetensors_file import read_header
 from ptq.checkpoint.shards import ShardSet, write_component
 from ptq.errors import PtqError
-from ptq.runtime import QuantLinear, QuantSpec
+from ptq.runtime import QuantLinear
+from ptq.scheme import Scheme
 from ptq.store.files import free_space_hint, read_json, write_bytes
 from ptq.wan.replay import state_names
 from ptq.wan.structure import LINEARS, block_prefix
 
 SIZE = {"num_attention_heads": 4, "attention_head_dim": 16, "ffn_dim": 128, "num_layers": 1, "text_dim": 32}
 SEED = 5
+TRIAL_BLOCK = 64
+"""Size of the rotated blocks; every format's groups divide it."""
 
 
 def run_trial(folder: Path, format_name: str, device: str) -> None:
@@ -52,7 +54,7 @@ def run_trial(folder: Path, format_name: str, device: str) -> None:
 
 def _round_trip(scratch: Path, format_name: str, device: str) -> None:
     expert = scratch / "transformer"
-    written = _write(expert, QuantSpec(format_name, formats.get(format_name).group_size))
+    written = _write(expert, Scheme.of(format_name, transform="hadamard", block=TRIAL_BLOCK))
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model = WanTransformer3DModel.from_pretrained(expert, torch_dtype=dtype)
     read = model.state_dict()
@@ -74,7 +76,7 @@ def _round_trip(scratch: Path, format_name: str, device: str) -> None:
         )
 
 
-def _write(expert: Path, spec: QuantSpec) -> dict[str, Tensor]:
+def _write(expert: Path, scheme: Scheme) -> dict[str, Tensor]:
     """Write the packed expert; returns its packed tensors."""
     original, packed = expert.parent / "original.safetensors", expert.parent / "packed.safetensors"
     generator = torch.Generator().manual_seed(SEED)
@@ -84,11 +86,10 @@ def _write(expert: Path, spec: QuantSpec) -> dict[str, Tensor]:
     state = {
         name: torch.randn(meta.shape, generator=generator).mul_(0.1) for name, meta in skeleton.state_dict().items()
     }
-    config = PackedConfig.build(spec, LINEARS)
+    config = PackedConfig(scheme, tuple(LINEARS))
     changed: dict[str, Tensor] = {}
-    fmt = formats.get(spec.format)
     for name in (f"{block_prefix(0)}{linear}" for linear in LINEARS):
-        layer = QuantLinear.from_codes(fmt.quantize(state.pop(f"{name}.weight")), spec, None, None)
+        layer = QuantLinear.from_codes(scheme.format.quantize(state.pop(f"{name}.weight")), scheme, None, None)
         changed |= {f"{name}.weight_packed": layer.weight_packed.data, f"{name}.weight_scale": layer.weight_scale.data}
     save_file(state, original)
     save_file(changed, packed)
@@ -96,7 +97,7 @@ def _write(expert: Path, spec: QuantSpec) -> dict[str, Tensor]:
     own: dict[str, Any] = read_json(expert / "config.json")
     names = state_names(own, config)
     write_component(expert, [entries[name] for name in names])
-    own["quantization_config"] = config.model_dump(mode="json")
+    own["quantization_config"] = config.to_dict()
     write_bytes(expert / "config.json", json.dumps(own).encode())
     ShardSet(expert)
     return changed

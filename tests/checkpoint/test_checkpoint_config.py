@@ -10,35 +10,69 @@ import pytest
 from ptq import formats
 from ptq.checkpoint.manifest import MANIFEST_FILE, read_manifest, verify_files
 from ptq.checkpoint.quantization_config import PackedConfig
+from ptq.config.recipe import Recipe, RecordSettings, SchemeSettings, SolverSettings
 from ptq.errors import DamagedFileError, PtqError
-from ptq.runtime import QuantSpec
+from ptq.scheme import Scheme
 from ptq.wan.structure import LINEARS
 
+TRANSFORMS = [
+    ("none", 0),
+    *(("hadamard", size) for size in (16, 32, 64, 128)),
+    *(("smoothed", size) for size in (0, 16, 32, 64, 128)),
+    ("learned", 64),
+    ("learned", 128),
+]
 
-def config(format_name: str = "hif4", blocks: tuple[int, ...] = (), **spec) -> PackedConfig:
-    return PackedConfig.build(QuantSpec(format_name, **spec), LINEARS, blocks)
+
+def config(format_name: str = "hif4", blocks: tuple[int, ...] = (), **scheme) -> PackedConfig:
+    return PackedConfig(Scheme.of(format_name, **scheme), LINEARS, blocks)
 
 
 def test_it_stays_small_for_the_largest_model() -> None:
-    value = config("mxfp4", (0, 1, 17, 38, 39), rotation=128, smooth=True).model_dump(mode="json")
+    value = config("mxfp4", (0, 1, 17, 38, 39), transform="smoothed", block=128).to_dict()
     assert len(json.dumps(value, indent=2)) < 2000
 
 
 @pytest.mark.parametrize("format_name", ["hif4", "mxfp4"])
 def test_round_trip_keeps_the_numerics(format_name: str) -> None:
-    for rotation in (0, 16, 32, 64, 128):
-        built = config(format_name, (3,), rotation=rotation, smooth=True)
-        read = PackedConfig.parse(json.loads(json.dumps(built.model_dump(mode="json"))))
+    for transform, block in TRANSFORMS:
+        built = config(format_name, (3,), transform=transform, block=block)
+        read = PackedConfig.parse(json.loads(json.dumps(built.to_dict())))
         assert read == built
-        assert (read.spec.format, read.spec.rotation, read.spec.smooth) == (format_name, rotation, True)
+        scheme = read.scheme
+        assert (scheme.format, scheme.transform.kind, scheme.transform.block) == (built.scheme.format, transform, block)
     for rule in formats.get(format_name).scale_rules:
-        built = config(format_name, scale_rule=rule)
-        assert PackedConfig.parse(built.model_dump(mode="json")).spec.scale_rule == rule
-    assert config(format_name).spec.scale_rule == formats.get(format_name).scale_rules[0]
+        built = config(format_name, input_rule=rule)
+        assert PackedConfig.parse(built.to_dict()).scheme.input_rule == rule
+    assert config(format_name).scheme.input_rule == formats.get(format_name).scale_rules[0]
+
+
+@pytest.mark.parametrize(
+    ("transform", "block", "stored"),
+    [
+        ("none", 0, {"type": "none", "block_size": 0, "smooth": False}),
+        ("hadamard", 32, {"type": "hadamard", "block_size": 32, "smooth": False}),
+        ("smoothed", 32, {"type": "hadamard", "block_size": 32, "smooth": True}),
+        ("smoothed", 0, {"type": "none", "block_size": 0, "smooth": True}),
+        ("learned", 64, {"type": "learned", "block_size": 64, "smooth": False}),
+    ],
+)
+def test_the_object_is_the_one_of_earlier_versions(transform: str, block: int, stored: dict) -> None:
+    """Word for word, so that checkpoints of earlier versions are read and theirs are read by them."""
+    assert config("mxfp4", (3,), transform=transform, block=block, input_rule="even").to_dict() == {
+        "quant_method": "ptq",
+        "format_version": 1,
+        "format": "mxfp4",
+        "weights": {"group_size": 32, "nibble_order": "low_first", "scale_layout": "e8m0-u8"},
+        "input_activations": {"format": "mxfp4", "dynamic": True, "scale_rule": "even", "ties": "even"},
+        "transform": stored,
+        "targets": list(LINEARS),
+        "high_precision_blocks": [3],
+    }
 
 
 def changed(path: str, value: object) -> dict:
-    result = config("mxfp4", rotation=32).model_dump(mode="json")
+    result = config("mxfp4", transform="hadamard", block=32).to_dict()
     *parents, leaf = path.split(".")
     node = result
     for parent in parents:
@@ -63,6 +97,7 @@ def changed(path: str, value: object) -> dict:
         ("input_activations.format", "hif4"),
         ("input_activations.scale_rule", "imaginary"),
         ("input_activations.ties", "odd"),
+        ("input_activations.ties", "away"),
         ("transform.block_size", 48),
         ("transform.type", "none"),
         ("transform", {"type": "learned", "block_size": 32, "smooth": True}),
@@ -105,6 +140,29 @@ def test_changed_missing_and_added_files_are_named(packed: dict[str, Path], copy
     index.unlink()
     with pytest.raises(DamagedFileError, match=r"lacks model_index\.json"):
         verify_files(checkpoint)
+
+
+def test_manifest_of_an_earlier_version_is_read(packed: dict[str, Path], copy_of) -> None:
+    """Its recipe in today's words, and what today's recipes cannot say beside it; both are of the reading, not the file."""
+    checkpoint = copy_of(packed["mxfp4"])
+    value = json.loads((checkpoint / MANIFEST_FILE).read_text())
+    earlier = {"description": "", "format": "mxfp4", "rounding": "gptq", "rotation": 64, "smoothing": [0.5]}
+    earlier |= {"learned_transform": False, "clip_search": True, "bias_correction": False, "weight_scale_rule": None}
+    earlier |= {"gptq": {"damping": 0.02, "act_order": True, "precision": "float32"}}
+    earlier |= {"activations": {"scale_rule": "even", "ties": None}}
+    records = {"inputs": "original", "tokens_per_record": 64, "hessian_tokens": None, "for_report": 2}
+    earlier |= {"records": records | {"weighting": "d_sigma2"}}
+    (checkpoint / MANIFEST_FILE).write_text(json.dumps(value | {"recipe": earlier}))
+    manifest = read_manifest(checkpoint)
+    assert manifest.recipe == Recipe(
+        format="mxfp4",
+        scheme=SchemeSettings(transform="smoothed", block=64, input_rule="even"),
+        solver=SolverSettings(rounding="gptq", smoothing=(0.5,), clip_search=True, damping=0.02),
+        records=RecordSettings(tokens_per_record=64),
+    )
+    assert manifest.earlier_keys == {"records.weighting": "d_sigma2"}
+    assert manifest.model_dump(mode="json") == value | {"recipe": manifest.recipe.model_dump(mode="json")}
+    assert manifest.digest == read_manifest(packed["mxfp4"]).digest
 
 
 def test_edited_manifest_is_refused(packed: dict[str, Path], copy_of) -> None:

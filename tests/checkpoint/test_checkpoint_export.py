@@ -22,7 +22,7 @@ def plain(random_pipelines, tmp_path_factory, quantize_with) -> dict[str, Path]:
     """Checkpoints without rotation and smoothing, which foreign tools can run."""
     root = tmp_path_factory.mktemp("plain")
     model = random_pipelines["TI2V-5B"]
-    return {name: quantize_with(model, root, name, ("rotation=0",), {}) for name in ("mxfp4", "hif4")}
+    return {name: quantize_with(model, root, name, ("scheme.transform=none",), {}) for name in ("mxfp4", "hif4")}
 
 
 def decoded(checkpoint: Path, name: str) -> torch.Tensor:
@@ -105,8 +105,8 @@ def test_msmodelslim_export_keeps_elements(plain, tmp_path):
     ("name", "target", "words"),
     [
         ("hif4", "compressed-tensors", "takes mxfp4"),
-        ("hif4", "msmodelslim", "rotation=0"),
-        ("mxfp4", "compressed-tensors", "transform learned.*learned_transform=false"),
+        ("hif4", "msmodelslim", "transform smoothed.*scheme.transform=none"),
+        ("mxfp4", "compressed-tensors", "transform learned.*scheme.transform=none"),
         ("hif4", "gguf", "takes one of"),
     ],
 )

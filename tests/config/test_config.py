@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,12 @@ from pydantic import ValidationError
 
 from ptq.config import CONFIGS, ModelPreset, Recipe, list_configs, load_preset, load_recipe, load_yaml
 from ptq.config.load import validate
+from ptq.config.recipe import GONE, NOW_CALLED
 from ptq.errors import UsageError
+from ptq.quantization.settings import QuantizeSettings
+from ptq.scheme import FORMATS, TRANSFORMS, Scheme
+
+TODAY = "scheme: {transform: hadamard, block: 32}\nsolver: {rounding: rtn}"
 
 
 def recipe(tmp_path: Path, text: str, format_name: str = "mxfp4", *overrides: str) -> Recipe:
@@ -18,20 +24,29 @@ def recipe(tmp_path: Path, text: str, format_name: str = "mxfp4", *overrides: st
     return load_recipe(str(path), format_name, overrides)
 
 
+def with_settings(recipe: Recipe, format_name: str) -> QuantizeSettings:
+    return QuantizeSettings(format_name, recipe, "mine", {})
+
+
 @pytest.mark.parametrize("name", list_configs("recipes"))
 def test_installed_recipes_are_valid(name: str) -> None:
     own = load_yaml(CONFIGS / "recipes" / f"{name}.yaml")
-    for format_name in ("mxfp4", "hif4"):
+    for format_name in FORMATS:
         if own.get("format") in (None, format_name):
-            assert load_recipe(name, format_name).description
+            found = load_recipe(name, format_name)
+            assert found.description and found.scheme.transform in TRANSFORMS
+            assert with_settings(found, format_name).scheme.format.name == format_name
         else:
-            with pytest.raises(UsageError, match=f"made for {own['format']}, but --format is {format_name}"):
+            with pytest.raises(UsageError, match=f"made for {own['format']}, but the format is {format_name}"):
                 load_recipe(name, format_name)
 
 
 def test_rtn_uses_nothing_else() -> None:
     plain = load_recipe("rtn", "hif4")
-    assert plain == Recipe(description=plain.description) and not plain.needs_records
+    assert plain == Recipe(description=plain.description)
+    settings = with_settings(plain, "hif4")
+    assert settings.scheme == Scheme.of("hif4") and not settings.needs_hessian
+    assert not settings.needs_records and settings.record_limit == plain.records.for_report
 
 
 def test_a_recipe_per_format_is_installed() -> None:
@@ -41,52 +56,111 @@ def test_a_recipe_per_format_is_installed() -> None:
 @pytest.mark.parametrize(
     ("override", "path", "value"),
     [
-        ("rotation=64", "rotation", 64),
-        ("rounding=gptq", "rounding", "gptq"),
-        ("smoothing=[0.3, 0.5]", "smoothing", (0.3, 0.5)),
-        ("gptq.damping=0.05", "gptq.damping", 0.05),
-        ("gptq.act_order=false", "gptq.act_order", False),
-        ("activations.scale_rule=even", "activations.scale_rule", "even"),
-        ("weight_scale_rule=null", "weight_scale_rule", None),
-        (" records.inputs =propagated", "records.inputs", "propagated"),
+        ("scheme.block=128", "scheme.block", 128),
+        ("scheme.transform=hadamard", "scheme.transform", "hadamard"),
+        ("scheme.input_rule=null", "scheme.input_rule", None),
+        ("solver.rounding=rtn", "solver.rounding", "rtn"),
+        ("solver.smoothing=[0.3, 0.5]", "solver.smoothing", (0.3, 0.5)),
+        ("solver.clip_search=false", "solver.clip_search", False),
+        ("solver.damping=0.05", "solver.damping", 0.05),
+        ("solver.act_order=false", "solver.act_order", False),
+        ("solver.weight_rule=even", "solver.weight_rule", "even"),
+        ("records.tokens_per_record=7", "records.tokens_per_record", 7),
+        (" records.hessian_tokens =99", "records.hessian_tokens", 99),
+        ("records.for_report=1", "records.for_report", 1),
+        ("description=mine", "description", "mine"),
     ],
 )
 def test_set_changes_one_key(override: str, path: str, value: object) -> None:
-    changed, before = load_recipe("rtn", "mxfp4", (override,)).model_dump(), load_recipe("rtn", "mxfp4").model_dump()
+    changed, before = (load_recipe("mxfp4", "mxfp4", given).model_dump() for given in ((override,), ()))
     node, old = changed, before
     *groups, leaf = path.split(".")
     for group in groups:
         node, old = node[group], old[group]
-    assert node[leaf] == value
+    assert node[leaf] == value != old[leaf]
     node[leaf] = old[leaf]
     assert changed == before
 
 
 def test_later_overrides_win_over_earlier_and_over_the_file(tmp_path: Path) -> None:
-    assert recipe(tmp_path, "rotation: 16", "mxfp4", "rotation=32", "rotation=128").rotation == 128
-    assert recipe(tmp_path, "gptq: {damping: 0.5}", "mxfp4", "gptq.act_order=false").gptq.damping == 0.5
+    text = "scheme: {transform: hadamard, block: 16}"
+    assert recipe(tmp_path, text, "mxfp4", "scheme.block=32", "scheme.block=128").scheme.block == 128
+    solver = recipe(tmp_path, "solver: {damping: 0.5}", "mxfp4", "solver.act_order=false").solver
+    assert (solver.damping, solver.act_order) == (0.5, False)
+
+
+def test_blocks_follow_the_transform(tmp_path: Path) -> None:
+    """Without a transform there are none; a transform that is asked for has the default's size."""
+    assert load_recipe("mxfp4", "mxfp4", ("scheme.transform=none",)).scheme.block == 0
+    assert load_recipe("rtn", "mxfp4").scheme.block == 0 == Recipe().scheme.block
+    hadamard = load_recipe("rtn", "mxfp4", ("scheme.transform=hadamard",))
+    assert hadamard.scheme.block == 64
+    assert with_settings(hadamard, "mxfp4").scheme == Scheme.of("mxfp4", transform="hadamard", block=64)
+    smoothed = load_recipe("rtn", "mxfp4", ("scheme.transform=smoothed", "scheme.block=0", "solver.smoothing=[0.5]"))
+    assert with_settings(smoothed, "mxfp4").scheme == Scheme.of("mxfp4", transform="smoothed")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("scheme.transform=hadamard", "scheme.block=48"), "48 is not supported; choose one of"),
+        (("scheme.transform=hadamard", "scheme.block=0"), "0 is not supported"),
+        (("scheme.transform=learned", "scheme.block=32"), r"found blocks of 32\. Set scheme\.block to 64 or 128"),
+        (("scheme.transform=rotated",), "Unknown transform 'rotated'; choose one of none, hadamard"),
+        (("scheme.input_rule=max",), "hif4 has no scale rule 'max'; choose one of reference, mse"),
+        (("solver.smoothing=[0.5]",), "the transform none does not try exponents of smoothing"),
+        (("scheme.transform=smoothed",), "the transform smoothed has no exponents to try"),
+    ],
+)
+def test_schemes_that_do_not_fit_the_format_are_refused(overrides: tuple[str, ...], message: str) -> None:
+    settings = with_settings(load_recipe("rtn", "hif4", overrides), "hif4")
+    with pytest.raises(UsageError, match=message):
+        _ = settings.scheme
+
+
+@pytest.mark.parametrize("key", [*NOW_CALLED, *GONE])
+@pytest.mark.parametrize("where", ["file", "--set"])
+def test_keys_of_an_earlier_version_are_refused_with_todays_name(tmp_path: Path, key: str, where: str) -> None:
+    *groups, leaf = key.split(".")
+    text, overrides = "description: mine", [f"{key}=16"]
+    if where == "file":
+        text, overrides = f"{groups[0]}: {{{leaf}: 16}}" if groups else f"{leaf}: 16", []
+    message = f"{re.escape(key)} is gone" if key in GONE else f"{re.escape(key)} is now called {NOW_CALLED[key]}"
+    with pytest.raises(UsageError, match=message) as caught:
+        recipe(tmp_path, text, "mxfp4", *overrides)
+    assert ("none, hadamard, smoothed or learned" in str(caught.value)) == (key == "learned_transform")
+
+
+def test_all_earlier_keys_are_named_at_once(tmp_path: Path) -> None:
+    text = "rounding: gptq\nrotation: 64\nactivations: {ties: even, scale_rule: mse}"
+    message = "rounding is now called .*rotation is now called .*activations.scale_rule is now called .*ties is gone"
+    with pytest.raises(UsageError, match=message):
+        recipe(tmp_path, text)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rotatoin=32", "rotatoin"),
-        ("gptq.dampnig=1", r"gptq\.dampnig"),
-        ("rotation=48", "rotation.*48"),
-        ("gptq.damping=0", r"gptq\.damping"),
-        ("gptq.damping=much", "much"),
-        ("rounding=awq", "awq"),
-        ("rotation", "key=value"),
-        ("rotation.size=32", "not a group"),
-        ("rounding.kind=x", "not a group"),
-        ("gptq=3", "gptq"),
+        ("shceme=32", "shceme"),
+        ("solver.dampnig=1", r"solver\.dampnig"),
+        ("scheme.block=-1", r"scheme\.block.*-1"),
+        ("scheme.block=many", r"scheme\.block.*many"),
+        ("scheme.transform=3", r"scheme\.transform"),
+        ("solver.damping=0", r"solver\.damping"),
+        ("solver.damping=much", "much"),
+        ("solver.rounding=awq", "awq"),
+        ("records.tokens_per_record=0", r"records\.tokens_per_record"),
+        ("solver.damping", "key=value"),
+        ("scheme.block.size=32", "block is not a group"),
+        ("solver.rounding.kind=x", "rounding is not a group"),
+        ("solver=3", "solver"),
         ("=3", "."),
-        ("smoothing=[0.5", "smoothing"),
+        ("solver.smoothing=[0.5", "smoothing"),
     ],
 )
 def test_wrong_override_is_refused_by_name(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        recipe(tmp_path, "rotation: 32\nrounding: rtn", "mxfp4", override)
+        recipe(tmp_path, TODAY, "mxfp4", override)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +169,9 @@ def test_wrong_override_is_refused_by_name(tmp_path: Path, override: str, messag
         ("", "should hold a mapping"),
         ("- a", "should hold a mapping, found|should hold a mapping of settings, found list"),
         ("a: [", "not valid YAML"),
-        ("rotation: 32\nclip: true", r"clip.*Known keys: .*clip_search"),
-        ("gptq: 3", "gptq"),
+        ("solver: {}\nclip: true", r"clip.*Known keys: .*scheme, solver, records"),
+        ("solver: {clip: true}", r"solver\.clip"),
+        ("solver: 3", "solver"),
         ("format: int8", "format"),
     ],
 )
@@ -115,14 +190,31 @@ def test_unreadable_files(tmp_path: Path) -> None:
         load_recipe(str(tmp_path / "binary.yaml"), "mxfp4")
 
 
-@pytest.mark.parametrize("key", ["rounding=gptq", "smoothing=[0.5]", "clip_search=true", "bias_correction=true"])
-def test_what_needs_records_says_so(key: str) -> None:
-    assert load_recipe("rtn", "mxfp4", (key,)).needs_records
+@pytest.mark.parametrize(
+    ("key", "hessian"),
+    [
+        ("solver.rounding=gptq", True),
+        ("solver.clip_search=true", True),
+        ("scheme.transform=learned", True),
+        ("scheme.transform=smoothed solver.smoothing=[0.5]", False),
+    ],
+)
+def test_what_needs_records_says_so(key: str, hessian: bool) -> None:
+    settings = with_settings(load_recipe("rtn", "mxfp4", tuple(key.split())), "mxfp4")
+    assert settings.needs_records and settings.record_limit is None and settings.needs_hessian == hessian
+
+
+@pytest.mark.parametrize("key", ["scheme.transform=hadamard", "scheme.input_rule=even", "solver.weight_rule=mse"])
+def test_what_needs_no_records_asks_for_none(key: str) -> None:
+    settings = with_settings(load_recipe("rtn", "mxfp4", (key, "records.for_report=5")), "mxfp4")
+    assert not settings.needs_records and settings.record_limit == 5
 
 
 def test_recipes_do_not_change_after_validation() -> None:
     with pytest.raises(ValidationError):
-        load_recipe("rtn", "mxfp4").rotation = 16  # type: ignore[misc]
+        load_recipe("rtn", "mxfp4").format = "hif4"  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        load_recipe("rtn", "mxfp4").scheme.block = 16  # type: ignore[misc]
 
 
 PUBLISHED = {

@@ -25,8 +25,9 @@ from ptq.wan.structure import read_layout
 
 SIZE = {"height": 32, "width": 32, "num_frames": 9, "steps": 6, "max_sequence_length": 16}
 ALL_TOKENS = "records.tokens_per_record=100000"
-LEARNED = ("rounding=gptq", "rotation=64", "learned_transform=true", "clip_search=true", "bias_correction=true")
-FULL = ("rounding=gptq", "rotation=32", "smoothing=[0.5]", "clip_search=true", "bias_correction=true")
+GPTQ = ("solver.rounding=gptq", "solver.clip_search=true")
+LEARNED = (*GPTQ, "scheme.transform=learned", "scheme.block=64")
+FULL = (*GPTQ, "scheme.transform=smoothed", "scheme.block=32", "solver.smoothing=[0.5]")
 
 
 def make_records(model: Path, out: Path, prompts: int = 3, records: int = 4, **preset: Any) -> CalibrationSet:

@@ -123,8 +123,8 @@ def test_a_full_disk_is_an_error_and_a_later_run_finishes(single, single_records
 def test_widths_that_do_not_fit_stop_before_any_work(tmp_path):
     path = make_random_pipeline(tmp_path / "odd", "TI2V-5B", layers=1, width=64, ffn=160)
     records = make_records(path, tmp_path / "records", prompts=1, records=2)
-    for settings, multiple in ((make_settings("hif4"), 64), (make_settings("mxfp4", "rotation=64"), 64)):
-        text = rf"ffn\.net\.2 has 160 input channels, not a multiple of {multiple}"
+    for settings, multiple in ((make_settings("hif4"), 64), (make_settings("mxfp4", "scheme.transform=hadamard"), 64)):
+        text = rf"transformer of \S+, ffn\.net\.2: K = 160 is not a multiple of {multiple}\b"
         refused(path, records.directory, tmp_path / "out", settings, text, UsageError)
         with pytest.raises(UsageError, match=text):
             describe_plan(read_layout(path), records, settings, "cpu", tmp_path / "out")
@@ -228,7 +228,7 @@ def test_degenerate_layers_have_a_sound_result(single_copy, edit, tmp_path):
 def test_dead_channels_are_counted_without_rotation(single_copy, tmp_path):
     edit_weights(single_copy, "transformer", dead_channels)
     records = make_records(single_copy, tmp_path / "records", prompts=1, records=2)
-    settings = make_settings("hif4", "rounding=gptq")
+    settings = make_settings("hif4", "solver.rounding=gptq")
     manifest = run(single_copy, records.directory, tmp_path / "out", settings)
     dead = {(row.block, row.layer): row.dead_columns for row in manifest.layers if row.dead_columns}
     assert dead == {(0, "ffn.net.2"): 32}

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from held_out import denoiser_errors, sweep
 from quantization_helpers import FULL, make_settings, run
 
 from ptq.calibration.records import CalibrationSet
@@ -13,9 +14,7 @@ from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.checkpoint.manifest import read_manifest
 from ptq.errors import UsageError
 from ptq.prompts import Sample
-from ptq.quantization.heldout import denoiser_errors
 from ptq.quantization.settings import BUDGET
-from ptq.quantization.sweep import sweep
 from ptq.wan.loading import load_pipeline
 from ptq.wan.structure import read_layout
 
@@ -44,8 +43,8 @@ def test_a_sweep_measures_what_full_runs_of_its_recipes_would(model, records, he
     assert rows[1].error < rows[0].error
 
 
-def test_the_denoiser_error_weighs_records_by_d_sigma2_whatever_the_statistics_weigh(model, records, tmp_path):
-    run(model, records, tmp_path / "out", make_settings("hif4", "records.weighting=uniform", "records.for_report=1000"))
+def test_the_denoiser_error_in_the_manifest_is_that_of_the_checkpoint(model, records, tmp_path):
+    run(model, records, tmp_path / "out", make_settings("hif4", "records.for_report=1000"))
     packed = read_layout(tmp_path / "out")
     expected = denoiser_errors(read_layout(model), packed, CalibrationSet(records))
     found = {entry.expert: entry.denoiser_error for entry in read_manifest(packed.path).experts}
@@ -56,7 +55,7 @@ def test_a_sweep_refuses_shared_prompts_and_unequal_statistics(model, records):
     calibration = CalibrationSet(records)
     with pytest.raises(UsageError, match="both record sets"):
         sweep(read_layout(model), calibration, calibration, {"rtn": make_settings("hif4")})
-    unequal = {"a": make_settings("hif4"), "b": make_settings("hif4", "records.weighting=uniform")}
+    unequal = {"a": make_settings("hif4"), "b": make_settings("hif4", "records.tokens_per_record=3")}
     with pytest.raises(UsageError, match="equal `records` keys"):
         sweep(read_layout(model), calibration, calibration, unequal)
 

@@ -31,7 +31,7 @@ def test_streams_are_two_float32_tensors_of_every_record(model, records):
 
 def test_needs_follow_the_options(model, records, tmp_path):
     layout, found = read_layout(model), CalibrationSet(records)
-    plain, gptq = make_settings("hif4"), make_settings("hif4", "rounding=gptq")
+    plain, gptq = make_settings("hif4"), make_settings("hif4", "solver.rounding=gptq")
     out = tmp_path / "out"
     need = estimate_needs(layout, found, plain, "cpu", out)
     assert estimate_needs(layout, found, gptq, "cpu", out).ram > need.ram  # Hessians

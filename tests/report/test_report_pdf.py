@@ -10,13 +10,15 @@ import shutil
 import pypdf
 import pytest
 
-from ptq.checkpoint.manifest import read_manifest
+from ptq.checkpoint.manifest import Manifest, read_manifest
+from ptq.config import Recipe
 from ptq.report import Sources, render_pdf
 from ptq.report.facts import gather
 from ptq.report.method import describe_method
 from ptq.report.pdf import printable, report_data
 from ptq.report.videos import make_clips
 from ptq.report.wording import headline
+from ptq.scheme import FORMATS, TRANSFORMS
 
 LEFTOVERS = re.compile(r"\b(TODO|TBD|FIXME|XXX|lorem|ipsum|placeholder|undefined|None|nan|NaN|null)\b|\{\{|\}\}|\?\?")
 
@@ -67,46 +69,72 @@ def test_same_artifacts_same_bytes(job, document):
     assert render_pdf(job.evaluation, job.checkpoint) == document
 
 
+def with_recipe(manifest: Manifest, *, scheme: dict | None = None, **solver) -> Manifest:
+    """The manifest as a checkpoint would have it whose recipe differs in these keys."""
+    recipe = manifest.recipe.model_dump()
+    value = {**recipe, "scheme": recipe["scheme"] | (scheme or {}), "solver": recipe["solver"] | solver}
+    return manifest.model_copy(update={"recipe": Recipe.model_validate(value)})
+
+
 def test_the_method_names_only_what_was_on(job):
     manifest = read_manifest(job.checkpoint)
     titles = [step.title for step in describe_method(manifest)]
-    assert "Block Hadamard rotation" in titles and "Smoothing" in titles and "Rounding to nearest" in titles
-    assert "GPTQ rounding" not in titles and "Bias correction" not in titles
-    bare = manifest.model_copy(update={"recipe": {**manifest.recipe, "rotation": 0, "smoothing": []}})
+    assert "Smoothing and block Hadamard rotation" in titles and "Rounding to nearest" in titles
+    assert "GPTQ rounding" not in titles and "Searched group scales" not in titles
+    bare = with_recipe(manifest, scheme={"transform": "none"}, smoothing=())
     words = " ".join(f"{step.title} {step.text}" for step in describe_method(bare))
     assert "Hadamard" not in words and "Smoothing" not in words and "takes nothing else from them" in words
-    full = {"rounding": "gptq", "clip_search": True, "bias_correction": True}
-    rich = manifest.model_copy(update={"recipe": {**manifest.recipe, **full}})
-    expected = {"gptq", "scales", "bias", "rotation", "smoothing", "weighting", "activations", "format-hif4"}
-    assert expected <= {step.key for step in describe_method(rich)}
+    rotated = {step.key: step for step in describe_method(with_recipe(manifest, scheme={"transform": "hadamard"}))}
+    assert "blocks of 64" in rotated["hadamard"].text and "smoothed" not in rotated
+    rich = with_recipe(manifest, rounding="gptq", clip_search=True)
+    steps = {step.key: step for step in describe_method(rich)}
+    assert {"gptq", "scales", "smoothed", "activations", "format-hif4"} <= steps.keys()
+    replay = next(step for step in describe_method(rich) if step.title == "Block by block")
+    assert "each record weighs the same" in replay.text
+    assert "Exponents of smoothing tried for each input: 0.5, and none." in steps["smoothed"].text
     rows = [row.model_copy(update={"basis": "learned"}) for row in manifest.layers]
-    learned = {**manifest.recipe, "rotation": 64, "smoothing": [], "learned_transform": True}
-    steps = {
-        step.key: step for step in describe_method(manifest.model_copy(update={"recipe": learned, "layers": rows}))
-    }
+    learned = with_recipe(manifest, scheme={"transform": "learned", "block": 64}, smoothing=())
+    steps = {step.key: step for step in describe_method(learned.model_copy(update={"layers": rows}))}
     assert "blocks of 64" in steps["learned"].text and f"learned for {len(rows)}" in steps["learned"].text
-    assert "rotation" not in steps and "smoothing" not in steps
+    assert "Exponents" not in steps["learned"].text and "hadamard" not in steps and "smoothed" not in steps
 
 
-def test_every_equation_that_a_step_names_is_in_the_template(job):
+@pytest.mark.parametrize("format_name", list(FORMATS))
+@pytest.mark.parametrize("transform", list(TRANSFORMS))
+@pytest.mark.parametrize(
+    "solver", [{"rounding": "gptq", "clip_search": True}, {"rounding": "rtn"}], ids=["gptq", "rtn"]
+)
+def test_every_equation_that_a_step_names_is_in_the_template(job, format_name, transform, solver):
     from ptq.report.html import read_template
 
-    manifest = read_manifest(job.checkpoint)
-    full = {"rounding": "gptq", "clip_search": True, "bias_correction": True}
+    manifest = read_manifest(job.checkpoint).model_copy(update={"format": format_name})
     template = read_template("report.typ")
-    equal = {**full, "records": {"weighting": "uniform", "inputs": "original"}}
-    learned = {**full, "rotation": 64, "learned_transform": True}
-    for fmt, recipe in (("hif4", full), ("hif4", equal), ("hif4", learned), ("mxfp4", {**full, "rounding": "rtn"})):
-        changed = manifest.model_copy(update={"format": fmt, "recipe": {**manifest.recipe, **recipe}})
-        for step in describe_method(changed):
-            assert not step.key or step.key == "records" or f'"{step.key}": $' in template, step
+    steps = describe_method(with_recipe(manifest, scheme={"transform": transform, "block": 64}, **solver))
+    assert (transform in {step.key for step in steps}) == (transform != "none")
+    for step in steps:
+        assert not step.key or step.key == "records" or f'"{step.key}": $' in template, step
 
 
-def test_an_unknown_recipe_key_is_named(job):
-    manifest = read_manifest(job.checkpoint)
-    changed = manifest.model_copy(update={"recipe": {**manifest.recipe, "second_pass": True, "wheels": 0}})
-    text = describe_method(changed)[-1].text
-    assert "second_pass = yes" in text and "wheels" not in text
+def test_settings_of_an_earlier_version_are_named(copy_job):
+    """A manifest as 0.1 wrote it: what today's recipes say is described, the rest is listed."""
+    path = copy_job.checkpoint / "ptq_manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["recipe"] = {
+        "description": "old", "format": None, "rounding": "gptq", "rotation": 32, "smoothing": [0.5],
+        "learned_transform": False, "clip_search": True, "bias_correction": True, "weight_scale_rule": None,
+        "gptq": {"damping": 0.02, "act_order": False, "precision": "float32"},
+        "activations": {"scale_rule": None, "ties": None},
+        "records": {"weighting": "d_sigma2", "inputs": "original", "tokens_per_record": 128, "for_report": 2},
+    }  # fmt: skip
+    path.write_text(json.dumps(manifest))
+    steps = describe_method(read_manifest(copy_job.checkpoint))
+    assert steps[-1].title == "Further settings"
+    assert "bias_correction = True" in steps[-1].text and "records.weighting = d_sigma2" in steps[-1].text
+    assert not any(name in steps[-1].text for name in ("rotation", "precision", "inputs", "ties", "damping"))
+    words = {step.key: step.text for step in steps}
+    assert "blocks of 32" in words["smoothed"] and "scales" in words
+    assert "Damping 0.02" in words["gptq"] and "in their natural order" in words["gptq"]
+    assert LEFTOVERS.search(text_of(render_pdf(copy_job.evaluation, copy_job.checkpoint))) is None
 
 
 def test_ablations_are_shown_when_given(job, tmp_path):

@@ -1,5 +1,7 @@
 """Choosing and forcing backends, for machines that are not here; the custom operator and torch.compile on this one."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,19 +9,22 @@ from hypothesis import strategies as st
 
 from ptq import formats, ui
 from ptq.errors import UsageError
-from ptq.runtime import QuantLinear, QuantSpec, backends, cpu, ops
-from ptq.runtime.backends import Machine, Shape, choose, obstacle
-from ptq.runtime.exactness import BF16_DECODED, Placement
+from ptq.runtime import QuantLinear, backends, cpu, ops
+from ptq.runtime.backends import BACKENDS, Call, Machine, choose, obstacle
+from ptq.scheme import MXFP4 as MXFP4Format
+from ptq.scheme import Placement, Scheme, Transform
+from ptq.scheme.placement import DECODED
 
 HOPPER = Machine("cuda", (9, 0), True)
 BLACKWELL, CONSUMER = Machine("cuda", (10, 0), True), Machine("cuda", (12, 0), True)
 ADA, AMPERE, VOLTA = (Machine("cuda", capability, True) for capability in ((8, 9), (8, 6), (7, 0)))
 CPU = Machine("cpu", (0, 0), True)
 MACHINES = (HOPPER, BLACKWELL, CONSUMER, ADA, AMPERE, VOLTA, CPU, Machine("cuda", (9, 0), False))
-WAN = Shape(32760, 5120, 5120)
+WAN = (32760, 5120, 5120)
 TENSOR, ROW = Placement("e4m3", -6, None, "fits"), Placement("e4m3-row", 0, torch.zeros(1), "span 20")
 WIDE = Placement("bf16", 0, None, "span 40")
-MXFP4, HIF4 = QuantSpec("mxfp4", 32), QuantSpec("hif4", 64)
+MXFP4, HIF4 = (Scheme.of(name, transform="hadamard", block=block) for name, block in (("mxfp4", 32), ("hif4", 64)))
+ON_GPU = [name for name, backend in BACKENDS.items() if backend.device == "cuda"]
 
 
 @pytest.fixture(autouse=True)
@@ -31,29 +36,29 @@ def nothing_forced(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("machine", "spec", "placement", "shape", "expected"),
+    ("machine", "scheme", "placement", "shape", "expected"),
     [
         (HOPPER, MXFP4, TENSOR, WAN, "triton-fp8"),
         (HOPPER, MXFP4, ROW, WAN, "triton-fp8"),
         (HOPPER, MXFP4, WIDE, WAN, "bf16-decode"),
-        (HOPPER, HIF4, BF16_DECODED, WAN, "bf16-decode"),
-        (HOPPER, MXFP4, TENSOR, Shape(1, 5120, 5120), "bf16-decode"),
+        (HOPPER, HIF4, DECODED, WAN, "bf16-decode"),
+        (HOPPER, MXFP4, TENSOR, (1, 5120, 5120), "bf16-decode"),
         (BLACKWELL, MXFP4, WIDE, WAN, "dot-scaled"),
         (CONSUMER, MXFP4, TENSOR, WAN, "dot-scaled"),
-        (BLACKWELL, HIF4, BF16_DECODED, WAN, "bf16-decode"),
+        (BLACKWELL, HIF4, DECODED, WAN, "bf16-decode"),
         (ADA, MXFP4, TENSOR, WAN, "scaled-mm"),
         (ADA, MXFP4, ROW, WAN, "bf16-decode"),
         (AMPERE, MXFP4, TENSOR, WAN, "bf16-decode"),
         (CPU, MXFP4, TENSOR, WAN, "cpu"),
     ],
 )
-def test_choice(machine, spec, placement, shape, expected):
-    choice = choose(spec, shape, placement, machine, None)
-    assert choice.backend == expected and choice.reason
+def test_choice(machine, scheme, placement, shape, expected):
+    choice = choose(Call(scheme, *shape, placement, machine), None)
+    assert choice.backend is BACKENDS[expected] and choice.reason
 
 
 def test_a_lower_choice_says_what_ruled_out_the_better_ones():
-    reason = choose(MXFP4, WAN, WIDE, HOPPER, None).reason
+    reason = choose(Call(MXFP4, *WAN, WIDE, HOPPER), None).reason
     assert "not dot-scaled" in reason and "not triton-fp8" in reason and "span 40" in reason
 
 
@@ -62,23 +67,61 @@ def test_a_lower_choice_says_what_ruled_out_the_better_ones():
     st.sampled_from((MXFP4, HIF4)),
     st.sampled_from((TENSOR, ROW, WIDE)),
     st.sampled_from((1, 63, 64, 65, 512, 32760)),
-    st.sampled_from(backends.BACKENDS),
+    st.sampled_from(list(BACKENDS)),
 )
-def test_forcing_runs_that_backend_or_says_why_not(machine, spec, placement, rows, backend):
-    shape = Shape(rows, 5120, 5120)
-    reason = obstacle(backend, spec, shape, placement, machine)
+def test_forcing_runs_that_backend_or_says_why_not(machine, scheme, placement, rows, backend):
+    call = Call(scheme, rows, 5120, 5120, placement, machine)
+    reason = obstacle(BACKENDS[backend], call)
     if reason is None:
-        assert choose(spec, shape, placement, machine, backend).backend == backend
+        assert choose(call, backend).backend is BACKENDS[backend]
     else:
         with pytest.raises(UsageError) as error:
-            choose(spec, shape, placement, machine, backend)
+            choose(call, backend)
         assert backend in str(error.value) and reason in str(error.value)
+
+
+def test_the_backends_and_the_order_in_which_they_are_tried():
+    ours = ("dot-scaled", "triton-fp8", "scaled-mm", "bf16-decode")
+    assert tuple(name for name in ON_GPU if name in ours) == ours and BACKENDS["cpu"] is cpu.CPU
+    assert all(backend.name == name for name, backend in BACKENDS.items())
+    assert [name for name in (*ours, "cpu") if BACKENDS[name].few_rows] == ["bf16-decode", "cpu"]
+
+
+class NoKernels(MXFP4Format):
+    """A format of one's own, as `Format` offers it: no device functions."""
+
+    name = "no-kernels"
+    kernel_id = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Private(Transform):
+    """A transform of one's own that the GPU quantizer cannot do."""
+
+    kind = "private"
+    kernel = None
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        (Scheme(NoKernels()), "no-kernels has no GPU kernels"),
+        (Scheme(MXFP4Format(), Private()), "the transform private has no GPU kernel"),
+    ],
+)
+def test_formats_and_transforms_without_kernels_run_on_the_cpu_only(scheme, words):
+    for machine in (HOPPER, BLACKWELL, AMPERE):
+        for backend in ON_GPU:
+            assert obstacle(BACKENDS[backend], Call(scheme, *WAN, TENSOR, machine)) == words
+        with pytest.raises(UsageError, match=words):
+            choose(Call(scheme, *WAN, TENSOR, machine), None)
+    assert choose(Call(scheme, *WAN, TENSOR, CPU), None).backend is cpu.CPU
 
 
 @pytest.mark.parametrize("machine", [VOLTA, Machine("cuda", (9, 0), False)])
 def test_no_backend_at_all_is_an_error_with_every_reason(machine):
     with pytest.raises(UsageError, match="No backend can run") as error:
-        choose(MXFP4, WAN, TENSOR, machine, None)
+        choose(Call(MXFP4, *WAN, TENSOR, machine), None)
     assert "bf16-decode" in str(error.value)
 
 
@@ -95,7 +138,8 @@ def make_layer(name="mxfp4", smooth=True, k=128, n=48):
     generator = torch.Generator().manual_seed(0)
     codes = formats.get(name).quantize(torch.randn(n, k, generator=generator))
     vector = (torch.rand(k, generator=generator) + 0.5).bfloat16() if smooth else None
-    return QuantLinear.from_codes(codes, QuantSpec(name, 32, smooth), torch.randn(n, generator=generator), vector)
+    scheme = Scheme.of(name, transform="smoothed" if smooth else "hadamard", block=32)
+    return QuantLinear.from_codes(codes, scheme, torch.randn(n, generator=generator), vector)
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "hif4"])
@@ -104,8 +148,8 @@ def make_layer(name="mxfp4", smooth=True, k=128, n=48):
 def test_cpu_equals_the_fake_quant_reference(name, dtype, smooth):
     layer = make_layer(name, smooth)
     x = torch.randn(2, 9, 128, dtype=dtype)
-    weight = cpu.decode(layer.weight_packed, layer.weight_scale, name).double()
-    expected = layer.spec.quantize_input(x, layer.smooth).double() @ weight.T + layer.bias.double()
+    weight = formats.get(name).dequantize(layer.codes()).double()
+    expected = layer.scheme.quantize_input(x, layer.basis).double() @ weight.T + layer.bias.double()
     found = layer(x)
     assert found.dtype == dtype
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
@@ -137,7 +181,7 @@ def test_forced_by_environment_or_call_is_an_error_on_the_cpu(monkeypatch):
     assert layer(x).shape == (3, 48)
     backends.use_backend(None)
     monkeypatch.setenv(backends.VARIABLE, "fast")
-    with pytest.raises(UsageError, match=r"PTQ_BACKEND names the backend 'fast'; choose one of triton-fp8"):
+    with pytest.raises(UsageError, match=r"PTQ_BACKEND names the backend 'fast'; choose one of .*triton-fp8"):
         layer(x)
     with pytest.raises(UsageError, match="--backend"):
         backends.use_backend("fast")
@@ -164,31 +208,38 @@ def test_compiles_into_one_graph_with_equal_results(name):
 def test_operator_obeys_torchs_rules():
     layer = make_layer()
     tensors = (layer.weight_packed, layer.weight_scale, layer.bias, layer.smooth)
-    torch.library.opcheck(ops.linear_op, (torch.randn(2, 3, 128), *tensors, "mxfp4", 32, None, None, False))
+    torch.library.opcheck(ops.linear_op, (torch.randn(2, 3, 128), *tensors, "mxfp4 smoothed 32 floor"))
+    assert layer.scheme.key == "mxfp4 smoothed 32 floor"
+
+
+def test_the_operator_computes_what_the_layer_does():
+    layer, x = make_layer(), torch.randn(2, 3, 128)
+    tensors = (layer.weight_packed, layer.weight_scale, layer.bias, layer.smooth)
+    assert torch.equal(ops.linear_op(x, *tensors, layer.scheme.key), layer(x))
 
 
 def test_placement_follows_the_codes():
     layer = make_layer()
-    first = ops.placement_of(layer.weight_packed, layer.weight_scale, "mxfp4")
-    assert ops.placement_of(layer.weight_packed, layer.weight_scale, "mxfp4") is first
+    first = ops.placement_of(layer.packed)
+    assert ops.placement_of(layer.packed) is first
     with torch.no_grad():
         layer.weight_scale[0, 0] += 40
-    assert ops.placement_of(layer.weight_packed, layer.weight_scale, "mxfp4").kind != first.kind
-    assert ops.placement_of(layer.weight_packed, layer.weight_scale, "hif4") is BF16_DECODED
+    assert ops.placement_of(layer.packed).kind != first.kind
+    assert ops.placement_of(make_layer("hif4").packed) is DECODED
 
 
 def test_placement_follows_storage_put_behind_a_parameter():
     layer, other = make_layer(), make_layer()
-    first = ops.placement_of(layer.weight_packed, layer.weight_scale, "mxfp4")
+    first = ops.placement_of(layer.packed)
     with torch.no_grad():
         other.weight_scale[0, 0] += 40
     layer.weight_scale.data = other.weight_scale.data
-    assert ops.placement_of(layer.weight_packed, layer.weight_scale, "mxfp4").kind != first.kind
+    assert ops.placement_of(layer.packed).kind != first.kind
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("backend", [name for name in backends.BACKENDS if name != "cpu"])
+@pytest.mark.parametrize("backend", ON_GPU)
 @pytest.mark.parametrize("name", ["mxfp4", "hif4"])
 @pytest.mark.parametrize("rows", [1, 7, 63, 512, 2080])
 def test_gpu_equals_the_cpu(backend, name, rows):
@@ -198,8 +249,8 @@ def test_gpu_equals_the_cpu(backend, name, rows):
     backends.use_backend(backend)
     on_gpu, x_gpu = layer.to("cuda"), x.to("cuda")
     machine = backends.machine_of(x_gpu.device)
-    placement = ops.placement_of(on_gpu.weight_packed, on_gpu.weight_scale, name)
-    if obstacle(backend, layer.spec, Shape(rows, 256, 1024), placement, machine):
+    call = Call(layer.scheme, rows, 256, 1024, ops.placement_of(on_gpu.packed), machine)
+    if obstacle(BACKENDS[backend], call):
         with pytest.raises(UsageError):
             on_gpu(x_gpu)
         return

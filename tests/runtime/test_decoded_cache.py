@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from ptq import formats
-from ptq.runtime import QuantLinear, QuantSpec, cpu
+from ptq.runtime import QuantLinear
 from ptq.runtime.cache import DecodedCache, from_environment
-from ptq.scheme import encode_blocks
+from ptq.scheme import Scheme
+from ptq.scheme.learned import encode_blocks
 
 
 def codes() -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,7 +78,7 @@ def layer(seed: int) -> QuantLinear:
     values = torch.randn(8, 64, generator=torch.Generator().manual_seed(seed))
     blocks = encode_blocks(torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(seed)))
     codes = formats.get("mxfp4").quantize(values)
-    return QuantLinear.from_codes(codes, QuantSpec("mxfp4", 64, learned=True), None, blocks)
+    return QuantLinear.from_codes(codes, Scheme.of("mxfp4", transform="learned", block=64), None, blocks)
 
 
 def replace_scale(target: QuantLinear, source: QuantLinear) -> None:
@@ -113,6 +114,6 @@ def test_a_layer_given_other_codes_computes_with_them(change: str) -> None:
     after = a(x)
     assert not torch.equal(after, before)
     expected = torch.nn.functional.linear(
-        a.spec.quantize_input(x, a.transform), cpu.decode(a.weight_packed, a.weight_scale, "mxfp4")
+        a.scheme.quantize_input(x, a.transform), formats.get("mxfp4").dequantize(a.codes())
     )
     assert torch.equal(after, expected)

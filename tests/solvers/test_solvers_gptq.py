@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ptq import formats
-from ptq.solvers import SolverError, factorize, gptq, round_to_nearest, round_to_scales
+from ptq.solvers import Factor, SolverError, factorize, gptq, round_to_nearest, round_to_scales
 from ptq.solvers.measure import trace_errors
 
 FORMATS = ("mxfp4", "hif4")
@@ -27,6 +27,10 @@ def correlated(tokens: int, k: int, seed: int = 0) -> Tensor:
 def hessian(k: int, seed: int = 0, tokens: int | None = None) -> Tensor:
     x = correlated(tokens or 4 * k, k, seed).double()
     return x.T @ x
+
+
+def factored(h_kk: Tensor, damping: float = 0.01, act_order: bool = True, dtype: torch.dtype = torch.float64) -> Factor:
+    return factorize(h_kk, damping=damping, act_order=act_order, dtype=dtype)
 
 
 def weight(n: int, k: int, seed: int = 1) -> Tensor:
@@ -63,16 +67,16 @@ def test_equals_column_by_column_reference(name: str, act_order: bool, seed: int
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(128)
     order = torch.argsort(h.diagonal(), descending=True).tolist() if act_order else list(range(128))
     expected = obq(w, damped, fmt, scales, order)
-    result = gptq(w, h, fmt, scales=scales, act_order=act_order, block_columns=48, dtype=torch.float64)
-    assert torch.equal(fmt.dequantize(result.codes).double(), expected)
-    assert not torch.equal(result.codes.elements, round_to_scales(w, scales, fmt).elements)
+    codes = gptq(w, factored(h, act_order=act_order), fmt, scales=scales, block_columns=48)
+    assert torch.equal(fmt.dequantize(codes).double(), expected)
+    assert not torch.equal(codes.elements, round_to_scales(w, scales, fmt).elements)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_identity_hessian_rounds_to_nearest(name: str) -> None:
     fmt, w = formats.get(name), weight(16, 256)
     rtn = round_to_nearest(w, fmt)
-    codes = gptq(w, torch.eye(256), fmt, scales=rtn.scales).codes
+    codes = gptq(w, factored(torch.eye(256), dtype=torch.float32), fmt, scales=rtn.scales)
     assert torch.equal(codes.elements, round_to_scales(w, rtn.scales, fmt).elements)
     if name == "mxfp4":
         assert torch.equal(codes.elements, rtn.elements)
@@ -93,10 +97,8 @@ def test_act_order_ignores_the_order_of_groups(name: str) -> None:
     scales = round_to_nearest(w, fmt).scales
     shuffled_groups = torch.tensor([3, 0, 4, 1, 2])
     columns = torch.arange(k).reshape(groups, -1)[shuffled_groups].flatten()
-    straight = gptq(w, h, fmt, scales=scales, dtype=torch.float64).codes
-    shuffled = gptq(
-        w[:, columns], h[columns][:, columns], fmt, scales=scales[:, shuffled_groups], dtype=torch.float64
-    ).codes
+    straight = gptq(w, factored(h), fmt, scales=scales)
+    shuffled = gptq(w[:, columns], factored(h[columns][:, columns]), fmt, scales=scales[:, shuffled_groups])
     assert torch.equal(straight.elements[:, columns], shuffled.elements)
 
 
@@ -105,12 +107,12 @@ def test_block_size_and_shared_factor_do_not_change_codes(name: str) -> None:
     fmt = formats.get(name)
     w, h = weight(12, 256), hessian(256)
     scales = round_to_nearest(w, fmt).scales
-    factor = factorize(h, dtype=torch.float64)
-    whole = gptq(w, factor, fmt, scales=scales).codes.elements
+    factor = factored(h)
+    whole = gptq(w, factor, fmt, scales=scales).elements
     for block in (1, 7, 128, 1000):
-        assert torch.equal(gptq(w, factor, fmt, scales=scales, block_columns=block).codes.elements, whole)
-    parts = [gptq(w[i : i + 4], h, fmt, scales=scales[i : i + 4], dtype=torch.float64) for i in (0, 4, 8)]
-    assert torch.equal(torch.cat([part.codes.elements for part in parts]), whole)
+        assert torch.equal(gptq(w, factor, fmt, scales=scales, block_columns=block).elements, whole)
+    parts = [gptq(w[i : i + 4], factored(h), fmt, scales=scales[i : i + 4]) for i in (0, 4, 8)]
+    assert torch.equal(torch.cat([part.elements for part in parts]), whole)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -118,7 +120,7 @@ def test_codes_survive_packing_and_keep_their_scales(name: str) -> None:
     fmt = formats.get(name)
     w, h = weight(8, 128), hessian(128)
     scales = round_to_nearest(w, fmt).scales
-    codes = gptq(w, h, fmt, scales=scales).codes
+    codes = gptq(w, factored(h, dtype=torch.float32), fmt, scales=scales)
     unpacked = fmt.unpack(*fmt.pack(codes))
     assert torch.equal(unpacked.elements, codes.elements)
     assert torch.equal(codes.scales, scales)
@@ -133,7 +135,7 @@ def test_mean_error_is_below_rounding_to_nearest(name: str, seed: int, tokens: i
     fmt = formats.get(name)
     w, h = weight(32, 128, seed), hessian(128, seed, tokens)
     scales = round_to_nearest(w, fmt).scales
-    solved = gptq(w, h, fmt, scales=scales).codes
+    solved = gptq(w, factored(h, dtype=torch.float32), fmt, scales=scales)
     rtn = round_to_scales(w, scales, fmt)
     errors = [float(trace_errors(fmt.dequantize(codes) - w, h).sum()) for codes in (solved, rtn)]
     assert errors[0] < 0.8 * errors[1]
@@ -147,16 +149,17 @@ def test_dead_channels_are_rounded_to_nearest_and_leave_the_others_alone(name: s
     x[:, dead] = 0
     h = x.T @ x
     scales = round_to_nearest(w, fmt).scales
-    result = gptq(w, h, fmt, scales=scales, dtype=torch.float64)
-    assert result.dead_columns == 4
+    factor = factored(h)
+    codes = gptq(w, factor, fmt, scales=scales)
+    assert factor.dead_columns == 4
     nearest = round_to_scales(w, scales, fmt).elements
-    assert torch.equal(result.codes.elements[:, dead], nearest[:, dead])
+    assert torch.equal(codes.elements[:, dead], nearest[:, dead])
     live = torch.ones(128, dtype=torch.bool)
     live[dead] = False
     other = w.clone()
     other[:, dead] = 0
-    again = gptq(other, h, fmt, scales=scales, dtype=torch.float64).codes.elements
-    assert torch.equal(again[:, live], result.codes.elements[:, live])
+    again = gptq(other, factor, fmt, scales=scales).elements
+    assert torch.equal(again[:, live], codes.elements[:, live])
 
 
 def test_rounding_noise_beside_a_dead_diagonal_is_ignored() -> None:
@@ -165,7 +168,7 @@ def test_rounding_noise_beside_a_dead_diagonal_is_ignored() -> None:
     h = x.T @ x
     noisy = h.clone()
     noisy[7, 8], noisy[8, 7] = 1e-3, 1e-3
-    exact, ignored = factorize(h), factorize(noisy)
+    exact, ignored = (factored(one, dtype=torch.float32) for one in (h, noisy))
     assert torch.equal(exact.feedback_kk, ignored.feedback_kk)
     assert torch.equal(exact.pivots_k, ignored.pivots_k)
 
@@ -173,19 +176,19 @@ def test_rounding_noise_beside_a_dead_diagonal_is_ignored() -> None:
 def test_all_channels_dead_is_rounding_to_nearest() -> None:
     fmt, w = formats.get("mxfp4"), weight(4, 64)
     scales = round_to_nearest(w, fmt).scales
-    result = gptq(w, torch.zeros(64, 64), fmt, scales=scales)
-    assert result.dead_columns == 64
-    assert torch.equal(result.codes.elements, round_to_scales(w, scales, fmt).elements)
+    factor = factored(torch.zeros(64, 64), dtype=torch.float32)
+    assert factor.dead_columns == 64
+    assert torch.equal(gptq(w, factor, fmt, scales=scales).elements, round_to_scales(w, scales, fmt).elements)
 
 
 def test_singular_hessian_is_damped_more_and_counted() -> None:
     x = correlated(16, 128).double()  # rank 16 of 128
     h = x.T @ x
     h = h - 2e-4 * h.diagonal().mean() * torch.eye(128)  # and slightly indefinite
-    factor = factorize(h, damping=1e-6, dtype=torch.float64)
+    factor = factored(h, damping=1e-6)
     assert factor.damping_retries == 3
     assert factor.damping == pytest.approx(1e-3)
-    without = factorize(x.T @ x + 1e-9 * torch.eye(128), damping=0.01)
+    without = factored(x.T @ x + 1e-9 * torch.eye(128), dtype=torch.float32)
     assert without.damping_retries == 0
 
 
@@ -195,10 +198,10 @@ def test_singular_hessian_still_beats_rounding_to_nearest(name: str) -> None:
     x = correlated(16, 128)
     h = x.T @ x
     scales = round_to_nearest(w, fmt).scales
-    result = gptq(w, h, fmt, scales=scales, damping=0.0)
+    solved = gptq(w, factored(h, damping=0.0, dtype=torch.float32), fmt, scales=scales)
     nearest = round_to_scales(w, scales, fmt)
-    assert not torch.equal(result.codes.elements, nearest.elements)
-    errors = [float(trace_errors(fmt.dequantize(c) - w, h).sum()) for c in (result.codes, nearest)]
+    assert not torch.equal(solved.elements, nearest.elements)
+    errors = [float(trace_errors(fmt.dequantize(c) - w, h).sum()) for c in (solved, nearest)]
     assert errors[0] < 0.5 * errors[1]
 
 
@@ -216,7 +219,21 @@ def test_singular_hessian_still_beats_rounding_to_nearest(name: str) -> None:
 def test_unusable_hessians_are_errors(h: Tensor, message: str) -> None:
     fmt, w = formats.get("mxfp4"), weight(4, 64)
     with pytest.raises(SolverError, match=message):
-        gptq(w, h, fmt, scales=round_to_nearest(w, fmt).scales)
+        gptq(w, factored(h, dtype=torch.float32), fmt, scales=round_to_nearest(w, fmt).scales)
+
+
+def test_negative_damping_and_scales_of_another_weight_are_errors() -> None:
+    fmt, w = formats.get("mxfp4"), weight(4, 64)
+    with pytest.raises(SolverError, match=r"cannot be negative, found -0\.01"):
+        factored(torch.eye(64), damping=-0.01)
+    with pytest.raises(SolverError, match=r"Scales \[4, 1\] do not fit a mxfp4 weight \[4, 64\]"):
+        gptq(w, factored(torch.eye(64)), fmt, scales=round_to_nearest(w[:, :32], fmt).scales)
+
+
+def test_sums_are_in_the_dtype_of_the_factor() -> None:
+    for dtype in (torch.float32, torch.float64):
+        factor = factored(hessian(64), dtype=dtype)
+        assert factor.feedback_kk.dtype == factor.pivots_k.dtype == dtype
 
 
 def test_non_finite_weight_is_an_error() -> None:
@@ -230,5 +247,5 @@ def test_non_finite_weight_is_an_error() -> None:
 def test_zero_weight_gives_zero_codes(name: str) -> None:
     fmt = formats.get(name)
     w = torch.zeros(4, 128)
-    codes = gptq(w, hessian(128), fmt, scales=round_to_nearest(w, fmt).scales).codes
+    codes = gptq(w, factored(hessian(128), dtype=torch.float32), fmt, scales=round_to_nearest(w, fmt).scales)
     assert not codes.elements.any()

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptq import formats
-from ptq.scheme import decode_blocks, encode_blocks
-from ptq.solvers import InputStats, learn_transform, search_basis, smoothing_factors
-from ptq.solvers.basis import Basis
-from ptq.solvers.smoothing import column_size
+from ptq.config.recipe import SolverSettings
+from ptq.scheme import Learned, Scheme, Smoothed, Transform
+from ptq.scheme.learned import decode_blocks, encode_blocks, learn_blocks
+from ptq.scheme.smoothing import column_size, smoothing_factors
+from ptq.solvers import InputStats, search_basis
 
 K, SIZE = 128, 64
+LEARNED, SMOOTHED = Learned(SIZE), Smoothed(SIZE)
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -30,28 +31,28 @@ def correlated(tokens: int, seed: int = 0, k: int = K) -> Tensor:
 WEIGHTS = [randn(48, K, seed=1) @ randn(K, K, seed=2) / 8, randn(32, K, seed=3)]
 
 
-def cost(basis: Basis, h_kk: Tensor, weights: list[Tensor]) -> Tensor:
+def cost(transform: Transform, basis: Tensor, h_kk: Tensor, weights: list[Tensor]) -> Tensor:
     """What quantization noise costs under the model: (energy of x') (energy of W') of each block, float64 [K / SIZE]."""
-    energy = basis.hessian(h_kk.double()).diagonal()
-    columns = sum(basis.weight(w).double().square().sum(0) / w.double().square().sum() for w in weights)
+    energy = transform.hessian(h_kk.double(), basis).diagonal()
+    columns = sum(transform.weight(w, basis).double().square().sum(0) / w.double().square().sum() for w in weights)
     return energy.reshape(-1, SIZE).sum(-1) * columns.reshape(-1, SIZE).sum(-1)
 
 
-def learned(x: Tensor, weights: list[Tensor]) -> Basis:
-    return Basis(SIZE, learned_gbb=learn_transform(x.double().T @ x.double(), weights, SIZE))
+def learned(x: Tensor, weights: list[Tensor]) -> Tensor:
+    return learn_blocks(x.double().T @ x.double(), weights, SIZE)
 
 
 def test_the_function_is_kept_and_the_hessian_follows() -> None:
     x = correlated(400)
     basis = learned(x, WEIGHTS)
-    assert basis.stored is not None and basis.stored.dtype == torch.uint8 and basis.stored.shape == (2, SIZE, SIZE)
+    assert basis.dtype == torch.uint8 and basis.shape == (2, SIZE, SIZE)
     for w in WEIGHTS:
-        product = basis.input(x) @ basis.weight(w).T
+        product = LEARNED.input(x, basis) @ LEARNED.weight(w, basis).T
         torch.testing.assert_close(product, x @ w.T, rtol=1e-3, atol=1e-4 * float((x @ w.T).abs().max()))
-    changed = basis.input(x).double()
+    changed = LEARNED.input(x, basis).double()
     expected = changed.T @ changed
     torch.testing.assert_close(
-        basis.hessian(x.double().T @ x.double()), expected, rtol=1e-4, atol=1e-4 * float(expected.max())
+        LEARNED.hessian(x.double().T @ x.double(), basis), expected, rtol=1e-4, atol=1e-4 * float(expected.max())
     )
 
 
@@ -59,37 +60,36 @@ def test_it_reaches_the_bound_and_no_neighbour_is_better() -> None:
     x = correlated(4000)
     h = x.double().T @ x.double()
     basis = learned(x, WEIGHTS)
-    found = cost(basis, h, WEIGHTS)
+    found = cost(LEARNED, basis, h, WEIGHTS)
     gram = sum(w.double().T @ w.double() / w.double().square().sum() for w in WEIGHTS)
     for block in range(K // SIZE):
         part = slice(block * SIZE, (block + 1) * SIZE)
         # Singular values by another route: X = Cx Cx^t, G = Cg Cg^t, eigenvalues of X^1/2 G X^1/2 = squares of svd(Cx^t Cg).
         values = torch.linalg.svdvals(torch.linalg.cholesky(h[part, part]).T @ torch.linalg.cholesky(gram[part, part]))
         assert 1.0 <= found[block] / values.sum() ** 2 < 1.1  # shrinkage and three mantissa bits
-    blocks = decode_blocks(basis.learned_gbb)
+    blocks = decode_blocks(basis)
     for seed in range(5):
         noise = 1 + 0.3 * randn(*blocks.shape, seed=seed)
-        neighbour = Basis(SIZE, learned_gbb=encode_blocks(blocks * noise))
-        assert (cost(neighbour, h, WEIGHTS) > found).all()
+        assert (cost(LEARNED, encode_blocks(blocks * noise), h, WEIGHTS) > found).all()
 
 
 def test_against_smoothing_and_rotation() -> None:
     """Better where channels are correlated, the same where they are not."""
     x = correlated(4000)
     sizes = x.square().mean(0).sqrt(), column_size(WEIGHTS)
-    smooth = Basis(SIZE, smoothing_factors(*sizes, 0.5))
+    smooth = smoothing_factors(*sizes, 0.5)
     h = x.double().T @ x.double()
-    assert (cost(learned(x, WEIGHTS), h, WEIGHTS) < 0.7 * cost(smooth, h, WEIGHTS)).all()
+    assert (cost(LEARNED, learned(x, WEIGHTS), h, WEIGHTS) < 0.7 * cost(SMOOTHED, smooth, h, WEIGHTS)).all()
     h = torch.diag(h.diagonal())
     weights = [torch.diag(torch.exp(randn(K, seed=7)))]
-    smooth = Basis(SIZE, smoothing_factors(h.diagonal().sqrt(), column_size(weights), 0.5))
-    plain = Basis(SIZE, learned_gbb=learn_transform(h, weights, SIZE))
-    torch.testing.assert_close(cost(plain, h, weights), cost(smooth, h, weights), rtol=0.02, atol=0)
+    smooth = smoothing_factors(h.diagonal().sqrt(), column_size(weights), 0.5)
+    plain = learn_blocks(h, weights, SIZE)
+    torch.testing.assert_close(cost(LEARNED, plain, h, weights), cost(SMOOTHED, smooth, h, weights), rtol=0.02, atol=0)
 
 
 def test_every_element_of_a_group_has_the_same_energy() -> None:
     x = correlated(4000)
-    energy = learned(x, WEIGHTS).hessian(x.double().T @ x.double()).diagonal().reshape(-1, SIZE)
+    energy = LEARNED.hessian(x.double().T @ x.double(), learned(x, WEIGHTS)).diagonal().reshape(-1, SIZE)
     assert (energy.amax(-1) < 2.0 * energy.amin(-1)).all()
     raw = x.double().square().sum(0).reshape(-1, SIZE)
     assert (raw.amax(-1) > 20 * raw.amin(-1)).all()
@@ -98,12 +98,14 @@ def test_every_element_of_a_group_has_the_same_energy() -> None:
 @pytest.mark.parametrize("name", ["mxfp4", "hif4"])
 def test_the_search_takes_it_where_it_is_better(name: str) -> None:
     stats = InputStats.from_tokens(correlated(1000))
-    choice = search_basis(WEIGHTS, stats, formats.get(name), rotation=SIZE, alphas=(0.5,), learned=True)
+    tried = SolverSettings(smoothing=(0.5,))
+    choice = search_basis(WEIGHTS, stats, Scheme.of(name, transform="learned", block=SIZE), tried)
     assert set(choice.errors) == {"off", "0.5", "learned"}
     assert choice.name == "learned" and choice.errors["learned"] < 0.9 * choice.errors["0.5"]
-    without = search_basis(WEIGHTS, stats, formats.get(name), rotation=SIZE, alphas=(0.5,))
+    assert choice.basis is not None and torch.equal(choice.basis, learn_blocks(stats.h_kk, WEIGHTS, SIZE))
+    without = search_basis(WEIGHTS, stats, Scheme.of(name, transform="smoothed", block=SIZE), tried)
     assert without.errors["0.5"] == pytest.approx(choice.errors["0.5"], rel=0.1)  # as blocks: factors of three bits
-    assert without.basis.learned_gbb is None
+    assert without.basis is not None and without.basis.dtype == torch.bfloat16 and without.basis.shape == (K,)
 
 
 @settings(max_examples=25, deadline=None)
@@ -121,7 +123,7 @@ def test_any_input_gives_an_invertible_transform(tokens: int, seed: int, case: s
     basis = learned(x, weights)
     for w in WEIGHTS:
         y = x.double() @ w.double().T
-        product = basis.input(x).double() @ basis.weight(w).double().T
+        product = LEARNED.input(x, basis).double() @ LEARNED.weight(w, basis).double().T
         size = x.double().norm(dim=-1, keepdim=True) * w.double().norm(dim=-1)
         assert ((product - y).abs() <= 1e-3 * size + 1e-9).all()
 

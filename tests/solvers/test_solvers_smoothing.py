@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptq import formats
-from ptq.solvers import InputStats, search_basis, smoothing_factors
-from ptq.solvers.smoothing import LIMIT, column_size
+from ptq.config.recipe import SolverSettings
+from ptq.scheme import Scheme
+from ptq.scheme.smoothing import LIMIT, column_size, smoothing_factors
+from ptq.solvers import InputStats, SolverError, search_basis
 
 sizes = st.lists(st.floats(0, 2.0**100, width=32), min_size=8, max_size=8)
 
@@ -45,22 +44,25 @@ def outliers(tokens: int, k: int, factor: float) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize(("name", "rotation"), [("mxfp4", 32), ("hif4", 32), ("hif4", 0)])
-def test_persistent_outliers_are_smoothed_away(name: str, rotation: int) -> None:
+@pytest.mark.parametrize(("name", "block"), [("mxfp4", 32), ("hif4", 32), ("hif4", 0)])
+def test_persistent_outliers_are_smoothed_away(name: str, block: int) -> None:
     x = outliers(256, 128, 60.0)
     weights = [torch.randn(n, 128, generator=torch.Generator().manual_seed(n)) for n in (48, 32)]
     stats = InputStats.from_tokens(x)
-    result = search_basis(weights, stats, formats.get(name), rotation=rotation, alphas=(0.4, 0.5, 0.6))
+    scheme = Scheme.of(name, transform="smoothed", block=block)
+    result = search_basis(weights, stats, scheme, SolverSettings(smoothing=(0.4, 0.5, 0.6)))
     assert result.name in ("0.4", "0.5", "0.6")
     assert set(result.errors) == {"off", "0.4", "0.5", "0.6"}
     assert result.errors[result.name] == min(result.errors.values()) < 0.7 * result.errors["off"]
-    basis = result.basis
-    assert basis.smooth_k is not None and basis.rotation == rotation
+    basis, transform = result.basis, scheme.transform
+    assert basis is not None and (tuple(basis.shape), basis.dtype) == ((128,), torch.bfloat16)
     for w in weights:
-        torch.testing.assert_close(basis.input(x) @ basis.weight(w).T, x @ w.T, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(
+            transform.input(x, basis) @ transform.weight(w, basis).T, x @ w.T, rtol=1e-4, atol=1e-2
+        )
     h = x.double().T @ x.double()
-    transformed = basis.input(x).double()
-    torch.testing.assert_close(basis.hessian(h), transformed.T @ transformed, rtol=1e-4, atol=1e-3)
+    transformed = transform.input(x, basis).double()
+    torch.testing.assert_close(transform.hessian(h, basis), transformed.T @ transformed, rtol=1e-4, atol=1e-3)
 
 
 def test_off_wins_where_smoothing_only_hurts() -> None:
@@ -71,18 +73,48 @@ def test_off_wins_where_smoothing_only_hurts() -> None:
     x[:, 0], x[:, 32] = 6.0, 6.0
     w = levels[torch.randint(0, 4, (16, 64), generator=generator)]
     w[:, 0], w[:, 32] = 6.0, 6.0
-    result = search_basis([w], InputStats.from_tokens(x), formats.get("mxfp4"), rotation=0, alphas=(0.3, 0.5))
-    assert (result.name, result.basis.smooth_k, result.errors["off"]) == ("off", None, 0.0)
+    scheme = Scheme.of("mxfp4", transform="smoothed")
+    result = search_basis([w], InputStats.from_tokens(x), scheme, SolverSettings(smoothing=(0.3, 0.5)))
+    assert (result.name, result.errors["off"]) == ("off", 0.0) and set(result.errors) == {"off", "0.3", "0.5"}
+    assert result.basis is not None and result.basis.eq(1).all()
 
 
-def test_token_weights_count() -> None:
-    x = torch.cat((outliers(64, 64, 100.0), outliers(64, 64, 1.0)))
-    w = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
-    first = torch.tensor([1.0] * 64 + [0.0] * 64)
+@pytest.mark.parametrize("kind", ["none", "hadamard", "smoothed"])
+def test_nothing_is_searched_where_there_is_nothing_to_choose(kind: str) -> None:
+    """Exponents are tried by the transforms that can smooth, and only where some are given."""
+    x, w = outliers(64, 64, 10.0), torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
+    scheme = Scheme.of("hif4", transform=kind, block=32)
+    exponents = () if kind == "smoothed" else (0.5,)
+    result = search_basis([w], InputStats.from_tokens(x), scheme, SolverSettings(smoothing=exponents))
+    assert (result.name, result.errors) == ("off", {})
+    plain = scheme.transform.plain(64)
+    assert (result.basis is None) == (plain is None)
+    if plain is not None:
+        assert result.basis is not None and torch.equal(result.basis, plain)
 
-    def errors(w_t: Tensor, tokens: Tensor) -> dict[str, float]:
-        stats = dataclasses.replace(InputStats.from_tokens(x), x_tk=tokens, w_t=w_t)
-        return search_basis([w], stats, formats.get("hif4"), rotation=0, alphas=(0.5,)).errors
 
-    assert errors(first, x) == pytest.approx(errors(torch.ones(64), x[:64]), rel=1e-5)
-    assert errors(first, x) != pytest.approx(errors(torch.ones(128), x), rel=1e-3)
+def test_candidates_are_quantized_by_the_rules_of_scheme_and_solver() -> None:
+    x, w = outliers(64, 64, 10.0), torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+    stats = InputStats.from_tokens(x)
+
+    def off(input_rule: str, weight_rule: str) -> float:
+        scheme = Scheme.of("mxfp4", transform="smoothed", block=32, input_rule=input_rule)
+        return search_basis([w], stats, scheme, SolverSettings(smoothing=(0.5,), weight_rule=weight_rule)).errors["off"]
+
+    rules = ("floor", "ceil", "mse")
+    errors = {(i, j): off(i, j) for i in rules for j in rules}
+    assert len(set(errors.values())) == len(errors)
+    for (input_rule, weight_rule), found in errors.items():
+        scheme = Scheme.of("mxfp4", transform="hadamard", block=32, input_rule=input_rule)
+        wq = scheme.format.fake_quantize(scheme.transform.weight(w, None), scale_rule=weight_rule)
+        y = x @ w.T
+        expected = (scheme.quantize_input(x, None) @ wq.T - y).square().sum() / y.square().sum()
+        assert found == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_weight_that_is_not_finite_is_an_error() -> None:
+    w = torch.ones(4, 64)
+    w[2, 3] = torch.inf
+    scheme, tried = Scheme.of("hif4", transform="smoothed", block=32), SolverSettings(smoothing=(0.5,))
+    with pytest.raises(SolverError, match="1 NaN or infinite"):
+        search_basis([torch.ones(4, 64), w], InputStats.from_tokens(outliers(64, 64, 10.0)), scheme, tried)

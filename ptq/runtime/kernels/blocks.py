@@ -1,6 +1,6 @@
-"""Device functions on register tiles: rotation, MXFP4 rounding, nibbles, decoding. Shared by the kernels of this folder.
+"""Device functions on register tiles that every format needs: products, casts, rotation, nibbles.
 
-They repeat `ptq.scheme` operation by operation on float32 bits, so that codes are equal and not merely close. Where a
+They, and those of the formats beside this file, repeat `ptq.scheme` operation by operation on float32 bits, so that codes are equal and not merely close. Where a
 result could depend on contraction (a product feeding an addition), the kernels that call these functions are compiled
 with `enable_fp_fusion=False`.
 
@@ -132,82 +132,6 @@ def with_sign_of(magnitude, x):
 
 
 @triton.jit
-def e2m1_round(y, AWAY: tl.constexpr):
-    """Nearest E2M1 values of float32 y, saturating at 6, signs included.
-
-    Nearest even adds and subtracts 1.5 * 2^(e + 22) for y in binade e: its ulp is the E2M1 step of that binade. Seven
-    instructions an element, where comparing with thresholds would need twice as many.
-    """
-    binade = tl.maximum(y.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
-    if AWAY:
-        binade = tl.minimum(binade, 0x40800000)
-        inverse = (0x7F800000 - binade).to(tl.float32, bitcast=True)  # 2 / binade
-        level = tl.floor(tl.abs(y) * inverse + 0.5)
-        rounded = with_sign_of(level * binade.to(tl.float32, bitcast=True) * 0.5, y)
-    else:
-        magic = (binade + 0x0B400000).to(tl.float32, bitcast=True)
-        rounded = (y + magic) - magic
-    return tl.minimum(tl.maximum(rounded, -6.0), 6.0)
-
-
-@triton.jit
-def mxfp4_values(groups, byte, AWAY: tl.constexpr):
-    """E2M1 values of float32 [G, 32] in units of their scales, bytes int32 [G] (garbage where not finite)."""
-    return e2m1_round(groups * _reciprocal(byte)[:, None], AWAY)
-
-
-@triton.jit
-def _reciprocal(byte):
-    return (tl.maximum(254 - byte, 1) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def e8m0_value(byte):
-    """E8M0 bytes int32 -> float32 2^(byte - 127); 0 is the subnormal 2^-127, 255 is NaN."""
-    bits = tl.where(byte == 0, 0x00400000, byte << 23)
-    return tl.where(byte == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def mxfp4_scales(groups, CARRY: tl.constexpr, MSE: tl.constexpr, AWAY: tl.constexpr):
-    """Scale bytes int32 [G] of float32 groups [G, 32]; 255 where a group is not finite."""
-    amax = tl.max(magnitude_bits(groups), 1)
-    byte = tl.minimum(tl.maximum(((amax + CARRY) >> 23) - 2, 0), 252)
-    if MSE:
-        y = groups * _reciprocal(byte)[:, None]
-        error = e2m1_round(y, AWAY) - y
-        raised = e2m1_round(y * 0.5, AWAY) * 2.0 - y
-        better = tl.sum(raised * raised, 1) < tl.sum(error * error, 1)
-        byte = tl.where(better & (byte < 252), byte + 1, byte)
-    return tl.where(amax < INF_BITS, byte, 255)
-
-
-@triton.jit
-def e2m1_nibbles(values):
-    """E2M1 values float32 (any of +-{0, .5, 1, 1.5, 2, 3, 4, 6}) -> nibbles int32."""
-    bits = magnitude_bits(values)
-    # From 1.0 on, exponent and first mantissa bit count the index up: 1.0 is 254, 1.5 is 255, ..., index 2, 3, ...
-    index = tl.where(bits >= 0x3F800000, (bits >> 22) - 252, tl.where(bits == 0, 0, 1))
-    return tl.where(values < 0, index | 8, index)
-
-
-@triton.jit
-def e2m1_values(nibbles):
-    """Nibbles int32 -> E2M1 values float32; the nibble 8 is +0."""
-    index = nibbles & 7
-    magnitude = ((index + 252) << 22).to(tl.float32, bitcast=True)
-    magnitude = tl.where(index < 2, index.to(tl.float32) * 0.5, magnitude)
-    return tl.where((nibbles >= 8) & (index > 0), -magnitude, magnitude)
-
-
-@triton.jit
-def e6m2_value(byte):
-    """E6M2 bytes int32 -> float32 S; 255 is NaN."""
-    bits = (((byte >> 2) + (127 - 48)) << 23) | ((byte & 3) << 21)
-    return tl.where(byte == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def pack_nibbles(nibbles):
     """int32 [R, L] -> uint8 [R, L/2], even elements in the low nibble."""
     R: tl.constexpr = nibbles.shape[0]
@@ -224,50 +148,10 @@ def unpack_nibbles(packed):
 
 
 @triton.jit
-def mxfp4_scaled(values, byte, E_REF: tl.constexpr):
-    """E2M1 values float32 [G, 32] -> values * 2^(byte - 127 - E_REF), NaN where the byte is 255."""
-    factor = power_of_two(tl.minimum(tl.maximum(byte - 127 - E_REF, -126), 120))
-    return values * tl.where(byte == 255, float("nan"), factor)[:, None]
-
-
-@triton.jit
-def count_outside(values, byte, E_REF: tl.constexpr, counters_ptr):
-    """Add to int32 counters [2] the non-zero blocks above and below the exact range of e5m2 (NaN blocks in neither)."""
-    exponent = byte - 127 - E_REF
-    used = (tl.max(tl.abs(values), 1) > 0) & (byte != 255)
-    tl.atomic_add(counters_ptr, tl.sum((used & (exponent > 13)).to(tl.int32), 0), sem="relaxed")
-    tl.atomic_add(counters_ptr + 1, tl.sum((used & (exponent < -15)).to(tl.int32), 0), sem="relaxed")
-
-
-@triton.jit
-def hif4_steps(word, LENGTH: tl.constexpr):
-    """Scale words int32 [R, LENGTH / 64] -> quarter steps float32 [R, LENGTH / 4], one for each four elements."""
-    R: tl.constexpr = word.shape[0]
-    quad = tl.arange(0, 16)[None, None, :]
-    bits = word[:, :, None]
-    exponent = ((bits >> (8 + quad // 2)) & 1) + ((bits >> (16 + quad)) & 1)
-    steps = e6m2_value(bits & 0xFF) * 0.25 * power_of_two(exponent)
-    return tl.reshape(steps, (R, LENGTH // 4))
-
-
-@triton.jit
-def decode_tile(packed, scales, exponent, HIF4: tl.constexpr):
-    """Packed codes uint8 [R, L/2] and their scales -> float32 [R, L].
-
-    MXFP4: scales uint8 [R, L/32], values divided by 2^exponent (int32 [R, 1] or scalar). HiF4: words int32 [R, L/64].
-    """
-    R: tl.constexpr = packed.shape[0]
-    L: tl.constexpr = packed.shape[1] * 2
-    nibbles = unpack_nibbles(packed)
-    # One result at the end: an early return under a constant condition would still compile what follows it.
-    if HIF4:
-        magnitude = (nibbles & 7).to(tl.float32)
-        values = tl.where(nibbles >= 8, -magnitude, magnitude) + 0.0
-        factor = hif4_steps(scales, L)
-    else:
-        byte = scales.to(tl.int32)
-        values = e2m1_values(nibbles)
-        factor = power_of_two(tl.minimum(tl.maximum(byte - 127 - exponent, -126), 120))
-        factor = tl.where(byte == 255, float("nan"), factor)
-    SHARED: tl.constexpr = L // factor.shape[1]
-    return tl.reshape(tl.reshape(values, (R, L // SHARED, SHARED)) * factor[:, :, None], (R, L))
+def store_packed(nibbles, scales, unit, inside, values_ptr, scales_ptr, L: tl.constexpr):
+    """Nibbles int32 [R, L] and scales [R, L / group] of the units with these numbers, in a checkpoint's layout."""
+    half: tl.constexpr = L // 2
+    per_unit: tl.constexpr = scales.shape[1]
+    base = unit.to(tl.int64)[:, None]
+    tl.store(values_ptr + base * half + tl.arange(0, half)[None, :], pack_nibbles(nibbles), mask=inside[:, None])
+    tl.store(scales_ptr + base * per_unit + tl.arange(0, per_unit)[None, :], scales, mask=inside[:, None])

@@ -11,38 +11,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq import formats
-from ptq.runtime.exactness import DTYPES, Placement
 from ptq.runtime.kernels import blocks as b
+from ptq.runtime.kernels import formats as f
+from ptq.runtime.weight import PackedWeight
+from ptq.scheme import Format, Placement
+from ptq.scheme.placement import DTYPES
 
 TILE_ROWS = 64
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-def expand_weight(weight_packed: Tensor, weight_scale: Tensor, format_name: str, placement: Placement) -> Tensor:
+def expand_weight(weight: PackedWeight, placement: Placement) -> Tensor:
     """Packed codes -> [N, K] in the dtype of `placement`, in units of 2^placement.exponent (of each row, if per row).
 
     Args:
-        weight_packed, weight_scale: as in a checkpoint, contiguous; MXFP4 or HiF4.
-        placement: from `ptq.runtime.exactness.place`; HiF4 and placement "bf16" give bfloat16 with exponent 0.
+        weight: contiguous codes and scales.
+        placement: from `Format.place`; "bf16" gives bfloat16 with exponent 0.
     """
-    n, k = weight_packed.shape[0], weight_packed.shape[1] * 2
-    out = torch.empty((n, k), dtype=DTYPES[placement.kind], device=weight_packed.device)
+    n, k = weight.n, weight.k
+    out = torch.empty((n, k), dtype=DTYPES[placement.kind], device=weight.codes.device)
     tile = tile_length(k)
     grid = (triton.cdiv(n, TILE_ROWS), k // tile)
-    arguments = (weight_packed, weight_scale, out, placement.row_exponents, placement.exponent, n)
-    expand_kernel[grid](*arguments, HIF4=format_name == "hif4", K=k, L=tile, ROWS=TILE_ROWS, **OPTIONS)
+    arguments = (weight.codes, weight.scales, out, placement.row_exponents, placement.exponent, n)
+    expand_kernel[grid](*arguments, **constants(weight.scheme.format, k), **OPTIONS)
     return out
 
 
-def expand_weight_reference(
-    weight_packed: Tensor, weight_scale: Tensor, format_name: str, placement: Placement
-) -> Tensor:
+def expand_weight_reference(weight: PackedWeight, placement: Placement) -> Tensor:
     """The same in torch, from `ptq.scheme`. Exact: every value is representable, or it becomes NaN with its group."""
-    fmt = formats.get(format_name)
-    values = fmt.dequantize(fmt.unpack(weight_packed, weight_scale)).double()
     exponent = placement.exponent if placement.row_exponents is None else placement.row_exponents.unsqueeze(1)
+    values = weight.decode().double()
     return torch.ldexp(values, -torch.as_tensor(exponent, device=values.device)).float().to(DTYPES[placement.kind])
+
+
+def constants(fmt: Format, k: int) -> dict[str, object]:
+    """Compile-time arguments of `expand_kernel`."""
+    return {"FORMAT": fmt.kernel_id, "GROUP": fmt.group_size, "K": k, "L": tile_length(k), "ROWS": TILE_ROWS}
 
 
 def tile_length(k: int) -> int:
@@ -58,7 +62,8 @@ def expand_kernel(
     row_exponents_ptr,
     exponent,
     N,
-    HIF4: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
     K: tl.constexpr,
     L: tl.constexpr,
     ROWS: tl.constexpr,
@@ -69,11 +74,10 @@ def expand_kernel(
     inside = (row < N)[:, None]
     base = row.to(tl.int64)[:, None]
     packed = tl.load(packed_ptr + base * (K // 2) + start // 2 + tl.arange(0, L // 2)[None, :], mask=inside, other=0)
-    GROUP: tl.constexpr = 64 if HIF4 else 32
     groups = tl.arange(0, L // GROUP)[None, :]
     scales = tl.load(scale_ptr + base * (K // GROUP) + start // GROUP + groups, mask=inside, other=0)
     if row_exponents_ptr is not None:
         exponent = tl.load(row_exponents_ptr + row, mask=row < N, other=0)[:, None]
-    value = b.decode_tile(packed, scales, exponent, HIF4)
+    value = f.decode_tile(packed, scales, exponent, FORMAT)
     offset = base * K + start + tl.arange(0, L)[None, :]
     tl.store(out_ptr + offset, b.cast_output(value, out_ptr.dtype.element_ty), mask=inside)

@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ptq import formats
 from ptq.runtime.kernels import blocks as b
 from ptq.runtime.kernels.gemm_fp8 import tile_origin
 from ptq.runtime.kernels.tiles import Tile, tile_for
+from ptq.scheme import get_format
 
 
 def gemm_dot_scaled(
@@ -57,9 +57,8 @@ def gemm_dot_scaled_reference(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """The same in torch: decode both to float32, F.linear, round once."""
-    fmt = formats.get("mxfp4")
-    a = fmt.dequantize(fmt.unpack(a_packed, a_scale))
-    weight = fmt.dequantize(fmt.unpack(weight_packed, weight_scale))
+    fmt = get_format("mxfp4")
+    a, weight = fmt.decode_packed(a_packed, a_scale), fmt.decode_packed(weight_packed, weight_scale)
     return torch.nn.functional.linear(a, weight, None if bias is None else bias.float()).to(out_dtype)
 
 

@@ -12,58 +12,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq import formats
 from ptq.runtime.kernels import blocks as b
+from ptq.runtime.kernels import formats as f
 from ptq.runtime.kernels.expand_weight import tile_length
 from ptq.runtime.kernels.tiles import Tile, tile_for
+from ptq.runtime.weight import PackedWeight
+from ptq.scheme import Format
 
 
-def gemm_packed(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    format_name: str,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-    *,
-    tile: Tile | None = None,
-) -> Tensor:
+def gemm_packed(x: Tensor, weight: PackedWeight, out_dtype: torch.dtype, *, tile: Tile | None = None) -> Tensor:
     """Y [M, N] = x @ decode(weight).T + bias.
 
     Args:
         x: bfloat16 [M, K] contiguous, on the format's grid (or any bfloat16 values).
-        weight_packed, weight_scale: as in a checkpoint, contiguous.
-        bias: any float [N] or None. out_dtype: bfloat16, float16 or float32. tile: overrides the table.
+        weight: contiguous codes and scales.
+        out_dtype: bfloat16, float16 or float32. tile: overrides the table.
     """
-    (m, k), n = x.shape, weight_packed.shape[0]
+    (m, k), n = x.shape, weight.n
     out = torch.empty((m, n), dtype=out_dtype, device=x.device)
     if m == 0:
         return out
     tile = tile or tile_for("gemm_packed", x.device, m, n, k)
     grid = (triton.cdiv(n, tile.n), triton.cdiv(m, tile.m))
-    arguments = (x, weight_packed, weight_scale, out, bias, m, n)
-    gemm_packed_kernel[grid](*arguments, **constants(tile, format_name, k), **tile.options)
+    arguments = (x, weight.codes, weight.scales, out, weight.bias, m, n)
+    gemm_packed_kernel[grid](*arguments, **constants(tile, weight.scheme.format, k), **tile.options)
     return out
 
 
-def gemm_packed_reference(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    format_name: str,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def gemm_packed_reference(x: Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> Tensor:
     """The same in torch: decode to float32, F.linear, round once."""
-    fmt = formats.get(format_name)
-    weight = fmt.dequantize(fmt.unpack(weight_packed, weight_scale))
-    return torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float()).to(out_dtype)
+    bias = None if weight.bias is None else weight.bias.float()
+    return torch.nn.functional.linear(x.float(), weight.decode(), bias).to(out_dtype)
 
 
-def constants(tile: Tile, format_name: str, k: int) -> dict[str, object]:
+def constants(tile: Tile, fmt: Format, k: int) -> dict[str, object]:
     """Compile-time arguments of `gemm_packed_kernel`."""
     block_k = min(tile.k, tile_length(k))
-    return {"HIF4": format_name == "hif4", "K": k, "BM": tile.m, "BN": tile.n, "BK": block_k}
+    return {"FORMAT": fmt.kernel_id, "GROUP": fmt.group_size, "K": k, "BM": tile.m, "BN": tile.n, "BK": block_k}
 
 
 @triton.jit
@@ -75,7 +60,8 @@ def gemm_packed_kernel(
     bias_ptr,
     M,
     N,
-    HIF4: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
     K: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -86,7 +72,6 @@ def gemm_packed_kernel(
     row = tl.program_id(1) * BM + tl.arange(0, BM)
     has_feature = (feature < N)[:, None]
     has_row = (row < M)[None, :]
-    GROUP: tl.constexpr = 64 if HIF4 else 32
     packed_at = packed_ptr + feature.to(tl.int64)[:, None] * (K // 2) + tl.arange(0, BK // 2)[None, :]
     scale_at = scale_ptr + feature.to(tl.int64)[:, None] * (K // GROUP) + tl.arange(0, BK // GROUP)[None, :]
     x_at = x_ptr + row.to(tl.int64)[None, :] * K + tl.arange(0, BK)[:, None]
@@ -94,7 +79,7 @@ def gemm_packed_kernel(
     for k in range(0, K, BK):
         packed = tl.load(packed_at + k // 2, mask=has_feature, other=0)
         scales = tl.load(scale_at + k // GROUP, mask=has_feature, other=0)
-        weight = b.cast_output(b.decode_tile(packed, scales, 0, HIF4), tl.bfloat16)
+        weight = b.cast_output(f.decode_tile(packed, scales, 0, FORMAT), tl.bfloat16)
         x = tl.load(x_at + k, mask=has_row, other=0.0)
         total = b.dot_f32(weight, x, total)
     if bias_ptr is not None:

@@ -60,8 +60,6 @@ TILES: dict[Key, Tile] = {
     **_entries("gemm_fp8", (120,), (2048, MANY), Tile(128, 128, 128, stages=3)),
     **_entries("gemm_fp8_accurate", (90, 100, 120), SMALL, Tile(64, 128, 128, warps=4, stages=3)),
     **_entries("gemm_fp8_accurate", (90, 100, 120), (2048, MANY), Tile(128, 128, 128, stages=3)),
-    **_entries("ffn_fused", (90, 100), ALL, Tile(128, 128, 128, stages=4)),
-    **_entries("ffn_fused", (120,), ALL, Tile(128, 128, 128, stages=3)),
     **_entries("gemm_packed", (80, 90, 100, 120), (16,), Tile(16, 64, 128, warps=4, stages=3)),
     **_entries("gemm_packed", (80, 90, 100, 120), (64, 256, 2048, MANY), Tile(64, 64, 128, warps=4, stages=3)),
     **_entries("gemm_dot_scaled", (100,), SMALL, Tile(128, 128, 256, warps=4, stages=4)),

@@ -13,13 +13,11 @@ import torch
 pytest.importorskip("triton", reason="triton exists on Linux only")
 from aot import SHARED_LIMIT, compile_for
 
-from ptq.runtime.kernels import expand_weight, ffn_fused, gemm_dot_scaled, gemm_fp8, gemm_packed
-from ptq.runtime.kernels import hadamard_quantize as quantize
+from ptq.runtime.kernels import expand_weight, gemm_dot_scaled, gemm_fp8, gemm_packed, quantize
 from ptq.runtime.kernels.tiles import TILES, lookup
-from ptq.runtime.spec import QuantSpec
+from ptq.scheme import Scheme, get_format
 
 K = 5120
-MXFP4 = QuantSpec("mxfp4", 32, True)
 FP8_INSTRUCTION = {90: r"\bQGMMA", 100: r"\bUTCQMMA", 120: r"\bQMMA"}
 SCALES = {"mxfp4": "*u8", "hif4": "*i32"}
 
@@ -78,19 +76,6 @@ def test_gemm_fp8_takes_e5m2_weights():
     assert binary.instructions(FP8_INSTRUCTION[family]) > 0 and binary.instructions(r"\b(HMMA|HGMMA)") == 0
 
 
-@pytest.mark.parametrize("entry", entries("ffn_fused"), ids=named)
-def test_ffn_fused(entry):
-    family, tile = entry
-    signature = descriptors(tile, "fp8e5", "fp8e4nv") | {"values_ptr": "*fp8e5", "bias_ptr": "*bf16"}
-    signature |= {"smooth_ptr": "*bf16", "factor": "fp32", "M": "i32", "N": "i32"}
-    aligned = ("values_ptr", "bias_ptr", "smooth_ptr", "N")
-    constants = ffn_fused.constants(tile, K, 13824, MXFP4, True, 0)
-    binary = compile_for(family, ffn_fused.ffn_fused_kernel, signature, constants, aligned, tile.options)
-    check_resources(binary, family)
-    assert binary.instructions(FP8_INSTRUCTION[family]) > 0
-    assert "cvt.rn.satfinite.e5m2x2.f32" in binary.ptx and "fma.rn.f32" not in binary.ptx
-
-
 @pytest.mark.parametrize("entry", entries("gemm_dot_scaled"), ids=named)
 def test_gemm_dot_scaled(entry):
     family, tile = entry
@@ -111,45 +96,50 @@ def test_gemm_packed(entry, name):
     signature = {"x_ptr": "*bf16", "packed_ptr": "*u8", "scale_ptr": SCALES[name], "out_ptr": "*bf16"}
     signature |= {"bias_ptr": "*bf16", "M": "i32", "N": "i32"}
     aligned = ("x_ptr", "packed_ptr", "scale_ptr", "out_ptr", "bias_ptr", "N")
-    constants = gemm_packed.constants(tile, name, K)
+    constants = gemm_packed.constants(tile, get_format(name), K)
     binary = compile_for(family, gemm_packed.gemm_packed_kernel, signature, constants, aligned, tile.options)
     check_resources(binary, family)
     assert binary.instructions(r"\b(HGMMA|HMMA|UTCHMMA)") > 0
 
 
 BASES = {
-    "smooth-hadamard": {"rotation": 32, "smooth": True},
-    "learned": {"rotation": 64, "learned": True},
-    "learned-128": {"rotation": 128, "learned": True},
+    "none": ("none", 0),
+    "smooth": ("smoothed", 0),
+    "hadamard": ("hadamard", 32),
+    "smooth-hadamard": ("smoothed", 32),
+    "learned": ("learned", 64),
+    "learned-128": ("learned", 128),
 }
+JOBS = [
+    ("mxfp4", None, "fp8"),
+    ("mxfp4", None, "packed"),
+    ("hif4", None, "bf16"),
+    ("hif4", None, "packed"),
+    ("hif4", "mse", "bf16"),
+    ("hif4", "mse", "packed"),
+]
+CASES = [(basis, *job) for basis in ("smooth-hadamard", "learned", "learned-128") for job in JOBS]
+# The other bases and rules, once each: what they add to the code does not depend on the rest.
+CASES += [(basis, *job) for basis in ("none", "smooth", "hadamard") for job in (JOBS[0], JOBS[5])]
+CASES += [("learned", "mxfp4", rule, "fp8") for rule in get_format("mxfp4").scale_rules[1:]]
 
 
-@pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize(
-    ("name", "rule", "out"),
-    [
-        ("mxfp4", None, "fp8"),
-        ("mxfp4", None, "packed"),
-        ("hif4", None, "bf16"),
-        ("hif4", None, "packed"),
-        ("hif4", "mse", "bf16"),
-        ("hif4", "mse", "packed"),
-    ],
-)
+@pytest.mark.parametrize(("basis", "name", "rule", "out"), CASES)
 @pytest.mark.parametrize("family", [90, 100, 120])
-def test_hadamard_quantize(family, name, rule, out, basis):
-    spec = QuantSpec(name, scale_rule=rule, **BASES[basis])
+def test_quantize(family, basis, name, rule, out):
+    transform, block = BASES[basis]
+    scheme = Scheme.of(name, transform=transform, block=block, input_rule=rule)
     values = {"fp8": "*fp8e5", "packed": "*u8", "bf16": "*bf16"}[out]
-    scales = SCALES[name] if out == "packed" else None
-    signature = {"x_ptr": "*bf16", "basis_ptr": "*u8" if spec.learned else "*bf16"}
-    signature |= {"values_ptr": values, "scales_ptr": scales}
+    signature = {"x_ptr": "*bf16", "basis_ptr": {"smoothed": "*bf16", "learned": "*u8"}.get(transform)}
+    signature |= {"values_ptr": values, "scales_ptr": SCALES[name] if out == "packed" else None}
     signature |= {"counters_ptr": None, "units": "i32", "stride_m": "i32"}
     aligned = [name for name in ("x_ptr", "basis_ptr", "values_ptr", "scales_ptr", "stride_m") if signature[name]]
-    constants = quantize.constants(spec, out, torch.bfloat16, spec.smooth, K, 0)
+    constants = quantize.constants(scheme, out, torch.bfloat16, K, 0)
     options = quantize.COMPILE_OPTIONS
     binary = compile_for(family, quantize.quantize_kernel, signature, constants, aligned, options)
     check_resources(binary, family)
-    assert binary.instructions(r"\b(HGMMA|HMMA|UTCHMMA)") > 0  # the rotation runs on tensor cores
+    products = binary.instructions(r"\b(HGMMA|HMMA|UTCHMMA)")
+    assert (products > 0) == (block > 0)  # the rotation runs on tensor cores
     assert "fma.rn.f32" not in binary.ptx  # rounding happens where the reference rounds
     if out == "fp8":
         assert "cvt.rn.satfinite.e5m2x2.f32" in binary.ptx
@@ -159,7 +149,7 @@ def test_hadamard_quantize(family, name, rule, out, basis):
 @pytest.mark.parametrize("family", [90, 120])
 def test_expand_weight(family, name, dtype):
     signature = {"packed_ptr": "*u8", "scale_ptr": SCALES[name], "out_ptr": f"*{dtype}", "exponent": "i32", "N": "i32"}
-    constants = {"HIF4": name == "hif4", "K": K, "L": expand_weight.tile_length(K), "ROWS": expand_weight.TILE_ROWS}
+    constants = expand_weight.constants(get_format(name), K)
     aligned = ("packed_ptr", "scale_ptr", "out_ptr")
     kernel = expand_weight.expand_kernel
     check_resources(compile_for(family, kernel, signature, constants, aligned, expand_weight.OPTIONS), family)
@@ -169,14 +159,14 @@ def test_one_row():
     """An integer argument of 1 is compiled in as a constant: another program, which one row of input would need."""
     tile = lookup("gemm_packed", 90, 1, K, K)
     signature = {"x_ptr": "*bf16", "packed_ptr": "*u8", "scale_ptr": "*u8", "out_ptr": "*bf16", "N": "i32"}
-    constants = gemm_packed.constants(tile, "mxfp4", K) | {"M": 1}
+    constants = gemm_packed.constants(tile, get_format("mxfp4"), K) | {"M": 1}
     check_resources(compile_for(90, gemm_packed.gemm_packed_kernel, signature, constants, (), tile.options), 90)
     tile = lookup("gemm_fp8", 90, 1, K, K)
     signature = descriptors(tile, "fp8e5", "fp8e4nv") | {"out_ptr": "*bf16", "factor": "fp32", "N": "i32"}
     constants = gemm_fp8.constants(tile, K, False) | {"M": 1}
     check_resources(compile_for(90, gemm_fp8.gemm_fp8_kernel, signature, constants, (), tile.options), 90)
     signature = {"packed_ptr": "*u8", "scale_ptr": "*u8", "out_ptr": "*fp8e4nv", "row_exponents_ptr": "*i32"}
-    constants = {"HIF4": False, "K": K, "L": 256, "ROWS": expand_weight.TILE_ROWS, "exponent": 1, "N": 1}
+    constants = expand_weight.constants(get_format("mxfp4"), K) | {"exponent": 1, "N": 1}
     check_resources(compile_for(90, expand_weight.expand_kernel, signature, constants, (), expand_weight.OPTIONS), 90)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ptq.scheme import FORMATS
+
 CASES = sorted((Path(__file__).parent / "interpreted").glob("case_*.py"))
 
 
@@ -26,4 +28,6 @@ def test_every_kernel_has_a_case():
     text = "".join(case.read_text() for case in CASES)
     kernels = Path(__file__).parents[3] / "ptq" / "runtime" / "kernels"
     modules = {path.stem for path in kernels.glob("*.py") if "@triton.jit\ndef" in path.read_text()}
-    assert modules - {"blocks", "blocks_hif4"} <= {name for name in modules if f"kernels.{name} import" in text}
+    functions = {"blocks", "formats"} | {name for name, fmt in FORMATS.items() if fmt.kernel_id is not None}
+    assert functions < modules
+    assert modules - functions <= {name for name in modules if f"kernels.{name} import" in text}

@@ -1,4 +1,4 @@
-"""hadamard_quantize under the interpreter: codes equal to the torch reference, element by element."""
+"""The quantizer under the interpreter: codes equal to the torch reference, element by element."""
 
 from pathlib import Path
 
@@ -7,15 +7,19 @@ import torch
 from safetensors.torch import load_file
 
 from ptq import formats
-from ptq.runtime.exactness import count_outside
-from ptq.runtime.kernels.hadamard_quantize import hadamard_quantize, hadamard_quantize_reference
-from ptq.runtime.spec import QuantSpec
-from ptq.scheme import encode_blocks
+from ptq.runtime.kernels.quantize import count_outside_reference, quantize, quantize_reference
+from ptq.scheme import Scheme
+from ptq.scheme.learned import encode_blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 GOLDEN = Path(__file__).parents[3] / "golden"
 OUTPUTS = {"mxfp4": ("packed", "bf16", "fp8"), "hif4": ("packed", "bf16")}
 EVERY_OUTPUT = [(name, out) for name, outs in OUTPUTS.items() for out in outs]
+SIZES = (16, 32, 64, 128)
+
+
+def smoothed(name, block):
+    return Scheme.of(name, transform="smoothed", block=block)
 
 
 def exact_input(rows, k, dtype=torch.bfloat16, seed=0):
@@ -35,19 +39,8 @@ def assert_equal(found, expected):
         assert torch.equal(found.scales, expected.scales)
 
 
-def check(x, smooth, spec, out, **options):
-    assert_equal(
-        hadamard_quantize(x, smooth, spec, out, **options), hadamard_quantize_reference(x, smooth, spec, out, **options)
-    )
-
-
-@pytest.mark.parametrize(("name", "out"), EVERY_OUTPUT)
-@pytest.mark.parametrize("rotation", [0, 16, 32, 64, 128])
-def test_rotations_with_smoothing(name, out, rotation):
-    x, smooth = exact_input(7, 256)
-    x[0, :64] = 0
-    for rule in (None, "mse"):
-        check(x, smooth, QuantSpec(name, rotation, True, rule), out)
+def check(x, basis, scheme, out, **options):
+    assert_equal(quantize(x, basis, scheme, out, **options), quantize_reference(x, basis, scheme, out, **options))
 
 
 def exact_blocks(k, size, seed=0):
@@ -58,70 +51,76 @@ def exact_blocks(k, size, seed=0):
 
 
 @pytest.mark.parametrize(("name", "out"), EVERY_OUTPUT)
+@pytest.mark.parametrize(
+    ("transform", "blocks"),
+    [("none", (0,)), ("hadamard", SIZES), ("smoothed", (0, *SIZES)), ("learned", SIZES)],
+)
+def test_every_transform_with_every_rule(name, out, transform, blocks):
+    x, smooth = exact_input(7, 256, seed=1)
+    x[0, :64] = 0
+    fmt = formats.get(name)
+    for block in blocks:
+        if transform == "learned" and block % fmt.group_size:
+            continue
+        basis = {"smoothed": smooth, "learned": exact_blocks(256, block or 64)}.get(transform)
+        for rule in fmt.scale_rules:
+            check(x, basis, Scheme.of(name, transform=transform, block=block, input_rule=rule), out)
+
+
+@pytest.mark.parametrize(("name", "out"), EVERY_OUTPUT)
 @pytest.mark.parametrize("size", [32, 64, 128])
 @pytest.mark.parametrize("rows", [0, 1, 70])
 def test_learned_blocks(name, out, size, rows):
     if size % formats.get(name).group_size:
         pytest.skip("blocks hold whole groups")
     x, _ = exact_input(rows, 384)
-    spec = QuantSpec(name, size, learned=True)
-    check(x, exact_blocks(384, size), spec, out)
+    scheme = Scheme.of(name, transform="learned", block=size)
+    check(x, exact_blocks(384, size), scheme, out)
     if rows:
-        check(x.T.contiguous().T.float() / 64, exact_blocks(384, size, 1), spec, out)
+        check(x.T.contiguous().T.float() / 64, exact_blocks(384, size, 1), scheme, out)
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "hif4"])
 def test_learned_blocks_hold_every_e4m3_value(name):
     blocks = torch.arange(4096, dtype=torch.int32).remainder(127).to(torch.uint8).view(1, 64, 64)
     blocks[:, ::2] |= 0x80
-    check(torch.eye(64, dtype=torch.bfloat16), blocks, QuantSpec(name, 64, learned=True), "bf16")
+    check(torch.eye(64, dtype=torch.bfloat16), blocks, Scheme.of(name, transform="learned", block=64), "bf16")
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "hif4"])
 def test_learned_blocks_with_groups_that_are_not_finite(name):
     x, _ = exact_input(4, 128)
     x[1, 70] = float("inf")
-    check(x, exact_blocks(128, 64), QuantSpec(name, 64, learned=True), "packed")
+    check(x, exact_blocks(128, 64), Scheme.of(name, transform="learned", block=64), "packed")
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "hif4"])
-def test_every_rule_and_tie(name):
-    x, smooth = exact_input(5, 128, seed=1)
-    for rule in formats.get(name).scale_rules:
-        for ties in formats.get(name).ties_options:
-            spec = QuantSpec(name, 0, True, rule, ties)
-            check(x, smooth, spec, "packed")
-            check(x, smooth, spec, "bf16")
-
-
-@pytest.mark.parametrize("ties", ["away", "even"])
 @pytest.mark.parametrize("out", ["packed", "bf16"])
-def test_hif4_mse_in_every_binade(out, ties):
+def test_hif4_mse_in_every_binade(out):
     """Gaussian groups, so that squared errors round, from below the smallest scale to beyond the largest."""
     x = torch.randn(256, 128, generator=torch.Generator().manual_seed(2))
     x = x * torch.ldexp(torch.ones(256, 1), torch.arange(-128, 128).unsqueeze(1) // 2)
-    check(x, None, QuantSpec("hif4", 0, False, "mse", ties), out)
+    check(x, None, Scheme.of("hif4", input_rule="mse"), out)
 
 
 @pytest.mark.parametrize(("name", "out"), EVERY_OUTPUT)
 @pytest.mark.parametrize("rows", [0, 1, 7, 63, 512])
 def test_row_counts(name, out, rows):
     x, _ = exact_input(rows, 64)
-    check(x, None, QuantSpec(name, 32), out)
+    check(x, None, Scheme.of(name, transform="hadamard", block=32), out)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_input_dtypes(dtype):
     x, smooth = exact_input(9, 192, dtype)
-    check(x / 64, smooth, QuantSpec("mxfp4", 32, True), "packed")
-    check(x / 64, smooth, QuantSpec("hif4", 64, True), "packed")
+    check(x / 64, smooth, smoothed("mxfp4", 32), "packed")
+    check(x / 64, smooth, smoothed("hif4", 64), "packed")
 
 
 def test_strided_and_transposed_input():
     x, smooth = exact_input(12, 256)
     for view, vector in ((x[:, 64:192], smooth[64:192]), (x[::3], smooth), (x[:, ::2], smooth[::2].contiguous())):
-        check(view, vector, QuantSpec("mxfp4", 32, True), "packed")
-    check(x.T.contiguous().T, smooth, QuantSpec("hif4", 64, True), "bf16")
+        check(view, vector, smoothed("mxfp4", 32), "packed")
+    check(x.T.contiguous().T, smooth, smoothed("hif4", 64), "bf16")
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "hif4"])
@@ -131,14 +130,14 @@ def test_groups_that_are_not_finite(name, bad):
     x[1, 70] = bad
     for out in ("packed", "bf16"):
         for rule in formats.get(name).scale_rules:
-            check(x, None, QuantSpec(name, 0, False, rule), out)
-            check(x, None, QuantSpec(name, 32, False, rule), out)
+            check(x, None, Scheme.of(name, input_rule=rule), out)
+            check(x, None, Scheme.of(name, transform="hadamard", block=32, input_rule=rule), out)
 
 
 def test_nan_becomes_the_fp8_nan():
     x, _ = exact_input(2, 64)
     x[1, 40] = float("nan")
-    bits = hadamard_quantize(x, None, QuantSpec("mxfp4", 0), "fp8").values.view(torch.uint8)
+    bits = quantize(x, None, Scheme.of("mxfp4"), "fp8").values.view(torch.uint8)
     assert (bits[1, 32:] == 0x7F).all() and (bits[0] != 0x7F).all() and (bits[1, :32] != 0x7F).all()
 
 
@@ -149,7 +148,7 @@ def test_golden_vectors(name):
     assert len(cases) >= 9
     for case in cases:
         x = golden[f"{case}.input"].flatten(0, -2)[:16]
-        found = hadamard_quantize(x, None, QuantSpec(name, 0), "packed")
+        found = quantize(x, None, Scheme.of(name), "packed")
         assert torch.equal(found.values, golden[f"{case}.weight_packed"].flatten(0, -2)[:16]), case
         assert torch.equal(found.scales, golden[f"{case}.weight_scale"].flatten(0, -2)[:16]), case
 
@@ -158,9 +157,9 @@ def test_gaussian_input_differs_only_where_sums_round():
     x = torch.randn(64, 512, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     smooth = (torch.rand(512, generator=torch.Generator().manual_seed(4)) + 0.5).to(torch.bfloat16)
     for name in ("mxfp4", "hif4"):
-        spec = QuantSpec(name, 32, True)
-        found = hadamard_quantize(x, smooth, spec, "bf16").values.float()
-        expected = hadamard_quantize_reference(x, smooth, spec, "bf16").values.float()
+        scheme = smoothed(name, 32)
+        found = quantize(x, smooth, scheme, "bf16").values.float()
+        expected = quantize_reference(x, smooth, scheme, "bf16").values.float()
         assert (found != expected).sum() <= 3  # of 32768: a sum within one float32 ulp of a rounding threshold
 
 
@@ -169,15 +168,15 @@ def test_fp8_outside_its_exact_range(e_ref):
     """Blocks beyond 29 binades saturate or round as the reference does, and are counted."""
     x, _ = exact_input(40, 64)
     x = x.float() * torch.ldexp(torch.ones(40, 1), torch.arange(-26, 14).unsqueeze(1))
-    spec = QuantSpec("mxfp4", 0)
-    check(x, None, spec, "fp8", e_ref=e_ref)
+    scheme = Scheme.of("mxfp4")
+    check(x, None, scheme, "fp8", e_ref=e_ref)
     counters = torch.zeros(2, dtype=torch.int32)
-    hadamard_quantize(x, None, spec, "fp8", e_ref=e_ref, counters=counters)
-    packed = hadamard_quantize(x, None, spec, "packed")
-    assert tuple(counters.tolist()) == count_outside(packed.values, packed.scales, e_ref)
+    quantize(x, None, scheme, "fp8", e_ref=e_ref, counters=counters)
+    packed = quantize(x, None, scheme, "packed")
+    assert tuple(counters.tolist()) == count_outside_reference(packed.values, packed.scales, e_ref)
     assert min(counters.tolist()) > 0 or e_ref == 4
 
 
 def test_fp8_is_refused_for_hif4():
     with pytest.raises(formats.FormatError, match="not exact in FP8"):
-        hadamard_quantize(torch.zeros(1, 64), None, QuantSpec("hif4"), "fp8")
+        quantize(torch.zeros(1, 64), None, Scheme.of("hif4"), "fp8")

@@ -9,36 +9,33 @@ import triton
 import triton.language as tl
 
 from ptq.runtime.kernels import blocks as b
+from ptq.scheme import hif4
 
-BF16_ONE_SEVENTH = tl.constexpr(0.142578125)
-MSE_BYTES = tl.constexpr(3)
+BF16_ONE_SEVENTH = tl.constexpr(hif4.BF16_ONE_SEVENTH)
+MSE_BYTES = tl.constexpr(hif4.MSE_BYTES)
 NEAREST_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: its ulp is 1
 
 
 @triton.jit
-def hif4_convert(x, MSE: tl.constexpr, EVEN: tl.constexpr):
+def convert(x, RULE: tl.constexpr):
     """float32 [R, L] -> (level float32 [G, 16, 4] in 0..7, quarter step float32 [G, 16], scale word int32 [G]).
 
-    Groups that are not finite get the word 0xFF, a NaN step and no defined level.
+    Groups that are not finite get the word 0xFF, a NaN step and no defined level. RULE: `HiF4.kernel_rule`.
     """
     G: tl.constexpr = x.shape[0] * x.shape[1] // 64
     quads = tl.reshape(x, (G, 16, 4))
-    if MSE:
+    if RULE == 1:
         byte, r, e8, e16, finite = _search(tl.abs(x), G)
     else:
         byte, r, e8, e16, finite = _reference(quads, G)
     e8_of_16 = _of_16(e8, G)
     factor = r[:, None] * 4.0 * b.power_of_two(-e8_of_16) * b.power_of_two(-e16)
     scaled = tl.abs(quads) * factor[:, :, None]
-    if EVEN:
-        level = (scaled + NEAREST_INTEGER) - NEAREST_INTEGER
-    else:
-        level = tl.floor(scaled + 0.5)
-    level = tl.minimum(level, 7.0)
+    level = tl.minimum(tl.floor(scaled + 0.5), 7.0)
     e8_bits = tl.xor_sum(e8 << (8 + tl.arange(0, 8))[None, :], 1)
     e16_bits = tl.xor_sum(e16 << (16 + tl.arange(0, 16))[None, :], 1)
     word = tl.where(finite, byte | e8_bits | e16_bits, 255)
-    quarter = b.e6m2_value(word & 0xFF)[:, None] * 0.25 * b.power_of_two(e8_of_16 + e16)
+    quarter = e6m2_value(word & 0xFF)[:, None] * 0.25 * b.power_of_two(e8_of_16 + e16)
     return level, quarter, word
 
 
@@ -79,7 +76,7 @@ def _search(magnitude, G: tl.constexpr):
     for offset in tl.static_range(MSE_BYTES):
         candidate = first + offset
         r = (_reciprocal(candidate, False) * b.power_of_two(exponent))[:, None]
-        step = (b.e6m2_value(candidate) * b.power_of_two(-exponent))[:, None]
+        step = (e6m2_value(candidate) * b.power_of_two(-exponent))[:, None]
         error0 = _squared_error(y0, y1, y2, y3, r, step, 1.0)
         error1 = _squared_error(y0, y1, y2, y3, r, step, 2.0)
         error2 = _squared_error(y0, y1, y2, y3, r, step, 4.0)
@@ -144,8 +141,48 @@ def _reciprocal(byte, BF16: tl.constexpr):
 
 
 @triton.jit
-def hif4_nibbles(level, word, x):
+def nibbles_of(level, word, x):
     """Levels float32 [G, 16, 4], scale words [G] and the source -> nibbles int32; a zero level is never signed."""
     index = tl.where((word == 255)[:, None, None], 0.0, level).to(tl.int32)
     negative = (tl.reshape(x, level.shape) < 0) & (index > 0)
     return tl.where(negative, index | 8, index)
+
+
+@triton.jit
+def e6m2_value(byte):
+    """E6M2 bytes int32 -> float32 S; 255 is NaN."""
+    bits = (((byte >> 2) + (127 - 48)) << 23) | ((byte & 3) << 21)
+    return tl.where(byte == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def steps(word, LENGTH: tl.constexpr):
+    """Scale words int32 [R, LENGTH / 64] -> quarter steps float32 [R, LENGTH / 4], one for each four elements."""
+    R: tl.constexpr = word.shape[0]
+    quad = tl.arange(0, 16)[None, None, :]
+    bits = word[:, :, None]
+    exponent = ((bits >> (8 + quad // 2)) & 1) + ((bits >> (16 + quad)) & 1)
+    steps = e6m2_value(bits & 0xFF) * 0.25 * b.power_of_two(exponent)
+    return tl.reshape(steps, (R, LENGTH // 4))
+
+
+@triton.jit
+def decode(nibbles, words):
+    """Nibbles int32 [R, L] and scale words int32 [R, L/64] -> (levels float32 [R, L], quarter steps float32 [R, L/4])."""
+    magnitude = (nibbles & 7).to(tl.float32)
+    return tl.where(nibbles >= 8, -magnitude, magnitude) + 0.0, steps(words, nibbles.shape[1])
+
+
+@triton.jit
+def store(
+    x, unit, offset, inside, values_ptr, scales_ptr,
+    L: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, RULE: tl.constexpr,
+):  # fmt: skip
+    """Round float32 [ROWS, L] and store it; see `ptq.runtime.kernels.formats.store_tile`."""
+    level, quarter, word = convert(x, RULE)
+    if OUT == "packed":
+        nibbles = tl.reshape(nibbles_of(level, word, x), (ROWS, L))
+        b.store_packed(nibbles, tl.reshape(word, (ROWS, L // 64)), unit, inside, values_ptr, scales_ptr, L)
+    else:
+        magnitude = tl.reshape(level * quarter[:, :, None], (ROWS, L))
+        tl.store(values_ptr + offset, b.to_bf16(b.with_sign_of(magnitude, x)), mask=inside[:, None])

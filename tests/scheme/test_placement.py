@@ -6,18 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq import formats
-from ptq.runtime.exactness import (
-    DTYPES,
-    E4M3_RANGE,
-    E5M2_RANGE,
-    FACTOR_LIMIT,
-    count_outside,
-    place,
-    summarize,
-)
 from ptq.scheme.format import pack_nibbles
 from ptq.scheme.mxfp4 import MAGNITUDES
+from ptq.scheme.placement import DECODED, DTYPES, E4M3_RANGE, E5M2_RANGE, FACTOR_LIMIT, place_rows, summarize
 
+place = formats.get("mxfp4").place
 E2M1 = torch.tensor(MAGNITUDES + tuple(-value for value in MAGNITUDES), dtype=torch.float64)
 
 
@@ -133,14 +126,34 @@ def test_empty_weight():
     assert place(torch.empty(0, 32, dtype=torch.uint8), torch.empty(0, 2, dtype=torch.uint8)).kind == "e4m3"
 
 
+def test_hif4_is_always_decoded():
+    fmt = formats.get("hif4")
+    assert fmt.place(*fmt.pack(fmt.quantize(torch.ones(2, 64)))) is DECODED
+    assert DTYPES[DECODED.kind] == torch.bfloat16 and DECODED.row_exponents is None and DECODED.exponent == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(-120, 120), min_size=2, max_size=2).map(sorted), min_size=1, max_size=5))
+def test_exponent_ranges_alone_decide(rows):
+    """A format that knows its rows' exponents gets the placement that MXFP4 codes with these exponents get."""
+    low, high = torch.tensor(rows, dtype=torch.int32).unbind(1)
+    found, expected = place_rows(low, high), place(*weight(rows, ALL_NIBBLES))
+    assert (found.kind, found.exponent, found.reason) == (expected.kind, expected.exponent, expected.reason)
+    rows_of = [None if one.row_exponents is None else one.row_exponents.tolist() for one in (found, expected)]
+    assert rows_of[0] == rows_of[1]
+
+
 @pytest.mark.parametrize("e_ref", [0, -5])
 def test_counters(e_ref):
+    pytest.importorskip("triton", reason="triton exists on Linux only")
+    from ptq.runtime.kernels.quantize import count_outside_reference
+
     exponents = [[E5M2_RANGE[0] - 1, E5M2_RANGE[0], E5M2_RANGE[1], E5M2_RANGE[1] + 1, E5M2_RANGE[1] + 2, 50]]
     packed, scale = weight([[value + e_ref for value in exponents[0]]], ALL_NIBBLES)
     packed[0, 80:] = 0  # the last block is zero, wherever its scale is
-    assert count_outside(packed, scale, e_ref) == (2, 1)
+    assert count_outside_reference(packed, scale, e_ref) == (2, 1)
     scale[0, 3] = 0xFF
-    assert count_outside(packed, scale, e_ref) == (1, 1)
+    assert count_outside_reference(packed, scale, e_ref) == (1, 1)
 
 
 @settings(max_examples=50, deadline=None)

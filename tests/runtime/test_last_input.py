@@ -5,35 +5,35 @@ import gc
 import pytest
 import torch
 
-from ptq import formats
-from ptq.runtime import QuantLinear, QuantSpec, sharing
+from ptq.runtime import QuantLinear, last_input
+from ptq.scheme import Scheme
 
-SPEC = QuantSpec("hif4", 64, True)
+SCHEME = Scheme.of("hif4", transform="smoothed", block=64)
 SMOOTH = (1.0 + torch.arange(128) / 100).bfloat16()
 
 
-def layer(seed: int, smooth: torch.Tensor = SMOOTH, spec: QuantSpec = SPEC) -> QuantLinear:
+def layer(seed: int, smooth: torch.Tensor = SMOOTH, scheme: Scheme = SCHEME) -> QuantLinear:
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(seed))
-    codes = formats.get(spec.format).quantize(spec.transform_weight(weight, smooth))
-    return QuantLinear.from_codes(codes, spec, None, smooth.clone())
+    codes = scheme.format.quantize(scheme.transform.weight(weight, smooth))
+    return QuantLinear.from_codes(codes, scheme, None, smooth.clone())
 
 
 def expected(one: QuantLinear, x: torch.Tensor) -> torch.Tensor:
-    codes = formats.get(one.spec.format).dequantize(one.codes())
-    return torch.nn.functional.linear(one.spec.quantize_input(x, one.smooth), codes).to(x.dtype)
+    weight = one.scheme.format.dequantize(one.codes())
+    return torch.nn.functional.linear(one.scheme.quantize_input(x, one.smooth), weight).to(x.dtype)
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """One entry for every input that was quantized."""
-    made, original = [], QuantSpec.quantize_input
+    made, original = [], Scheme.quantize_input
 
-    def counted(self, x, smooth):
+    def counted(self, x, basis):
         made.append(tuple(x.shape))
-        return original(self, x, smooth)
+        return original(self, x, basis)
 
-    sharing.forget_input()
-    monkeypatch.setattr(QuantSpec, "quantize_input", counted)
+    last_input.forget_input()
+    monkeypatch.setattr(Scheme, "quantize_input", counted)
     return made
 
 
@@ -49,12 +49,13 @@ def test_projections_of_one_input_quantize_it_once(calls, dtype):
 def test_another_smoothing_or_format_is_quantized_anew(calls):
     x = torch.randn(5, 128)
     layer(0)(x)
-    for spec, smooth in (
-        (SPEC, SMOOTH * 2),
-        (QuantSpec("mxfp4", 64, True), SMOOTH),
-        (QuantSpec("hif4", 32, True), SMOOTH),
+    for scheme, smooth in (
+        (SCHEME, SMOOTH * 2),
+        (Scheme.of("mxfp4", transform="smoothed", block=64), SMOOTH),
+        (Scheme.of("hif4", transform="smoothed", block=32), SMOOTH),
+        (Scheme.of("hif4", transform="smoothed", block=64, input_rule="mse"), SMOOTH),
     ):
-        other = layer(0, smooth, spec)
+        other = layer(0, smooth, scheme)
         wanted = expected(other, x)
         calls.clear()
         assert torch.equal(other(x), wanted)
@@ -88,7 +89,7 @@ def test_inference_tensors_are_not_shared(calls):
 def test_the_result_is_freed_with_its_input(calls):
     x = torch.randn(5, 128)
     layer(0)(x)
-    assert sharing._last is not None
+    assert last_input._last is not None
     del x
     gc.collect()
-    assert sharing._last is None
+    assert last_input._last is None

@@ -1,14 +1,13 @@
-"""Where MXFP4 values are exact in FP8: the placement of a weight, and the count of activation blocks out of range.
+"""Where 4-bit weights are exact in FP8: the ladder on which a weight is placed, from the exponents that its rows use.
 
-E2M1 * 2^d is exact in e4m3 for 15 values of d and in e5m2 for 29. A weight whose block exponents span no more than that
-can be computed with as FP8 and one power-of-two factor, without changing a single value. The ladder tries, in order of
-speed: e4m3 with one exponent for the tensor, e4m3 with one exponent a row, e5m2, and bfloat16, which always fits.
+A small number times 2^d (E2M1, for one) is exact in e4m3 for 15 values of d and in e5m2 for 29. A weight whose block
+exponents span no more than that can be computed with as FP8 and one power-of-two factor, without changing a single value.
+The ladder tries, in order of speed: e4m3 with one exponent for the tensor, e4m3 with one exponent a row, e5m2, and
+bfloat16, which always fits.
 
 Activations use e5m2 with a static reference exponent, so that quantizing them is one pass. Blocks outside the 29
 binades are not refused, they are rounded (below: by at most 2^-17 in units of 2^e_ref) or saturated (above: at 57344 in
-those units); `count_outside` tells how many there were.
-
-HiF4 scales have mantissas: its values need six significant bits and fit bfloat16 only.
+those units); the quantizer's counters tell how many there were.
 """
 
 from __future__ import annotations
@@ -20,9 +19,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-
-from ptq.scheme import FormatError
-from ptq.scheme.mxfp4 import NAN_SCALE
 
 Kind = Literal["e4m3", "e4m3-row", "e5m2", "bf16"]
 
@@ -41,6 +37,7 @@ DTYPES: dict[Kind, torch.dtype] = {
     "e5m2": torch.float8_e5m2,
     "bf16": torch.bfloat16,
 }
+"""In the order of the ladder."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +57,16 @@ class Placement:
     reason: str
 
 
-BF16_DECODED = Placement("bf16", 0, None, "decoded to bfloat16, where every value of both formats is exact")
+DECODED = Placement("bf16", 0, None, "decoded to bfloat16, where every value is exact")
+"""The last step, where nothing above it was looked for."""
 
 
-def place(weight_packed: Tensor, weight_scale: Tensor) -> Placement:
-    """Place an MXFP4 weight on the ladder.
+def place_rows(low: Tensor, high: Tensor) -> Placement:
+    """Place a weight on the ladder.
 
     Args:
-        weight_packed: uint8 [N, K/2]. weight_scale: uint8 [N, K/32].
-
-    Raises:
-        FormatError: a scale is NaN (0xFF): the weight is damaged.
+        low, high: smallest and largest block exponent of each row, int32 [N]; a row of zeros has low > high.
     """
-    low, high = row_exponent_ranges(weight_packed, weight_scale)
     bounds = torch.stack((low.min(), high.max(), (high - low).max())).tolist() if low.numel() else [0, 0, 0]
     lowest, highest, row_span = (int(value) for value in bounds)
     if lowest > highest:
@@ -93,46 +87,12 @@ def place(weight_packed: Tensor, weight_scale: Tensor) -> Placement:
     return Placement("bf16", 0, None, f"block exponents span {span} binades, e5m2 holds {e5m2}")
 
 
-def row_exponent_ranges(weight_packed: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest block exponent of each row, int32 [N] each; a row of zeros has low > high.
-
-    Blocks whose codes are all zero do not count: zero is exact under any factor.
-    """
-    if bool((weight_scale == NAN_SCALE).any()):
-        raise FormatError("A weight scale is NaN (byte 0xFF): the checkpoint is damaged, quantize the model again.")
-    used = nonzero_blocks(weight_packed)
-    exponent = weight_scale.to(torch.int32) - 127
-    low = torch.where(used, exponent, EMPTY).amin(-1)
-    high = torch.where(used, exponent, -EMPTY).amax(-1)
-    return low, high
-
-
-EMPTY = 1 << 12
-
-
-def nonzero_blocks(packed: Tensor) -> Tensor:
-    """Packed MXFP4 codes uint8 [..., K/2] -> bool [..., K/32]: which blocks have a non-zero magnitude."""
-    blocks = packed.reshape(*packed.shape[:-1], packed.shape[-1] // 16, 16)
-    return ((blocks & 0x77) != 0).any(-1)
-
-
 def summarize(placements: Mapping[str, Placement]) -> list[str]:
     """Layer name -> placement, as lines for `ptq doctor`: a count of each kind, then every layer below the top step."""
     counts = Counter(placement.kind for placement in placements.values())
     lines = [f"{kind}: {counts[kind]} of {len(placements)} layers" for kind in DTYPES if counts[kind]]
     lower = {name: one for name, one in placements.items() if one.kind != "e4m3"}
     return lines + [f"{name}: {one.kind}, {one.reason}" for name, one in lower.items()]
-
-
-def count_outside(values_packed: Tensor, scales: Tensor, e_ref: int = E_REF) -> tuple[int, int]:
-    """(saturated, underflowed): non-zero activation blocks above and below the exact range of e5m2.
-
-    Args:
-        values_packed: uint8 [M, K/2]. scales: uint8 [M, K/32]. e_ref: reference exponent of the FP8 form.
-    """
-    exponent = scales.to(torch.int32) - 127 - e_ref
-    used = nonzero_blocks(values_packed) & (scales != NAN_SCALE)
-    return int((used & (exponent > E5M2_RANGE[1])).sum()), int((used & (exponent < E5M2_RANGE[0])).sum())
 
 
 def _binades(limits: tuple[int, int]) -> int:

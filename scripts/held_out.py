@@ -1,8 +1,8 @@
-"""Many recipes from one set of records: the statistics of a block are gathered once and solved for every recipe.
+"""Errors on held-out records, for the scripts beside this one: of a packed checkpoint, and of many recipes at once.
 
+A sweep gathers the statistics of a block once and solves them for every recipe.
 Each recipe has its own stream of held-out hidden states, moved on through its own quantized blocks, so the figure at the
-end is the held-out denoiser error that a full run of that recipe would have. Only recipes that take their statistics from
-the original stream can share them; that is what a sweep is for.
+end is the held-out denoiser error that a full run of that recipe would have.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ptq.checkpoint.shards import ShardSet
 from ptq.errors import UsageError
 from ptq.quantization.block import collect_statistics, forward_stream, install, solve_block
 from ptq.quantization.calls import ExpertCalls
+from ptq.quantization.hybrid import HybridExpert
 from ptq.quantization.settings import QuantizeSettings
 from ptq.wan.replay import ExpertReplay
 from ptq.wan.structure import ModelLayout
@@ -51,7 +52,7 @@ def sweep(
         layout: the original model.
         calibration: records that the statistics come from.
         held_out: records of other prompts, on which errors are measured.
-        variants: name -> settings; all with `records.inputs: original` and one `records` group.
+        variants: name -> settings; all with one `records` group.
 
     Raises:
         UsageError: the variants cannot share statistics, or the two sets share a prompt.
@@ -71,10 +72,8 @@ def sweep(
 
 
 def _check(calibration: CalibrationSet, held_out: CalibrationSet, variants: Mapping[str, QuantizeSettings]) -> None:
-    records = {settings.recipe.records for settings in variants.values()}
-    precisions = {settings.recipe.gptq.precision for settings in variants.values()}
-    if len(records) != 1 or len(precisions) != 1 or next(iter(records)).inputs != "original":
-        raise UsageError("Recipes of one sweep must have equal `records` keys and precision, with inputs: original.")
+    if len({settings.recipe.records for settings in variants.values()}) != 1:
+        raise UsageError("Recipes of one sweep must have equal `records` keys.")
     shared = {s["caption_digest"] for s in calibration.settings["samples"]} & {
         s["caption_digest"] for s in held_out.settings["samples"]
     }
@@ -92,9 +91,9 @@ def _sweep_expert(
     bar: ui.Progress,
 ) -> list[tuple[str, dict]]:
     some = next(iter(variants.values()))
-    full = replace(some, recipe=some.recipe.model_copy(update={"rounding": "gptq"}))  # gather Hessians for everyone
-    weighting = some.recipe.records.weighting
-    own, other = (ExpertCalls(expert, replay, records, weighting) for records in (calibration, held_out))
+    solver = some.recipe.solver.model_copy(update={"rounding": "gptq"})  # gather Hessians for everyone
+    full = replace(some, recipe=some.recipe.model_copy(update={"solver": solver}))
+    own, other = (ExpertCalls(expert, replay, records) for records in (calibration, held_out))
     stream, reference = own.start(), other.start()
     streams = {name: other.start() for name in variants}
     statistics: list[tuple[str, dict]] = []
@@ -107,10 +106,36 @@ def _sweep_expert(
             solutions = solve_block(block, dict(collectors), settings)
             rows[name].seconds += time.monotonic() - start
             quantized = copy.deepcopy(block)
-            install(quantized, solutions, settings)
+            install(quantized, solutions, settings.scheme)
             forward_stream(quantized, other.items, streams[name], streams[name], replay.device)
             statistics += [(name, solution.stats) for solution in solutions.values()]
             bar.advance(note=f"{expert} block {index}, {name}")
     for name, candidate in streams.items():
         rows[name].errors[expert] = other.output_error(reference, candidate)
     return statistics
+
+
+def denoiser_errors(
+    original: ModelLayout, packed: ModelLayout, records: CalibrationSet, device: str = "cpu"
+) -> dict[str, float]:
+    """Relative squared output error of each expert, and their mean under "mean".
+
+    Args:
+        original, packed: the model and its quantized checkpoint.
+        records: made from `original`; use prompts that calibration did not see.
+
+    Raises:
+        UsageError: the two are not of one structure.
+    """
+    if list(original.experts) != list(packed.experts):
+        raise UsageError(f"{original.path} and {packed.path} have different experts and cannot be compared.")
+    errors = {}
+    for expert in original.experts:
+        replays = [
+            ExpertReplay(ShardSet(layout.path / expert), layout.experts[expert], device)
+            for layout in (original, packed)
+        ]
+        hybrid = HybridExpert(expert, replays[0], replays[1], records)
+        errors[expert] = hybrid.error([True] * hybrid.num_blocks)
+    errors["mean"] = sum(errors.values()) / len(errors)
+    return errors

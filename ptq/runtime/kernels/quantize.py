@@ -1,0 +1,182 @@
+"""Quantize activations in one pass over memory: change of basis (smoothing and block Hadamard, or learned blocks), then round.
+
+Three outputs: packed codes and scales (for block-scaled tensor cores), FP8 e5m2 (for `gemm_fp8`), bfloat16 (exact for
+every format, for bfloat16 products). FP8 needs one static reference exponent instead of a second pass: see
+`ptq.scheme.placement` for the range in which it is exact; counters tell how many blocks were outside it.
+
+Codes equal those of `Scheme.quantize_input` wherever the rotation's float32 sums are exact. Where a sum rounds, its
+last bit depends on the order of summation, and an element that lies within that bit of a rounding threshold can get the
+neighbouring code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ptq.runtime.kernels import blocks as b
+from ptq.runtime.kernels import formats as f
+from ptq.scheme import FormatError, Hadamard, Scheme
+from ptq.scheme.hadamard import rotation_factors
+from ptq.scheme.mxfp4 import NAN_SCALE, nonzero_blocks
+from ptq.scheme.placement import E5M2_RANGE, E_REF
+
+Output = Literal["packed", "fp8", "bf16"]
+OUTPUT_DTYPES = {"packed": torch.uint8, "fp8": torch.float8_e5m2, "bf16": torch.bfloat16}
+TILE_ELEMENTS = 4096
+NUM_WARPS = 4
+COMPILE_OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+
+
+@dataclass(frozen=True)
+class QuantizedInput:
+    """Activations on the format's grid.
+
+    Attributes:
+        values: [M, K/2] uint8 nibbles ("packed"), [M, K] float8_e5m2 in units of 2^e_ref ("fp8") or bfloat16 ("bf16").
+        scales: [M, K/group] as in a checkpoint, for "packed" only.
+        e_ref: reference exponent of "fp8" (0 otherwise).
+    """
+
+    values: Tensor
+    scales: Tensor | None
+    e_ref: int = 0
+
+
+def quantize(
+    x: Tensor, basis: Tensor | None, scheme: Scheme, out: Output, *, e_ref: int = 0, counters: Tensor | None = None
+) -> QuantizedInput:
+    """Change the basis of activations and quantize them.
+
+    Args:
+        x: bfloat16, float16 or float32 [M, K]; rows may be strided, the last dimension is made contiguous.
+        basis: what the scheme's transform stores, or None.
+        out: what to write.
+        e_ref: "fp8" holds value / 2^e_ref.
+        counters: int32 [2] on the device; the number of blocks saturated and underflowed in "fp8" is added to it.
+
+    Raises:
+        FormatError: "fp8" asked for inputs that are not exact in FP8.
+    """
+    check_output(scheme, out)
+    m, k = x.shape
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    fmt = scheme.format
+    values = torch.empty((m, k // 2 if out == "packed" else k), dtype=OUTPUT_DTYPES[out], device=x.device)
+    scale_shape = (m, k // fmt.group_size)
+    scales = torch.empty(scale_shape, dtype=fmt.scale_dtype, device=x.device) if out == "packed" else None
+    if m:
+        unit = scheme.multiple
+        rows = TILE_ELEMENTS // unit
+        in_columns = scheme.transform.kernel == "blocks"
+        tiles = triton.cdiv(m, rows) * (k // unit) if in_columns else triton.cdiv(m * (k // unit), rows)
+        basis = basis if basis is None else basis.contiguous()
+        arguments = (x, basis, values, scales, counters, m * (k // unit), x.stride(0))
+        quantize_kernel[(tiles,)](*arguments, **constants(scheme, out, x.dtype, k, e_ref), **COMPILE_OPTIONS)
+    return QuantizedInput(values, scales, e_ref if out == "fp8" else 0)
+
+
+def quantize_reference(
+    x: Tensor, basis: Tensor | None, scheme: Scheme, out: Output, *, e_ref: int = 0
+) -> QuantizedInput:
+    """The same in torch, from `ptq.scheme`. Same arguments, result and errors."""
+    check_output(scheme, out)
+    if out == "packed":
+        codes = scheme.format.quantize(scheme.transform_input(x, basis), scale_rule=scheme.input_rule)
+        return QuantizedInput(*scheme.format.pack(codes))
+    values = scheme.quantize_input(x, basis)
+    if out == "bf16":
+        return QuantizedInput(values.to(torch.bfloat16), None)
+    return QuantizedInput((values * 2.0**-e_ref).clamp(-57344.0, 57344.0).to(torch.float8_e5m2), None, e_ref)
+
+
+def count_outside_reference(values_packed: Tensor, scales: Tensor, e_ref: int = E_REF) -> tuple[int, int]:
+    """The kernel's counters in torch: (saturated, underflowed) non-zero MXFP4 blocks outside the exact range of e5m2.
+
+    Args:
+        values_packed: uint8 [M, K/2]. scales: uint8 [M, K/32]. e_ref: reference exponent of the FP8 form.
+    """
+    exponent = scales.to(torch.int32) - 127 - e_ref
+    used = nonzero_blocks(values_packed) & (scales != NAN_SCALE)
+    return int((used & (exponent > E5M2_RANGE[1])).sum()), int((used & (exponent < E5M2_RANGE[0])).sum())
+
+
+def check_output(scheme: Scheme, out: Output) -> None:
+    """Raise FormatError where `scheme` has no exact `out`."""
+    if out == "fp8" and not scheme.format.exact_in_fp8(scheme.input_rule):
+        raise FormatError(f"{scheme.format.name} activations are not exact in FP8; ask for bf16 or packed.")
+
+
+def significand_parts(dtype: torch.dtype, smooth: bool) -> int:
+    """bfloat16 summands that hold x * smooth exactly (8 bits each; float32 has 24)."""
+    bits = {torch.bfloat16: 8, torch.float16: 11}.get(dtype, 24) + (8 if smooth else 0)
+    return min(3, -(-bits // 8))
+
+
+def constants(scheme: Scheme, out: Output, dtype: torch.dtype, k: int, e_ref: int) -> dict[str, object]:
+    """Compile-time arguments of `quantize_kernel` for one scheme and row length."""
+    transform, unit = scheme.transform, scheme.multiple
+    rotation = transform.block if isinstance(transform, Hadamard) else 0
+    return {
+        "K": k,
+        "L": unit,
+        "ROWS": TILE_ELEMENTS // unit,
+        "FORMAT": scheme.format.kernel_id,
+        "OUT": out,
+        "ROTATION": rotation,
+        "FACTOR": rotation_factors(rotation)[0] if rotation else 1.0,
+        "BLOCKS": transform.kernel == "blocks",
+        "PARTS": significand_parts(dtype, transform.kernel == "hadamard" and transform.tensor is not None),
+        "RULE": scheme.format.kernel_rule(str(scheme.input_rule)),
+        "E_REF": e_ref,
+    }
+
+
+@triton.jit
+def quantize_kernel(
+    x_ptr,
+    basis_ptr,
+    values_ptr,
+    scales_ptr,
+    counters_ptr,
+    units,
+    stride_m,
+    K: tl.constexpr,
+    L: tl.constexpr,
+    ROWS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    OUT: tl.constexpr,
+    ROTATION: tl.constexpr,
+    FACTOR: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PARTS: tl.constexpr,
+    RULE: tl.constexpr,
+    E_REF: tl.constexpr,
+):
+    """One tile of ROWS units; a unit is L consecutive elements of a row, and rows hold K / L units.
+
+    Units of a tile follow each other along rows; with BLOCKS they lie in one column of units, which share a matrix.
+    """
+    if BLOCKS:
+        block = tl.program_id(0) % (K // L)
+        unit = (tl.program_id(0) // (K // L) * ROWS + tl.arange(0, ROWS)) * (K // L) + block
+    else:
+        unit = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = unit < units
+    row = unit // (K // L)
+    column = (unit % (K // L))[:, None] * L + tl.arange(0, L)[None, :]
+    x = tl.load(x_ptr + row.to(tl.int64)[:, None] * stride_m + column, mask=inside[:, None], other=0.0).to(tl.float32)
+    if BLOCKS:
+        x = b.multiply_block(x, b.load_e4m3(basis_ptr + block * L * L, L), PARTS)
+    elif basis_ptr is not None:
+        x = x * tl.load(basis_ptr + column, mask=inside[:, None], other=0.0).to(tl.float32)
+    if ROTATION > 0:
+        x = b.rotate(x, ROTATION, FACTOR, PARTS)
+    offset = row.to(tl.int64)[:, None] * K + column
+    f.store_tile(x, unit, offset, inside, values_ptr, scales_ptr, counters_ptr, FORMAT, L, ROWS, OUT, RULE, E_REF)

@@ -1,0 +1,149 @@
+"""The change of basis in which a layer is quantized: one class a kind, found by name.
+
+Weight and input are quantized in another basis than the layer's own; the layer's output stays the same. What a change of
+basis stores besides its rule is one tensor a layer, called `basis` wherever layers run. Online order: change of basis, then
+quantize.
+
+The base class changes nothing ("none"). A transform of your own subclasses it, overrides what it does differently, and is
+made known with `register_transform`. How a basis is chosen from statistics stands beside how it is applied; which of the
+candidates is kept is measured by the solvers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from ptq.scheme.format import FormatError
+
+OFF = "off"
+"""Name of the candidate that nothing was chosen for."""
+NEGLIGIBLE = 1e-4
+"""Share of a Hessian's mean diagonal below which a negative entry is rounding, not an error."""
+
+Kernel = Literal["hadamard", "blocks"]
+"""How the GPU quantizer changes the basis: a vector of factors and a block Hadamard (either may be absent), or stored blocks."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """No change of basis, and what every change of basis offers. All tensors along the last dimension K.
+
+    Attributes:
+        block: size of the blocks that are mixed, 0 where channels stay apart.
+    """
+
+    kind: ClassVar[str] = "none"
+    """Name in recipes and in config.json."""
+    title: ClassVar[str] = ""
+    """Heading in the report."""
+    tensor: ClassVar[str | None] = None
+    """Name of the basis in a layer's state; None: it stores none."""
+    description: ClassVar[str] = ""
+    """Sentences for the report, with {block}; empty where nothing is done."""
+    needs_records: ClassVar[bool] = False
+    """Whether the basis is chosen from calibration records."""
+    needs_hessian: ClassVar[bool] = False
+    """Whether it is chosen from the Hessian of the input."""
+    smooths: ClassVar[bool] = False
+    """Whether exponents of smoothing are among what it tries."""
+    decodes: ClassVar[bool] = False
+    """Whether `decode` is worth keeping: what it returns may stand for the basis in every method."""
+    kernel: ClassVar[Kernel | None] = "hadamard"
+    """How the GPU quantizer does it; None: it cannot."""
+
+    block: int = 0
+
+    def check(self, group_size: int) -> None:
+        """Raise FormatError where the blocks do not fit a format with groups of this size."""
+        if self.block:
+            raise FormatError(f"Without a transform there are no blocks, found blocks of {self.block}.")
+
+    def stored(self, k: int) -> tuple[tuple[int, ...], torch.dtype] | None:
+        """(shape, dtype) of the basis of a layer with K input channels; integers or bfloat16, which loaders keep."""
+        return None
+
+    def decode(self, basis: Tensor) -> Tensor:
+        """A basis as stored -> as it is computed with."""
+        return basis
+
+    def input(self, x: Tensor, basis: Tensor | None) -> Tensor:
+        """Input [..., K] -> the input in the basis, in its float dtype."""
+        return x
+
+    def weight(self, w_nk: Tensor, basis: Tensor | None) -> Tensor:
+        """Weight [N, K] -> float32 [N, K] such that weight(W) @ input(x) = W @ x."""
+        return w_nk.float()
+
+    def restore(self, w_nk: Tensor, basis: Tensor | None) -> Tensor:
+        """The inverse of `weight`, in float32."""
+        return w_nk
+
+    def hessian(self, h_kk: Tensor, basis: Tensor | None) -> Tensor:
+        """Sum of x x^T of raw inputs [K, K] -> the same sum of inputs in the basis, in the dtype of `h_kk`."""
+        return h_kk
+
+    def candidates(
+        self, weights: Sequence[Tensor], h_kk: Tensor | None, rms_k: Tensor, exponents: Sequence[float]
+    ) -> Mapping[str, Tensor | None]:
+        """Bases to choose from for one input: name -> basis as stored.
+
+        Args:
+            weights: the Linears [N_i, K] that read the input, finite.
+            h_kk: its Hessian [K, K], finite, where `needs_hessian`.
+            rms_k: root mean square of each channel [K].
+            exponents: of smoothing, to be tried.
+        """
+        return {OFF: self.plain(rms_k.shape[0], rms_k.device)}
+
+    def plain(self, k: int, device: torch.device | None = None) -> Tensor | None:
+        """The basis of a layer for which nothing was chosen."""
+        return None
+
+
+def settle(h_kk: Tensor) -> Tensor:
+    """A mixed Hessian without tiny negative diagonal entries, in place.
+
+    Few tokens leave directions without energy; rounding may put them a little below zero.
+    """
+    diagonal = h_kk.diagonal()
+    negligible = (diagonal < 0) & (diagonal > -NEGLIGIBLE * diagonal.mean())
+    diagonal.masked_fill_(negligible, 0.0)
+    return h_kk
+
+
+TRANSFORMS: dict[str, type[Transform]] = {}
+"""Kind -> class, in the order in which they were registered."""
+
+Kind = TypeVar("Kind", bound=type[Transform])
+
+
+def register_transform(transform: Kind) -> Kind:
+    """Make a transform known by its kind: recipes and checkpoints then take it. Usable as a decorator.
+
+    Raises:
+        FormatError: another class has this kind.
+    """
+    if TRANSFORMS.setdefault(transform.kind, transform) is not transform:
+        raise FormatError(f"There is a transform {transform.kind!r} already; give this one another kind.")
+    return transform
+
+
+def get_transform(kind: str, block: int) -> Transform:
+    """The transform of this kind with blocks of this size; "none" has no blocks, whatever the size.
+
+    Raises:
+        FormatError: no such kind.
+    """
+    if kind not in TRANSFORMS:
+        raise FormatError(f"Unknown transform {kind!r}; choose one of {', '.join(TRANSFORMS)}.")
+    return TRANSFORMS[kind](block if kind != Transform.kind else 0)
+
+
+register_transform(Transform)
+UNCHANGED = Transform()
+"""The layer's own basis."""
