@@ -54,7 +54,7 @@ _PLACES = ("background", "backdrop")
 _PREPOSITIONS = ("on", "over")
 _FILLERS = frozenset(["a", "an", "the", "to", "and", "of", "video", "clip", "diagonally", "toward"])
 
-_LOOKUP: dict[str, dict[str, str]] = {
+MEANINGS: dict[str, dict[str, str]] = {
     kind: {word: name for name, words in table.items() for word in words}
     for kind, table in {
         "shape": SHAPE_WORDS,
@@ -64,12 +64,10 @@ _LOOKUP: dict[str, dict[str, str]] = {
         "direction": DIRECTION_WORDS,
     }.items()
 }
-_NEUTRAL = _FILLERS | {w for pair in _VERBS for w in pair} | set(_PLACES) | set(_PREPOSITIONS)
+"""Attribute -> word -> the value it names."""
 
-
-def vocabulary() -> list[str]:
-    """Every word the grammar knows, sorted (the tokenizer is made for these)."""
-    return sorted(_NEUTRAL | {w for table in _LOOKUP.values() for w in table})
+NEUTRAL = _FILLERS | {w for pair in _VERBS for w in pair} | set(_PLACES) | set(_PREPOSITIONS)
+"""Words that name nothing; with those of `MEANINGS` the whole vocabulary, which the tokenizer is made for."""
 
 
 def _article(word: str) -> str:
@@ -104,18 +102,18 @@ def parse_prompt(prompt: str) -> Scene:
 
     Raises ValueError naming the word that is unknown, or the attribute that is missing or named twice.
     """
-    found: dict[str, set[str]] = {kind: set() for kind in _LOOKUP}
+    found: dict[str, set[str]] = {kind: set() for kind in MEANINGS}
     for word in re.findall(r"[^\W_]+", prompt.lower()):
-        kinds = [kind for kind, table in _LOOKUP.items() if word in table]
-        if not kinds and word not in _NEUTRAL:
+        kinds = [kind for kind, table in MEANINGS.items() if word in table]
+        if not kinds and word not in NEUTRAL:
             raise ValueError(f"prompt {prompt!r}: the tiny world does not know the word {word!r}")
         for kind in kinds:
-            found[kind].add(_LOOKUP[kind][word])
+            found[kind].add(MEANINGS[kind][word])
     values: dict[str, str] = {}
-    for kind in _LOOKUP:
+    for kind in MEANINGS:
         if len(found[kind]) != 1:
             state = "names no" if not found[kind] else "names more than one"
-            raise ValueError(f"prompt {prompt!r} {state} {kind}; choose one of {', '.join(sorted(_LOOKUP[kind]))}")
+            raise ValueError(f"prompt {prompt!r} {state} {kind}; choose one of {', '.join(sorted(MEANINGS[kind]))}")
         values[kind] = found[kind].pop()
     return Scene(**values)
 
