@@ -221,21 +221,18 @@ def _show_weights(
 ) -> None:
     from ptq import ui
     from ptq.cli.common import print_json
-    from ptq.evaluation import vbench_check as check
-    from ptq.evaluation.suites import get_suite
+    from ptq.evaluation.vbench.check import take_inventory
 
-    names = dimensions or get_suite("vbench" if suite in ("core", "tiny") else suite).gate
-    cache = check.probe(python, root).cache if python else check.default_cache()
-    weights = check.required_weights(names, cache)
+    found = take_inventory(suite, dimensions, python, root)
     if as_json:
-        rows = [{**vars(weight), "path": str(weight.path)} for weight in weights]
-        print_json({"cache": str(cache), "weights": rows, "hub": check.fetched_elsewhere(names)})
+        rows = [{**vars(weight), "path": str(weight.path)} for weight in found.weights]
+        print_json({"cache": str(found.cache), "weights": rows, "hub": found.elsewhere})
         return
-    for weight in weights:
+    for weight in found.weights:
         ui.console.print(
             f"{weight.dimension}: {weight.path} [{'green]present' if weight.present else 'yellow]missing'}[/]"
             + ("" if weight.present else f"\n    from {weight.source}"),
             soft_wrap=True,
         )
-    for name, what in check.fetched_elsewhere(names).items():
+    for name, what in found.elsewhere.items():
         ui.info(f"{name} also needs {what}; this cannot be checked here.")
