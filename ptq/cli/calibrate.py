@@ -89,7 +89,7 @@ def calibrate(
     source = {"name": found.path.name, "sha256": found.sha256}
     plan = CalibrationPlan(layout, preset, samples, records_per_prompt, seed, source)
     if dry_run:
-        ui.facts("Calibration plan", describe_plan(plan, out, part, device, offload))
+        ui.details("Calibration plan", describe_plan(plan, out, part, device, offload))
         return
     quiet_libraries()
     if check and (fresh or prompts_left(plan, out, part)):

@@ -34,4 +34,4 @@ def doctor(
     if as_json:
         print_json(facts)
     else:
-        ui.facts("This machine", facts)
+        ui.details("This machine", facts)

@@ -290,4 +290,4 @@ def _show_plan(plan: Plan, settings: Settings, weight_bytes: int, as_json: bool)
         ("weights on disk", f"{format_bytes(weight_bytes)}; loading takes as much memory"),
         ("time, estimated", "known after the first video" if plan.seconds is None else format_seconds(plan.seconds)),
     ]
-    ui.facts("Plan", dict(rows))
+    ui.details("Plan", dict(rows))

@@ -30,7 +30,7 @@ def inspect(
     if as_json:
         print_json({"summary": summary(manifest), "layers": [row.model_dump(mode="json") for row in rows]})
         return
-    ui.facts(f"{checkpoint}", summary(manifest))
+    ui.details(f"{checkpoint}", summary(manifest))
     ui.table(
         "Layers (relative output error on calibration tokens, inputs quantized; rtn: plain rounding in the same basis)",
         ("layer", "shape", "basis", "weight SQNR", "rtn error", "error"),

@@ -42,7 +42,7 @@ def prompts(
     if as_json:
         ui.console.out(json.dumps(result.as_json(), indent=2, ensure_ascii=False), highlight=False)
         return
-    ui.facts(f"{file}", dict(_facts(result)))
+    ui.details(f"{file}", dict(_facts(result)))
     _show_preview(result)
     if result.missing:
         first = ", ".join(f"{one['id']} ({one['path']})" for one in result.missing_first)

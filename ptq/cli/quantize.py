@@ -73,7 +73,7 @@ def quantize(
     )
     records = CalibrationSet(calibration)
     if dry_run:
-        ui.facts("Quantization plan", describe_plan(layout, records, settings, device, out))
+        ui.details("Quantization plan", describe_plan(layout, records, settings, device, out))
         return
     quiet_libraries()
     check_inputs(layout, records, settings)
@@ -91,7 +91,7 @@ def quantize(
     if as_json:
         print_json(summary(manifest))
     else:
-        ui.facts(f"{out}", summary(manifest))
+        ui.details(f"{out}", summary(manifest))
 
 
 def summary(manifest: Manifest) -> dict[str, object]:

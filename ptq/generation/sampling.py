@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ptq.errors import PtqError, UsageError
-from ptq.generation.diagnosis import CallRecorder, find_nonfinite
+from ptq.generation.nonfinite import CallRecorder, find_nonfinite
 from ptq.generation.settings import Settings
 from ptq.wan.calling import set_flow_shift
 from ptq.wan.loading import with_image_input

@@ -1,4 +1,4 @@
-"""Prompts of the tiny world: a grammar with synonyms, its inverse, and the fixed prompt sets.
+"""Prompts of the tiny world: a grammar with synonyms, its inverse, the fixed prompt sets, and their files.
 
 Every prompt names all five attributes of a scene, in several word orders. ``parse_prompt`` inverts
 every sentence the grammar can make and refuses words it does not know. No text encoder here.
@@ -6,13 +6,18 @@ every sentence the grammar can make and refuses words it does not know. No text 
 
 from __future__ import annotations
 
+import io
+import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from ptq.tiny.world import Scene, held_out_scenes, train_scenes
+from ptq.store.files import write_bytes
+from ptq.tiny import defaults
+from ptq.tiny.world import Scene, held_out_scenes, render, train_scenes
 
 _T = TypeVar("_T")
 SHAPE_WORDS: dict[str, tuple[str, ...]] = {
@@ -143,3 +148,35 @@ def held_out_prompts(n: int, seed: int = 7) -> list[str]:
 def calibration_prompts(n: int, seed: int = 11) -> list[str]:
     """``n`` distinct calibration prompts over training scenes: no scene of the held-out prompts is among them."""
     return _prompts(train_scenes(), n, seed)
+
+
+def write_prompt_file(directory: Path, name: str, prompts: Sequence[str], *, images: bool) -> Path:
+    """Write prompts to `directory/name.txt`, or with images to `directory/name.jsonl` and `directory/name/NNN.png`.
+
+    Args:
+        prompts: texts of the tiny world's grammar.
+        images: give each prompt the first frame of a clip that shows it; its position in the list seeds the path.
+
+    Returns:
+        The prompt file.
+
+    Raises:
+        ValueError: a prompt that is not of the tiny world (with images).
+    """
+    if not images:
+        path = directory / f"{name}.txt"
+        write_bytes(path, ("\n".join(prompts) + "\n").encode())
+        return path
+    from PIL import Image
+
+    settings, lines = defaults("tiny-i2v"), []
+    for i, prompt in enumerate(prompts):
+        clip = render(parse_prompt(prompt), i, settings["num_frames"], settings["height"], settings["width"])
+        picture = io.BytesIO()
+        Image.fromarray(clip[0]).save(picture, "png")
+        image = f"{name}/{i:03d}.png"
+        write_bytes(directory / image, picture.getvalue())
+        lines.append(json.dumps({"id": f"{i:03d}", "prompt": prompt, "image": image}))
+    path = directory / f"{name}.jsonl"
+    write_bytes(path, ("\n".join(lines) + "\n").encode())
+    return path
