@@ -38,9 +38,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {*STAGES, *LOWER, *BASE},
     "submission": {*STAGES, *LOWER, *BASE, "report"},
 }
-"""Top-level name below ptq -> the others that it may import. cli, demo and __init__ are the top: they may import all."""
+"""Top-level name below ptq -> the others that it may import. cli and __init__ are the top: they may import all."""
 
-TOP = {"cli", "demo", "__init__"}
+TOP = {"cli", "__init__"}
 SCHEMAS = {("quantization", "ptq.calibration.records")}
 """A stage may read the records that the stage before it wrote."""
 
@@ -50,7 +50,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def layer_of(relative: Path) -> str:
-    """ptq/wan/replay.py -> wan; ptq/demo.py -> demo."""
+    """ptq/wan/replay.py -> wan; ptq/errors.py -> errors."""
     return relative.parts[0].removesuffix(".py")
 
 

@@ -64,6 +64,11 @@ class CalibrationPlan:
         """Chosen steps of each prompt."""
         return max(1, self.records_per_prompt // len(self.branches))
 
+    @property
+    def record_count(self) -> int:
+        """Records of all prompts, both branches."""
+        return len(self.samples) * len(self.branches) * self.steps_per_prompt
+
     def settings(self) -> dict[str, Any]:
         """The part of calibration.json that must agree before two runs may share a directory."""
         captions = [

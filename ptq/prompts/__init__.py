@@ -6,7 +6,7 @@ The lower layer that calibration and generation share. No torch, and nothing hea
 from ptq.prompts.formats import FORMAT_NAMES
 from ptq.prompts.images import RESIZE_POLICY, fit_image, load_image
 from ptq.prompts.locate import require_media
-from ptq.prompts.reader import PromptScan, read_prompts
+from ptq.prompts.reader import PromptScan, make_sample, read_prompts
 from ptq.prompts.sample import MediaRef, PromptSet, Sample, caption_digest, unit_seed
 from ptq.prompts.survey import Survey, survey
 
@@ -21,6 +21,7 @@ __all__ = [
     "caption_digest",
     "fit_image",
     "load_image",
+    "make_sample",
     "read_prompts",
     "require_media",
     "survey",

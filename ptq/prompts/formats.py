@@ -175,11 +175,11 @@ def _generic_id(entry: Entry, prompt: str, media: MediaRef | None) -> str:
             return str(value)
         if value is not None:
             return entry.text(key)
-    return _stem(entry, media.kind, media.path) if media is not None else _short_hash(prompt)
+    return _stem(entry, media.kind, media.path) if media is not None else short_hash(prompt)
 
 
 def _parse_text(entry: Entry, dataset: str) -> Sample:
-    return _sample(dataset, _short_hash(entry.value), entry.value)
+    return _sample(dataset, short_hash(entry.value), entry.value)
 
 
 def _stem(entry: Entry, key: str, path: str) -> str:
@@ -187,7 +187,8 @@ def _stem(entry: Entry, key: str, path: str) -> str:
     return stem if stem else entry.fail(key, "a path that ends in a file name")
 
 
-def _short_hash(text: str) -> str:
+def short_hash(text: str) -> str:
+    """The id of a prompt that has no other: the start of its SHA-1."""
     return hashlib.sha1(text.encode("utf-8"), usedforsecurity=False).hexdigest()[:SHORT_HASH]
 
 

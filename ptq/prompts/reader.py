@@ -15,9 +15,9 @@ from typing import Any
 from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.prompts.container import DigestingFile, iter_entries, open_digesting, sniff_container
 from ptq.prompts.fields import Entry
-from ptq.prompts.formats import detect_format, find_format, merge_dimensions, refuse_pairs
+from ptq.prompts.formats import detect_format, find_format, merge_dimensions, refuse_pairs, short_hash
 from ptq.prompts.locate import check_roots, locate
-from ptq.prompts.sample import PromptSet, Sample, caption_digest
+from ptq.prompts.sample import MediaRef, PromptSet, Sample, caption_digest
 
 
 class Known:
@@ -163,3 +163,17 @@ def read_prompts(
     if not samples:
         raise PtqError(f"All {scan.records} prompts of {scan.path} are also in {exclude}: nothing is left to run.")
     return PromptSet(scan.path, scan.format, scan.sha256, scan.dataset, samples, scan.records, scan.excluded)
+
+
+def make_sample(prompt: str, image: Path | None = None) -> Sample:
+    """The sample of a single prompt that is in no file; its id is the start of the prompt's SHA-1, as in a .txt file.
+
+    Raises:
+        UsageError: an empty prompt, or no such image.
+    """
+    if not prompt.strip():
+        raise UsageError("--prompt is empty.")
+    if image is not None and not image.is_file():
+        raise UsageError(f"The image {image} does not exist.")
+    media = MediaRef("image", str(image), resolved=image) if image is not None else None
+    return Sample("prompt", short_hash(prompt), prompt, prompt, media)
