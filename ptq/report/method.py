@@ -21,20 +21,12 @@ FORMAT_TEXT = {
     "hif4": "HiF4 (HiFloat4, arXiv 2602.11287): groups of 64 values along the input dimension share one E6M2 scale; eight bits double single eighths of the group and sixteen bits single fours; each value has a sign and a level from 0 to 7. 4.5 bits a value.",
 }
 _DESCRIBED = {
-    *(
-        "description",
-        "format",
-        "rounding",
-        "rotation",
-        "smoothing",
-        "learned_transform",
-        "clip_search",
-        "bias_correction",
-    ),
-    *("weight_scale_rule", "gptq.damping", "gptq.act_order", "gptq.precision"),
+    *("description", "format", "rounding", "rotation", "smoothing", "learned_transform", "clip_search"),
+    *("bias_correction", "weight_scale_rule", "gptq.damping", "gptq.act_order", "gptq.precision"),
     *("activations.scale_rule", "activations.ties"),
     *("records.weighting", "records.inputs", "records.tokens_per_record"),
 }
+"""Recipe keys that the steps below speak of."""
 
 
 @dataclass(frozen=True)
