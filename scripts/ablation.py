@@ -25,8 +25,7 @@ from ptq.quantization.settings import QuantizeSettings
 from ptq.scheme import get_format
 from ptq.scheme.hadamard import BLOCK_SIZES
 from ptq.store.files import write_json
-from ptq.tiny.grammar import calibration_prompts, held_out_prompts
-from ptq.tiny.prompt_files import write_prompt_file
+from ptq.tiny.grammar import calibration_prompts, held_out_prompts, write_prompt_file
 from ptq.wan.loading import load_pipeline, resolve_model
 from ptq.wan.structure import ModelLayout
 

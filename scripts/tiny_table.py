@@ -23,8 +23,7 @@ from ptq.prompts import PromptSet, read_prompts
 from ptq.quantization.run import quantize
 from ptq.quantization.settings import QuantizeSettings
 from ptq.store.files import write_json
-from ptq.tiny.grammar import calibration_prompts, held_out_prompts
-from ptq.tiny.prompt_files import write_prompt_file
+from ptq.tiny.grammar import calibration_prompts, held_out_prompts, write_prompt_file
 from ptq.wan.loading import load_pipeline, resolve_model
 from ptq.wan.structure import ModelLayout
 

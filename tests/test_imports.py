@@ -6,7 +6,7 @@ Imports inside functions count too; imports under `if TYPE_CHECKING` do not (the
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,9 +38,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {*STAGES, *LOWER, *BASE},
     "submission": {*STAGES, *LOWER, *BASE, "report"},
 }
-"""Top-level name below ptq -> the others that it may import. cli, demo and __init__ are the top: they may import all."""
+"""Top-level name below ptq -> the others that it may import. cli and __init__ are the top: they may import all."""
 
-TOP = {"cli", "demo", "__init__"}
+TOP = {"cli", "__init__"}
 SCHEMAS = {("quantization", "ptq.calibration.records")}
 """A stage may read the records that the stage before it wrote."""
 
@@ -50,7 +50,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def layer_of(relative: Path) -> str:
-    """ptq/wan/replay.py -> wan; ptq/demo.py -> demo."""
+    """ptq/wan/replay.py -> wan; ptq/errors.py -> errors."""
     return relative.parts[0].removesuffix(".py")
 
 
@@ -111,6 +111,47 @@ def test_the_table_has_no_cycle() -> None:
 def test_imports_point_down() -> None:
     found = [text for file in FILES for text in violations(file, file.relative_to(PACKAGE))]
     assert not found, "\n".join(sorted(set(found)))
+
+
+def module_of(relative: Path) -> str:
+    """wan/replay.py -> ptq.wan.replay; wan/__init__.py -> ptq.wan."""
+    return ".".join(["ptq", *relative.with_suffix("").parts]).removesuffix(".__init__")
+
+
+def needed_modules(file: Path, modules: Collection[str]) -> set[str]:
+    """Which of `modules` a file imports; `from a import b` needs a.b where that is a module, and else a."""
+    found = imports_of(file)
+    parts = {(line, one): [m for at, m in found if at == line and m.startswith(f"{one}.")] for line, one in found}
+    return {one for (_, one), names in parts.items() if one in modules and not (names and set(names) <= set(modules))}
+
+
+def circles(files: dict[str, Path]) -> list[str]:
+    """What is left of the imports between modules (name -> file) when no more ends can be taken off: only circles."""
+    left = {name: needed_modules(file, files) - {name} for name, file in files.items()}
+    while ends := {name for name, wanted in left.items() if not wanted} | (set(left) - set().union(*left.values())):
+        left = {name: wanted - ends for name, wanted in left.items() if name not in ends}
+    return sorted(f"{name} needs {', '.join(sorted(wanted))}" for name, wanted in left.items())
+
+
+def test_modules_import_each_other_without_a_circle() -> None:
+    """At the top of a file and inside functions: a circle is not cured by an import that runs later."""
+    found = circles({module_of(file.relative_to(PACKAGE)): file for file in FILES})
+    assert not found, "\n".join(found)
+
+
+def test_the_check_for_circles_finds_one(tmp_path: Path) -> None:
+    texts = {
+        "ptq.a": "def f():\n    from ptq.b import g",
+        "ptq.b": "from ptq import c",
+        "ptq.c": "from typing import TYPE_CHECKING\nimport ptq.a",
+        "ptq.d": "from ptq.a import f",
+    }
+    files = {name: tmp_path / f"{name}.py" for name in texts}
+    for name, text in texts.items():
+        files[name].write_text(text)
+    assert [text.split()[0] for text in circles(files)] == ["ptq.a", "ptq.b", "ptq.c"]
+    files["ptq.c"].write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import ptq.a")
+    assert circles(files) == []
 
 
 def test_only_the_adapter_knows_diffusers() -> None:

@@ -1,19 +1,88 @@
-"""What `ptq calibrate` will take: prompts, records, disk, memory, time, before anything is spent."""
+"""From what a user asked for to a calibration: the plan, what it will take before anything is spent, and its start."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ptq.calibration.records import prompt_file
-from ptq.calibration.run import CalibrationPlan
+from ptq.calibration.run import CalibrationPlan, calibrate
+from ptq.errors import UsageError
+from ptq.prompts import PromptSet, require_media
 from ptq.store.sharding import Shard
 from ptq.ui.progress import format_seconds
 from ptq.wan.estimates import EFFICIENCY, call_size, forward_flops, measure_rate, sampling_memory
-from ptq.wan.preflight import Needs, gigabytes
+from ptq.wan.loading import load_pipeline
+from ptq.wan.placing import check_offload, place_pipeline
+from ptq.wan.preflight import Needs, gigabytes, preflight
+from ptq.wan.structure import ModelLayout
+
+RECORDS_PER_PROMPT = 8
+"""Denoiser calls kept of each prompt unless the user says otherwise, both branches."""
 
 TEXT_BYTES_PER_TOKEN = 4096 * 4
 """Upper limit of a text embedding's row: UMT5-XXL in float32."""
+
+
+def make_plan(
+    layout: ModelLayout,
+    prompts: PromptSet,
+    given: Mapping[str, Any] | None = None,
+    *,
+    records_per_prompt: int = RECORDS_PER_PROMPT,
+    seed: int = 0,
+    skip_missing: bool = False,
+) -> CalibrationPlan:
+    """What to record: the prompts, with the preset's values where `given` has none of its own (None).
+
+    Args:
+        skip_missing: with an image-to-video model, leave out prompts whose picture is not here.
+
+    Raises:
+        UsageError: a value that the model cannot have. PtqError: see `require_media`.
+    """
+    given = given or {}
+    preset = layout.preset.with_overrides(**given)
+    if given.get("guidance_scale_2") is not None and layout.boundary_ratio is None:
+        raise UsageError("This model has one expert; leave out --guidance-scale-2.")
+    needs_images = layout.pipeline_class == "WanImageToVideoPipeline"
+    samples = require_media(prompts, skip_missing=skip_missing) if needs_images else prompts.samples
+    source = {"name": prompts.path.name, "sha256": prompts.sha256}
+    return CalibrationPlan(layout, preset, samples, records_per_prompt, seed, source)
+
+
+def record_plan(
+    plan: CalibrationPlan,
+    out: Path,
+    *,
+    shard: Shard | None = None,
+    device: str = "cpu",
+    offload: str = "none",
+    fresh: bool = False,
+    check: bool = False,
+) -> dict[str, Any]:
+    """Load the plan's model where something is left to record, and record it; `check` looks at the machine first.
+
+    Returns:
+        The content of calibration.json.
+
+    Raises:
+        PtqError: problems of the machine. Otherwise as `calibrate`.
+    """
+    shard = shard or Shard()
+    check_offload(device, offload)
+    if check and (fresh or prompts_left(plan, out, shard)):
+        preflight(plan.layout, lambda: estimate_needs(plan, out, shard, device, offload), out, device)
+
+    def load() -> Any:
+        import torch
+
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        return place_pipeline(load_pipeline(plan.layout.path, dtype=dtype), device, offload)
+
+    return calibrate(plan, load, out, shard=shard, fresh=fresh)
 
 
 def prompts_left(plan: CalibrationPlan, out: Path, shard: Shard) -> int:
@@ -44,13 +113,12 @@ def describe_plan(plan: CalibrationPlan, out: Path, shard: Shard, device: str, o
     """Name -> value for --dry-run."""
     preset, size = plan.preset, call_size(plan.layout, plan.preset)
     needs = estimate_needs(plan, out, shard, device, offload)
-    records = len(plan.samples) * plan.steps_per_prompt * len(plan.branches)
     rows = {
         "model": f"{plan.layout.path} ({preset.variant})",
         "prompts": f"{len(plan.samples)} of {plan.prompts_file['name']}",
         "left for this process": f"{prompts_left(plan, out, shard)} prompts (shard {shard.index}/{shard.count})",
         "video": f"{preset.width}x{preset.height}, {preset.num_frames} frames, {preset.steps} steps",
-        "records": f"{records} ({plan.steps_per_prompt} steps of each prompt, {' and '.join(plan.branches)})",
+        "records": f"{plan.record_count} ({plan.steps_per_prompt} steps of each prompt, {' and '.join(plan.branches)})",
         "tokens of a call": f"{size.tokens}",
         "disk, estimated": gigabytes(needs.disk),
         "RAM, estimated": gigabytes(needs.ram),

@@ -26,8 +26,7 @@ from ptq.calibration.records import (
 from ptq.calibration.schedule import choose_steps, sampling_schedule, schedule_as_json
 from ptq.config import ModelPreset
 from ptq.errors import PtqError
-from ptq.prompts import RESIZE_POLICY, Sample, caption_digest, fit_image, load_image
-from ptq.prompts.seeds import unit_seed
+from ptq.prompts import RESIZE_POLICY, Sample, caption_digest, fit_image, load_image, unit_seed
 from ptq.store.files import digest, read_json, sha256_file, write_json
 from ptq.store.locks import directory_mutex
 from ptq.store.sharding import Shard
@@ -64,6 +63,11 @@ class CalibrationPlan:
     def steps_per_prompt(self) -> int:
         """Chosen steps of each prompt."""
         return max(1, self.records_per_prompt // len(self.branches))
+
+    @property
+    def record_count(self) -> int:
+        """Records of all prompts, both branches."""
+        return len(self.samples) * len(self.branches) * self.steps_per_prompt
 
     def settings(self) -> dict[str, Any]:
         """The part of calibration.json that must agree before two runs may share a directory."""

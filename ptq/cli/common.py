@@ -52,11 +52,3 @@ def print_json(value: Any) -> None:
     console.print_json(json.dumps(value), indent=2) if console.is_terminal else console.out(
         json.dumps(value, indent=2, ensure_ascii=False), highlight=False
     )
-
-
-def format_bytes(count: float) -> str:
-    """Bytes as 3.1 GB, 12.0 MB or 4.0 KB (powers of ten)."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{int(count)} B"

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from ptq.cli import options
+
 
 def compare(
     a: Annotated[Path, typer.Argument(help="Packed checkpoint or evaluation directory.", show_default=False)],
     b: Annotated[Path, typer.Argument(help="Another of the same kind.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the tables as JSON.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show what differs: settings, sizes, errors and, for evaluations, the verdicts.
 

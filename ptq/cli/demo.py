@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ptq.cli import options
+
 if TYPE_CHECKING:
-    from ptq.demo import DemoResult
+    from ptq.cli.demo_job import DemoResult
 
 
 def demo(
@@ -18,7 +20,7 @@ def demo(
     model: Annotated[str, typer.Option("--model", help="tiny, or tiny-i2v (starts from an image).")] = "tiny",
     out: Annotated[Path, typer.Option("--out", help="Directory for everything that is made.")] = Path("demo-out"),
     units: Annotated[int, typer.Option("--units", min=2, help="Held-out prompts to generate and judge.")] = 256,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Record, quantize, generate, evaluate on the embedded tiny model. Minutes on a CPU; run again to continue.
 
@@ -31,7 +33,7 @@ def demo(
     quiet_libraries()
     import torch
 
-    from ptq.demo import MODELS, Demo
+    from ptq.cli.demo_job import MODELS, DemoJob
     from ptq.errors import UsageError
 
     if model not in MODELS:
@@ -39,7 +41,7 @@ def demo(
             f"The demo runs on {' or '.join(MODELS)}, found {model!r}. Other models: the commands one by one."
         )
     torch.set_num_threads(1)  # the model's matrices are too small for more: two threads make a W4A4 video slower
-    results = Demo(out, units, model).run(names[::-1])
+    results = DemoJob(out, units, model).run(names[::-1])
     if as_json:
         print_json({r.manifest.format: {"verdict": r.evaluation["verdict"], "out": str(out)} for r in results})
         return
@@ -48,7 +50,6 @@ def demo(
 
 def _show(results: list[DemoResult], out: Path) -> None:
     from ptq import ui
-    from ptq.cli.common import format_bytes
     from ptq.ui import console
 
     rows = []
@@ -61,8 +62,8 @@ def _show(results: list[DemoResult], out: Path) -> None:
                 content["verdict"],
                 f"{loss['value']:+.2%} [{loss['low']:+.2%}, {loss['high']:+.2%}]",
                 f"{content['limit']:.1%}",
-                format_bytes(2 * coverage.quantized_parameters),
-                format_bytes(coverage.quantized_bytes + coverage.basis_bytes),
+                ui.format_bytes(2 * coverage.quantized_parameters),
+                ui.format_bytes(coverage.quantized_bytes + coverage.basis_bytes),
             )
         )
     ui.table(

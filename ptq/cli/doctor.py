@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from ptq.cli import options
+
 
 def doctor(
     checkpoint: Annotated[
         Path | None, typer.Argument(help="Also check this packed checkpoint.", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Say what this machine offers and, for a checkpoint, whether its files are complete and unchanged.
 
@@ -33,4 +35,4 @@ def doctor(
     if as_json:
         print_json(facts)
     else:
-        ui.facts("This machine", facts)
+        ui.details("This machine", facts)

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ptq.cli import options
+
 _VERDICT_STYLE = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
 
 
@@ -15,7 +17,7 @@ def evaluate(
         Path | None, typer.Option(help="Generation directory of the original model (with --vbench-check: not needed).")
     ] = None,
     candidate: Annotated[Path | None, typer.Option(help="Generation directory of the quantized model.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where evaluation.json and units.jsonl go.")] = None,
+    out: Annotated[Path | None, options.OUT] = None,
     suite: Annotated[str, typer.Option(help="core (no verdict), tiny, icme2026, vbench-i2v or vbench.")] = "core",
     format: Annotated[
         str | None, typer.Option(help="hif4 (limit 0.5 %) or mxfp4 (1 %); by default what the candidate was made with.")
@@ -46,9 +48,9 @@ def evaluate(
     vbench_check: Annotated[
         bool, typer.Option("--vbench-check", help="List the weights each dimension needs, then stop.")
     ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again instead of continuing in --out.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the runs and print the plan, then stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print evaluation.json instead of tables.")] = False,
+    fresh: options.Fresh = False,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
 ) -> None:
     """Compare videos of the quantized model with the original's, and judge the loss.
 
@@ -200,10 +202,9 @@ def _percent(estimate: dict[str, Any] | None, *, sign: int = 1) -> str:
 
 def _show_plan(reference: Path | None, candidate: Path | None, allow_missing: bool, as_json: bool) -> None:
     from ptq import ui
-    from ptq.cli.common import format_bytes, print_json
+    from ptq.cli.common import print_json
     from ptq.errors import UsageError
     from ptq.evaluation import plan
-    from ptq.ui.progress import format_seconds
 
     if reference is None or candidate is None:
         raise UsageError("--dry-run plans the measuring of two runs; it needs --reference and --candidate.")
@@ -212,7 +213,7 @@ def _show_plan(reference: Path | None, candidate: Path | None, allow_missing: bo
         print_json(content)
         return
     ui.info(
-        f"{content['units']} pairs, {content['excluded']} units left out. The built-in measures take about {format_seconds(content['seconds'])}, {format_bytes(content['memory_bytes'])} of memory and {format_bytes(content['disk_bytes'])} on disk."
+        f"{content['units']} pairs, {content['excluded']} units left out. The built-in measures take about {ui.format_seconds(content['seconds'])}, {ui.format_bytes(content['memory_bytes'])} of memory and {ui.format_bytes(content['disk_bytes'])} on disk."
     )
 
 
@@ -221,21 +222,18 @@ def _show_weights(
 ) -> None:
     from ptq import ui
     from ptq.cli.common import print_json
-    from ptq.evaluation import vbench_check as check
-    from ptq.evaluation.suites import get_suite
+    from ptq.evaluation.vbench.check import take_inventory
 
-    names = dimensions or get_suite("vbench" if suite in ("core", "tiny") else suite).gate
-    cache = check.probe(python, root).cache if python else check.default_cache()
-    weights = check.required_weights(names, cache)
+    found = take_inventory(suite, dimensions, python, root)
     if as_json:
-        rows = [{**vars(weight), "path": str(weight.path)} for weight in weights]
-        print_json({"cache": str(cache), "weights": rows, "hub": check.fetched_elsewhere(names)})
+        rows = [{**vars(weight), "path": str(weight.path)} for weight in found.weights]
+        print_json({"cache": str(found.cache), "weights": rows, "hub": found.elsewhere})
         return
-    for weight in weights:
+    for weight in found.weights:
         ui.console.print(
             f"{weight.dimension}: {weight.path} [{'green]present' if weight.present else 'yellow]missing'}[/]"
             + ("" if weight.present else f"\n    from {weight.source}"),
             soft_wrap=True,
         )
-    for name, what in check.fetched_elsewhere(names).items():
+    for name, what in found.elsewhere.items():
         ui.info(f"{name} also needs {what}; this cannot be checked here.")

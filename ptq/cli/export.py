@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from ptq.cli import options
+
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Directory written by `ptq quantize`.", show_default=False)],
+    checkpoint: options.Checkpoint,
     to: Annotated[str, typer.Option("--to", help="compressed-tensors (MXFP4), msmodelslim (HiF4) or bf16.")],
-    out: Annotated[Path, typer.Option("--out", help="Directory to write; must not exist.")],
+    out: Annotated[Path, options.NEW_OUT],
 ) -> None:
     """Write the checkpoint in another tool's layout.
 

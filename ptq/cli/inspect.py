@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ptq.cli import options
+
 
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="Directory written by `ptq quantize`.", show_default=False)],
+    checkpoint: options.Checkpoint,
     layer: Annotated[str | None, typer.Option("--layer", help="Only layers whose name contains this.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest's content as JSON.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show format, bits a value, coverage and the errors of each layer.
 
@@ -30,7 +31,7 @@ def inspect(
     if as_json:
         print_json({"summary": summary(manifest), "layers": [row.model_dump(mode="json") for row in rows]})
         return
-    ui.facts(f"{checkpoint}", summary(manifest))
+    ui.details(f"{checkpoint}", summary(manifest))
     ui.table(
         "Layers (relative output error on calibration tokens, inputs quantized; rtn: plain rounding in the same basis)",
         ("layer", "shape", "basis", "weight SQNR", "rtn error", "error"),

@@ -7,15 +7,17 @@ from typing import Annotated
 
 import typer
 
+from ptq.cli import options
+
 
 def package(
-    checkpoint: Annotated[Path, typer.Argument(help="Directory written by `ptq quantize`.", show_default=False)],
+    checkpoint: options.Checkpoint,
     evaluation: Annotated[Path, typer.Option("--evaluation", help="Directory written by `ptq evaluate`.")],
     out: Annotated[Path, typer.Option("--out", help="Archive to write.")] = Path("submission.tar.gz"),
     allow_failing_gate: Annotated[
         bool, typer.Option("--allow-failing-gate", help="Pack although the verdict is not PASS; the archive is marked.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the size, write nothing.")] = False,
+    dry_run: options.DryRun = False,
 ) -> None:
     """Pack weights, source, report, prompts and evaluation into one archive with reproducible bytes.
 
@@ -23,7 +25,6 @@ def package(
     """
     from ptq import ui
     from ptq.checkpoint.manifest import read_manifest
-    from ptq.cli.common import format_bytes
     from ptq.report import Sources, render
     from ptq.store.files import read_json
     from ptq.submission.package import check_submittable, estimated_bytes
@@ -31,27 +32,26 @@ def package(
 
     verdict = read_json(evaluation / "evaluation.json")
     check_submittable(checkpoint, read_manifest(checkpoint), verdict, allow_failing=allow_failing_gate)
-    ui.info(f"Weights to pack: {format_bytes(estimated_bytes(checkpoint))}.")
+    ui.info(f"Weights to pack: {ui.format_bytes(estimated_bytes(checkpoint))}.")
     if dry_run:
         return
-    _, page, pdf = render(Sources(evaluation, checkpoint))
-    assert page is not None and pdf is not None  # both were asked for
+    report = render(Sources(evaluation, checkpoint))
     size = run(
         checkpoint,
         evaluation,
         out,
-        pdf=pdf,
-        html=page,
+        pdf=report.pdf,
+        html=report.html,
         allow_failing=allow_failing_gate,
     )
-    ui.info(f"{out}: {format_bytes(size)}. Check it with `ptq verify {out}`.")
+    ui.info(f"{out}: {ui.format_bytes(size)}. Check it with `ptq verify {out}`.")
 
 
 def verify(
     archive: Annotated[Path, typer.Argument(help="Archive written by `ptq package`.", show_default=False)],
     max_gb: Annotated[float, typer.Option("--max-gb", help="Refuse to unpack more than this.")] = 64.0,
     regenerate: Annotated[bool, typer.Option(help="Generate one unit again and compare its hash.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Check a submission: members, checksums, block budget, evaluation, loading, one unit generated again.
 

@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from ptq.cli import options
 
 if TYPE_CHECKING:
     from ptq.prompts import Survey
 
 PROMPT_CHARS = 70
 ID_CHARS = 40
+_KINDS = {"image": "a picture", "video": "a frame of a clip", "crop": "a crop of a frame of a clip"}
 
 
 def prompts(
     file: Annotated[Path, typer.Argument(help="Prompt file: .json, .jsonl or .txt.", show_default=False)],
-    media_root: Annotated[
-        list[Path] | None,
-        typer.Option("--media-root", help="Folder below which pictures and clips are; may be given several times."),
-    ] = None,
-    prompt_format: Annotated[
-        str | None, typer.Option("--prompt-format", help="Format of the file, instead of detecting it.")
-    ] = None,
-    exclude: Annotated[
-        Path | None, typer.Option("--exclude", help="Leave out prompts that this file has too, by id or caption.")
-    ] = None,
+    media_root: options.MediaRoot = None,
+    prompt_format: options.PromptFormat = None,
+    exclude: options.Exclude = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Read the first N prompts only.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show what a prompt file holds: format, counts, caption lengths, missing pictures, a preview.
 
     Example: ptq prompts OpenS2V-5M_to_mm.json --media-root /data/OpenS2V-5M
     """
     from ptq import ui
+    from ptq.cli.common import print_json
     from ptq.prompts import PromptScan, survey
 
     scan = PromptScan(file, prompt_format=prompt_format, limit=limit, exclude=exclude, media_root=media_root or ())
     result = survey(scan)
     if as_json:
-        ui.console.out(json.dumps(result.as_json(), indent=2, ensure_ascii=False), highlight=False)
+        print_json(result.as_json())
         return
-    ui.facts(f"{file}", dict(_facts(result)))
+    ui.details(f"{file}", dict(_facts(result)))
     _show_preview(result)
     if result.missing:
         first = ", ".join(f"{one['id']} ({one['path']})" for one in result.missing_first)
@@ -70,9 +66,6 @@ def _facts(result: Survey) -> list[tuple[str, object]]:
         facts += [("found here", sum(kinds.values()) - result.missing), ("missing", result.missing)]
         facts.append(("resize policy", result.resize_policy))
     return [*facts, ("sha256, first 16 digits", result.sha256[:16])]
-
-
-_KINDS = {"image": "a picture", "video": "a frame of a clip", "crop": "a crop of a frame of a clip"}
 
 
 def _show_preview(result: Survey) -> None:

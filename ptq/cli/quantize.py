@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ptq.cli import options
+
 if TYPE_CHECKING:
     from ptq.checkpoint.manifest import Manifest
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="`tiny`, a diffusers directory, or a hub id.", show_default=False)],
+    model: options.Model,
     calibration: Annotated[Path, typer.Option("--calibration", help="Directory written by `ptq calibrate`.")],
     format_name: Annotated[str, typer.Option("--format", help="hif4 or mxfp4.")],
-    out: Annotated[Path, typer.Option("--out", help="Checkpoint directory to write; must not exist.")],
+    out: Annotated[Path, options.NEW_OUT],
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Recipe name or YAML file [default: the format's].")
     ] = None,
@@ -25,19 +27,15 @@ def quantize(
     ] = "none",
     budget_scope: Annotated[str, typer.Option("--budget-scope", help="total or per-expert")] = "total",
     seed: Annotated[int, typer.Option("--seed", help="Of token subsamples.")] = 0,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cuda, cuda:1, cpu. Default: the process's GPU, else the CPU.")
-    ] = None,
+    device: options.Device = None,
     max_memory: Annotated[
         float | None, typer.Option("--max-memory", help="GB for hidden states; more goes to disk.")
     ] = None,
     link: Annotated[bool, typer.Option("--link", help="Link unchanged components instead of copying them.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Throw an unfinished run away.")] = False,
-    check: Annotated[
-        bool, typer.Option("--preflight/--no-preflight", help="Check weights, disk and memory before starting.")
-    ] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with estimates and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    fresh: options.Fresh = False,
+    check: options.Preflight = True,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
 ) -> None:
     """Quantize the block Linears of every expert to 4 bits and write a checkpoint that diffusers loads.
 
@@ -74,7 +72,7 @@ def quantize(
     )
     records = CalibrationSet(calibration)
     if dry_run:
-        ui.facts("Quantization plan", describe_plan(layout, records, settings, device, out))
+        ui.details("Quantization plan", describe_plan(layout, records, settings, device, out))
         return
     quiet_libraries()
     check_inputs(layout, records, settings)
@@ -92,7 +90,7 @@ def quantize(
     if as_json:
         print_json(summary(manifest))
     else:
-        ui.facts(f"{out}", summary(manifest))
+        ui.details(f"{out}", summary(manifest))
 
 
 def summary(manifest: Manifest) -> dict[str, object]:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ptq.cli import options
+
 
 def report(
     run: Annotated[Path, typer.Argument(help="Evaluation directory, or directory of `ptq demo`.", show_default=False)],
@@ -23,14 +25,14 @@ def report(
         Path | None, typer.Option(help="JSON table of recipes to include: title, columns, rows, note.")
     ] = None,
     videos: Annotated[int, typer.Option(min=0, help="Pairs of videos in the page (at most about 13 MB of them).")] = 6,
-    as_json: Annotated[bool, typer.Option("--json", help="Print verdict and files as JSON.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Write report.html and report.pdf; with only --html or --pdf, only that one.
 
     Example: ptq report evaluation --html hif4.html --pdf hif4.pdf
     """
     from ptq import ui
-    from ptq.cli.common import format_bytes, print_json
+    from ptq.cli.common import print_json
     from ptq.errors import UsageError
     from ptq.report import Sources, evaluation_directories, render
     from ptq.store.files import write_bytes
@@ -50,14 +52,15 @@ def report(
             "pdf": pdf or (run / f"report{suffix}.pdf" if both else None),
         }
         sources = Sources(directory, checkpoint, reference, candidate, ablation)
-        sentence, *contents = render(sources, html=bool(targets["html"]), pdf=bool(targets["pdf"]), videos=videos)
-        results.append({"evaluation": str(directory), "verdict": sentence})
+        made = render(sources, html=bool(targets["html"]), pdf=bool(targets["pdf"]), videos=videos)
+        results.append({"evaluation": str(directory), "verdict": made.verdict})
         if not as_json:
-            ui.console.print(sentence, soft_wrap=True, markup=False)
-        for (kind, target), content in zip(targets.items(), contents, strict=True):
-            if target is not None and content is not None:
+            ui.console.print(made.verdict, soft_wrap=True, markup=False)
+        for kind, target in targets.items():
+            if target is not None:
+                content: bytes = getattr(made, kind)
                 write_bytes(target, content)
                 results[-1][kind] = str(target)
-                ui.info(f"{target}: {format_bytes(len(content))}")
+                ui.info(f"{target}: {ui.format_bytes(len(content))}")
     if as_json:
         print_json(results)

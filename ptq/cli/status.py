@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ptq.cli import options
+
 if TYPE_CHECKING:
     from ptq.generation import RunStatus
     from ptq.generation.status import ShardStatus
@@ -16,7 +18,7 @@ LISTED_FAILURES = 5
 
 def status(
     directory: Annotated[Path, typer.Argument(help="--out of `ptq generate` or of `ptq calibrate`.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show the state of a generation run (units, rates, time left) or of a calibration directory.
 
@@ -68,7 +70,7 @@ def _row(shard: ShardStatus) -> tuple[object, ...]:
 
 
 def _sentence(state: RunStatus) -> str:
-    from ptq.ui.progress import format_seconds
+    from ptq import ui
 
     text = f"{state.done} of {state.units} units done, {len(state.failed)} failed, {state.remaining} remaining"
     if state.remaining == 0:
@@ -76,4 +78,4 @@ def _sentence(state: RunStatus) -> str:
     if state.seconds_left is None:
         return f"{text}; the time left is known after the first video."
     running = any(shard.running for shard in state.shards)
-    return f"{text}; {format_seconds(state.seconds_left)} left{'' if running else ' once it runs again'}."
+    return f"{text}; {ui.format_seconds(state.seconds_left)} left{'' if running else ' once it runs again'}."

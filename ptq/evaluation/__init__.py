@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from ptq.evaluation.evaluate import evaluate_imported, evaluate_runs
 from ptq.evaluation.plan import plan
-from ptq.evaluation.vbench_run import VBenchSettings
+from ptq.evaluation.vbench.run import VBenchSettings
 
 __all__ = ["VBenchSettings", "evaluate_imported", "evaluate_runs", "plan"]

@@ -21,9 +21,9 @@ from ptq.evaluation.runs import Run, pair_runs, read_run
 from ptq.evaluation.scores import Scores, scores_from_units
 from ptq.evaluation.suites import DRIFT_NOTE, HITS, PAIRED_MEASURES, RUN_DIMENSIONS, Suite, get_suite
 from ptq.evaluation.units import FILE_NAME, finish, measure_units
-from ptq.evaluation.vbench_import import imported_scores
-from ptq.evaluation.vbench_run import VBenchSettings, run_vbench
-from ptq.evaluation.vbench_totals import published_totals
+from ptq.evaluation.vbench.results import imported_scores
+from ptq.evaluation.vbench.run import VBenchSettings, run_vbench
+from ptq.evaluation.vbench.totals import published_totals
 from ptq.store.files import write_json
 from ptq.version import __version__
 

@@ -14,11 +14,13 @@ import numpy as np
 from ptq.evaluation.ssim import ssim
 
 PEAK = 255.0
-#: A frame is frozen when it differs from the one before by less than this mean absolute level (still content passed
-#: through an encoder stays below 0.05; the slowest real motion measured was above 0.3).
 FROZEN_LEVELS = 0.1
-#: A frame is black when at least BLACK_SHARE of its pixels have a luma of BLACK_LEVEL (video black) or less.
+"""A frame is frozen when it differs from the one before by less than this mean absolute level (still content passed through
+an encoder stays below 0.05; the slowest real motion measured was above 0.3)."""
+
 BLACK_LEVEL, BLACK_SHARE = 16.0, 0.98
+"""A frame is black when at least BLACK_SHARE of its pixels have a luma of BLACK_LEVEL (video black) or less."""
+
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 

@@ -12,7 +12,7 @@ and because its arithmetic is one matrix product; below about 20 prompts both ar
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -62,10 +62,6 @@ class Comparison:
     prompts: int
     resamples: int
     seed: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for evaluation.json."""
-        return asdict(self)
 
 
 def compare(

@@ -16,8 +16,7 @@ import numpy as np
 from ptq import ui
 from ptq.errors import DamagedFileError, PtqError
 from ptq.evaluation import measures
-from ptq.evaluation.first_frame import first_frame_measures, input_image
-from ptq.evaluation.frames import choose_source, frames_of
+from ptq.evaluation.frames import choose_source, first_frame_measures, frames_of, input_image
 from ptq.evaluation.runs import Unit, verify_video
 from ptq.evaluation.streaming import measure_clips
 from ptq.evaluation.suites import ADHERENCE, FIRST_FRAME, HITS, RUN_DIMENSIONS, Suite

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from ptq.errors import PtqError, UsageError
 from ptq.generation.sampling import BrokenOutputError, Sampled, Sampler, StepCallback
 from ptq.generation.settings import Settings
-from ptq.wan.placing import split_over_processes
 
 TIMEOUT = timedelta(hours=12)
 """Followers wait for the leader while it checks finished videos; a process that dies ends the group at once."""
@@ -56,22 +55,6 @@ def join_group(device: str) -> int:
     torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT)
     return dist.get_rank()
-
-
-def split_tokens(experts: Mapping[str, Any], settings: Settings, tokens: int) -> None:
-    """Turn on context parallelism in every expert; all processes of the group call this.
-
-    Raises:
-        UsageError: the heads or the tokens of a video cannot be shared out evenly, or the attention backend cannot.
-    """
-    size = settings.context_parallel
-    for name, expert in experts.items():
-        heads = expert.config.num_attention_heads
-        if heads % size or tokens % size:
-            raise UsageError(
-                f"{name} has {heads} attention heads and this video {tokens} tokens; --context-parallel must divide both, and {size} does not."
-            )
-        split_over_processes(expert, size)
 
 
 class LeadingSampler(Sampler):

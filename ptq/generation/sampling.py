@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from ptq.errors import PtqError, UsageError
-from ptq.generation.diagnosis import CallRecorder, find_nonfinite
+from ptq.generation.nonfinite import CallRecorder, find_nonfinite
 from ptq.generation.settings import Settings
 from ptq.wan.calling import set_flow_shift
 from ptq.wan.loading import with_image_input
-from ptq.wan.placing import place_pipeline
+from ptq.wan.placing import place_pipeline, split_over_processes
 
 #: A video whose brightest value is at or below this (of 255) shows nothing.
 BLACK_LEVEL = 4
@@ -63,9 +63,7 @@ class Sampler:
             _set_attention(module, settings.attention_backend)
         place_pipeline(self.pipe, device, offload)
         if settings.context_parallel > 1:
-            from ptq.generation.group import split_tokens
-
-            split_tokens(self._experts, settings, self._tokens())
+            split_tokens(self._experts, settings.context_parallel, self._tokens())
         self.pipe.set_progress_bar_config(disable=True)
 
     def _latent_shape(self) -> tuple[int, ...]:
@@ -144,6 +142,21 @@ class Sampler:
         if self.settings.context_parallel > 1:  # processes would stop at different layers and wait for each other
             return "run without --context-parallel to have the layer named"
         return find_nonfinite(self._experts, recorder.calls)
+
+
+def split_tokens(experts: Mapping[str, Any], size: int, tokens: int) -> None:
+    """Turn on context parallelism over `size` processes in every expert; all processes of the group call this.
+
+    Raises:
+        UsageError: the heads or the tokens of a video cannot be shared out evenly, or the attention backend cannot.
+    """
+    for name, expert in experts.items():
+        heads = expert.config.num_attention_heads
+        if heads % size or tokens % size:
+            raise UsageError(
+                f"{name} has {heads} attention heads and this video {tokens} tokens; --context-parallel must divide both, and {size} does not."
+            )
+        split_over_processes(expert, size)
 
 
 @torch.no_grad()

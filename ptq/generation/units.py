@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ptq.errors import UsageError
-from ptq.prompts.sample import Sample
-from ptq.prompts.seeds import unit_seed
+from ptq.prompts.sample import Sample, unit_seed
 
-__all__ = ["Unit", "make_units", "safe_name", "unit_seed"]
-
-# Ids of this form are their own file name. "~" is not among the characters, so no such id equals a shortened one.
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}")
+"""Ids of this form are their own file name. "~" is not among the characters, so no such id equals a shortened one."""
+
 _KEPT_CHARS = 48
 _HASH_CHARS = 16
 
@@ -34,6 +32,10 @@ class Unit:
     def name(self) -> str:
         """`dataset/sample_id/k`, the unit's name in manifests."""
         return f"{self.sample.dataset}/{self.sample.id}/{self.k}"
+
+    def seed(self, base: int) -> int:
+        """The unit's seed in a run of this base seed."""
+        return unit_seed(base, self.sample.dataset, self.sample.id, self.k)
 
     @property
     def stem(self) -> str:

@@ -27,7 +27,8 @@ ENCODER_OPTIONS = {
     "flags": "+bitexact",
     "x264-params": "mbtree=0",
 }
-_UNTAGGED = 2  # "unspecified" in ITU-T H.273
+_UNTAGGED = 2
+"""What ITU-T H.273 calls unspecified."""
 
 
 def encode_video(frames: np.ndarray, fps: int) -> bytes:

@@ -26,7 +26,7 @@ from ptq.generation.manifest import Line, Manifests
 from ptq.generation.rundir import RunDirectory
 from ptq.generation.sampling import BrokenOutputError, Sampled, Sampler, StepCallback
 from ptq.generation.settings import ModelIdentity
-from ptq.generation.units import Unit, unit_seed
+from ptq.generation.units import Unit
 from ptq.generation.video import encode_video, write_frames, write_video
 from ptq.prompts.images import RESIZE_POLICY, fit_image, load_image
 from ptq.store.files import sha256_file, write_bytes
@@ -72,7 +72,7 @@ class Worker:
 
     def _attempt(self, unit: Unit, sampler: Sampler, on_step: StepCallback) -> Result:
         started = time.monotonic()
-        seed = unit_seed(sampler.settings.seed, unit.sample.dataset, unit.sample.id, unit.k)
+        seed = unit.seed(sampler.settings.seed)
         line = self._describe(unit, sampler, seed)
         cuda = torch.device(self.device).type == "cuda"
         if cuda:

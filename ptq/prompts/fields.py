@@ -1,4 +1,4 @@
-"""Checked access to the values of one record: every complaint names the file, the record and the key.
+"""Checked access to the values of one entry of a prompt file: every complaint names the file, the entry and the key.
 
 Not a schema language: four readers (text, optional text, path list, integers) are all the prompt formats need.
 """
@@ -16,7 +16,7 @@ _ABSENT = object()
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class Entry:
     """One entry of a prompt file. `name` is how messages call it; `value` is its JSON object (or line of text)."""
 
     file: Path
@@ -60,7 +60,7 @@ class Record:
         return tuple(value)
 
     def fail(self, key: str, expected: str) -> NoReturn:
-        """Refuse this record because of one key."""
+        """Refuse this entry because of one key."""
         value = self._lookup(key)
         found = "nothing" if value is _ABSENT else _shorten(value)
         raise DamagedFileError(

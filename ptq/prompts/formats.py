@@ -1,7 +1,7 @@
-"""The prompt-file formats: how each is recognised and how one of its records becomes a sample.
+"""The prompt-file formats: how each is recognised and how one of its entries becomes a sample.
 
-`FORMATS` is in order of precedence: detection takes the first whose container and first record fit, and refuses what
-none fits. A record that does not have what its format promises is an error that names it, never skipped. Media paths
+`FORMATS` is in order of precedence: detection takes the first whose container and first entry fit, and refuses what
+none fits. An entry that does not have what its format promises is an error that names it, never skipped. Media paths
 are copied as written; `locate.py` finds the files.
 """
 
@@ -14,29 +14,30 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ptq.errors import DamagedFileError, PtqError, UsageError
-from ptq.prompts.fields import Record
-from ptq.prompts.records import CONTAINER_TEXT, Container
+from ptq.prompts.container import CONTAINER_TEXT, Container
+from ptq.prompts.fields import Entry
 from ptq.prompts.sample import MediaRef, Sample
 
-# Captions of a native OpenS2V-5M record, best first; the last resort is metadata.cap[0].
 NATIVE_CAPTIONS = ("face_cap_glm", "face_cap_Aria", "face_cap_qwen")
+"""Captions of a native OpenS2V-5M entry, best first; the last resort is metadata.cap[0]."""
+
 PROMPT_KEYS = ("prompt", "caption", "text")
 ID_KEYS = ("id", "name")
 SHORT_HASH = 12
 
 
 @dataclass(frozen=True)
-class Format:
-    """One file format: the containers it comes in, the test on a record, and record -> sample."""
+class PromptFormat:
+    """One file format: the containers it comes in, the test on an entry, and entry -> sample."""
 
     name: str
     containers: tuple[Container, ...]
     matches: Callable[[Any], bool]
-    parse: Callable[[Record, str], Sample]
+    parse: Callable[[Entry, str], Sample]
 
 
-def detect_format(path: Path, container: Container, name: str, value: Any) -> Format:
-    """The format of a file from its container and first record.
+def detect_format(path: Path, container: Container, name: str, value: Any) -> PromptFormat:
+    """The format of a file from its container and first entry.
 
     Raises:
         PtqError: an OpenS2V cluster or cross-pair file, or a shape no format has.
@@ -54,7 +55,7 @@ def detect_format(path: Path, container: Container, name: str, value: Any) -> Fo
     )
 
 
-def find_format(path: Path, container: Container, name: str) -> Format:
+def find_format(path: Path, container: Container, name: str) -> PromptFormat:
     """The format a user named, refused where the file's container cannot hold it.
 
     Raises:
@@ -109,94 +110,95 @@ def _has(*keys: str) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(key in value for key in keys)
 
 
-def _key(record: Record) -> str:
-    return record.name[1:-1]  # names of records in a JSON object are their keys in quotation marks
+def _key(entry: Entry) -> str:
+    return entry.name[1:-1]  # names of records in a JSON object are their keys in quotation marks
 
 
-def _parse_mm(record: Record, dataset: str) -> Sample:
-    path = record.text("path")
-    return _sample(dataset, _stem(record, "path", path), record.text_or_first("cap"), MediaRef("video", path))
+def _parse_mm(entry: Entry, dataset: str) -> Sample:
+    path = entry.text("path")
+    return _sample(dataset, _stem(entry, "path", path), entry.text_or_first("cap"), MediaRef("video", path))
 
 
-def _parse_eval(record: Record, dataset: str) -> Sample:
-    images = record.texts("img_paths")
+def _parse_eval(entry: Entry, dataset: str) -> Sample:
+    images = entry.texts("img_paths")
     # Keys repeat across the three domain files with different images, so the domain is part of the id.
-    identity = f"{dataset.removesuffix('_Eval')}/{_key(record)}"
+    identity = f"{dataset.removesuffix('_Eval')}/{_key(entry)}"
     policy = {"references": len(images), "reference_policy": "first_reference"}
-    return _sample(dataset, identity, record.text("prompt"), MediaRef("image", images[0]), **policy)
+    return _sample(dataset, identity, entry.text("prompt"), MediaRef("image", images[0]), **policy)
 
 
 def _is_native(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("metadata"), dict) and "path" in value["metadata"]
 
 
-def _parse_native(record: Record, dataset: str) -> Sample:
+def _parse_native(entry: Entry, dataset: str) -> Sample:
     # An absent, null or empty caption falls through to the next; the key that was used is recorded.
-    caption = next((key for key in NATIVE_CAPTIONS if record.get(f"metadata.{key}")), "cap")
-    prompt = record.text_or_first("metadata.cap") if caption == "cap" else record.text(f"metadata.{caption}")
-    x0, x1, y0, y1 = record.integers("metadata.crop", 4)
+    caption = next((key for key in NATIVE_CAPTIONS if entry.get(f"metadata.{key}")), "cap")
+    prompt = entry.text_or_first("metadata.cap") if caption == "cap" else entry.text(f"metadata.{caption}")
+    x0, x1, y0, y1 = entry.integers("metadata.crop", 4)
     if x0 >= x1 or y0 >= y1:
-        record.fail("metadata.crop", "[x0, x1, y0, y1] with x0 < x1 and y0 < y1")
-    frame = record.integers("metadata.face_cut", 2)[0]
-    media = MediaRef("crop", record.text("metadata.path"), frame, (x0, x1, y0, y1))
-    return _sample(dataset, _key(record), prompt, media, caption=caption)
+        entry.fail("metadata.crop", "[x0, x1, y0, y1] with x0 < x1 and y0 < y1")
+    frame = entry.integers("metadata.face_cut", 2)[0]
+    media = MediaRef("crop", entry.text("metadata.path"), frame, (x0, x1, y0, y1))
+    return _sample(dataset, _key(entry), prompt, media, caption=caption)
 
 
-def _parse_vbench(record: Record, dataset: str) -> Sample:
-    prompt = record.text("prompt_en")
-    return _sample(dataset, prompt, prompt, dimension=record.texts("dimension"))
+def _parse_vbench(entry: Entry, dataset: str) -> Sample:
+    prompt = entry.text("prompt_en")
+    return _sample(dataset, prompt, prompt, dimension=entry.texts("dimension"))
 
 
-def _parse_vbench_i2v(record: Record, dataset: str) -> Sample:
-    return replace(_parse_vbench(record, dataset), media=MediaRef("image", record.text("image_name")))
+def _parse_vbench_i2v(entry: Entry, dataset: str) -> Sample:
+    return replace(_parse_vbench(entry, dataset), media=MediaRef("image", entry.text("image_name")))
 
 
 def _is_generic(value: Any) -> bool:
     return isinstance(value, dict) and any(key in value for key in PROMPT_KEYS)
 
 
-def _parse_generic(record: Record, dataset: str) -> Sample:
-    prompt = record.text(next((key for key in PROMPT_KEYS if record.get(key) is not None), PROMPT_KEYS[0]))
-    score_prompt = record.text("score_prompt") if record.get("score_prompt") is not None else prompt
+def _parse_generic(entry: Entry, dataset: str) -> Sample:
+    prompt = entry.text(next((key for key in PROMPT_KEYS if entry.get(key) is not None), PROMPT_KEYS[0]))
+    score_prompt = entry.text("score_prompt") if entry.get("score_prompt") is not None else prompt
     media = None
-    if record.get("image") is not None:
-        media = MediaRef("image", record.text("image"))
-    elif record.get("video") is not None:
-        media = MediaRef("video", record.text("video"))
-    return Sample(dataset, _generic_id(record, prompt, media), prompt, score_prompt, media)
+    if entry.get("image") is not None:
+        media = MediaRef("image", entry.text("image"))
+    elif entry.get("video") is not None:
+        media = MediaRef("video", entry.text("video"))
+    return Sample(dataset, _generic_id(entry, prompt, media), prompt, score_prompt, media)
 
 
-def _generic_id(record: Record, prompt: str, media: MediaRef | None) -> str:
+def _generic_id(entry: Entry, prompt: str, media: MediaRef | None) -> str:
     """`id`, `name`, the stem of the image or clip, or the start of the prompt's SHA-1: the first there is."""
     for key in ID_KEYS:
-        value = record.get(key)
+        value = entry.get(key)
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if value is not None:
-            return record.text(key)
-    return _stem(record, media.kind, media.path) if media is not None else _short_hash(prompt)
+            return entry.text(key)
+    return _stem(entry, media.kind, media.path) if media is not None else short_hash(prompt)
 
 
-def _parse_text(record: Record, dataset: str) -> Sample:
-    return _sample(dataset, _short_hash(record.value), record.value)
+def _parse_text(entry: Entry, dataset: str) -> Sample:
+    return _sample(dataset, short_hash(entry.value), entry.value)
 
 
-def _stem(record: Record, key: str, path: str) -> str:
+def _stem(entry: Entry, key: str, path: str) -> str:
     stem = PurePosixPath(path).stem
-    return stem if stem else record.fail(key, "a path that ends in a file name")
+    return stem if stem else entry.fail(key, "a path that ends in a file name")
 
 
-def _short_hash(text: str) -> str:
+def short_hash(text: str) -> str:
+    """The id of a prompt that has no other: the start of its SHA-1."""
     return hashlib.sha1(text.encode("utf-8"), usedforsecurity=False).hexdigest()[:SHORT_HASH]
 
 
 FORMATS = (
-    Format("opens2v-mm", ("list",), _has("path", "cap"), _parse_mm),
-    Format("opens2v-eval", ("map",), _has("img_paths", "prompt"), _parse_eval),
-    Format("opens2v-5m", ("map",), _is_native, _parse_native),
-    Format("vbench-i2v", ("list",), _has("prompt_en", "dimension", "image_name"), _parse_vbench_i2v),
-    Format("vbench", ("list",), _has("prompt_en", "dimension"), _parse_vbench),
-    Format("generic", ("list", "lines"), _is_generic, _parse_generic),
-    Format("txt", ("text",), lambda value: isinstance(value, str), _parse_text),
+    PromptFormat("opens2v-mm", ("list",), _has("path", "cap"), _parse_mm),
+    PromptFormat("opens2v-eval", ("map",), _has("img_paths", "prompt"), _parse_eval),
+    PromptFormat("opens2v-5m", ("map",), _is_native, _parse_native),
+    PromptFormat("vbench-i2v", ("list",), _has("prompt_en", "dimension", "image_name"), _parse_vbench_i2v),
+    PromptFormat("vbench", ("list",), _has("prompt_en", "dimension"), _parse_vbench),
+    PromptFormat("generic", ("list", "lines"), _is_generic, _parse_generic),
+    PromptFormat("txt", ("text",), lambda value: isinstance(value, str), _parse_text),
 )
 FORMAT_NAMES = tuple(one.name for one in FORMATS)

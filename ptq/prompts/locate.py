@@ -20,9 +20,9 @@ LISTED = 10
 _BELOW_DATASET = re.compile(r"(?:^|/)OpenS2V-5M/(.+)$")
 _FROM_PART = re.compile(r"(?:^|/)(total_part\d+/.+)$")
 _PART = re.compile(r"total_part\d+")
-# VBench-I2V ships each image cropped to 1-1, 8-5, 7-4 and 16-9. Wan's sizes are about 16:9, so that folder is looked
-# up; for another ratio name its folder itself as the media root.
 _VBENCH_RATIO = "16-9"
+"""VBench-I2V ships each image cropped to 1-1, 8-5, 7-4 and 16-9. Wan's sizes are about 16:9, so that folder is looked up;
+for another ratio name its folder itself as the media root."""
 
 
 def check_roots(roots: Sequence[Path]) -> tuple[Path, ...]:
@@ -58,13 +58,6 @@ def candidates(path: str, prompt_file: Path, format_name: str, roots: Sequence[P
             yield os.path.join(root, tail)
 
 
-def describe_missing(missing: Sequence[Sample], total: int) -> str:
-    """One paragraph: how many pictures or clips are missing, and the first of them."""
-    listed = ", ".join(f"{one.id} ({one.media.path})" for one in missing[:LISTED] if one.media is not None)
-    more = f", and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
-    return f"{len(missing)} of {total} samples have no picture or clip here: {listed}{more}."
-
-
 def require_media(prompts: PromptSet, *, skip_missing: bool = False) -> list[Sample]:
     """The samples a run that starts from images can use.
 
@@ -81,8 +74,10 @@ def require_media(prompts: PromptSet, *, skip_missing: bool = False) -> list[Sam
         )
     missing = prompts.missing_media()
     if missing and not skip_missing:
+        listed = ", ".join(f"{one.id} ({one.media.path})" for one in missing[:LISTED] if one.media is not None)
+        more = f", and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
         raise PtqError(
-            f"{describe_missing(missing, len(prompts.samples))} Name the folder that holds them with --media-root, or pass --skip-missing to run the others."
+            f"{len(missing)} of {len(prompts.samples)} samples have no picture or clip here: {listed}{more}. Name the folder that holds them with --media-root, or pass --skip-missing to run the others."
         )
     present = [sample for sample in prompts.samples if sample.media is not None and sample.media.resolved is not None]
     if not present:

@@ -6,19 +6,35 @@ OpenS2V-5M record is 99 % annotation). `PromptScan` is the same pass without kee
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ptq.errors import DamagedFileError, PtqError, UsageError
-from ptq.prompts.disjoint import Known
-from ptq.prompts.fields import Record
-from ptq.prompts.formats import detect_format, find_format, merge_dimensions, refuse_pairs
+from ptq.prompts.container import DigestingFile, iter_entries, open_digesting, sniff_container
+from ptq.prompts.fields import Entry
+from ptq.prompts.formats import detect_format, find_format, merge_dimensions, refuse_pairs, short_hash
 from ptq.prompts.locate import check_roots, locate
-from ptq.prompts.records import DigestingFile, iter_records, open_digesting, sniff_container
-from ptq.prompts.sample import PromptSet, Sample
+from ptq.prompts.sample import MediaRef, PromptSet, Sample, caption_digest
+
+
+class Known:
+    """Which samples a prompt set has: ids and captions, not the samples themselves."""
+
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        self._names: set[tuple[str, str]] = set()
+        for sample in samples:
+            self._names |= self._names_of(sample)
+
+    def __contains__(self, sample: Sample) -> bool:
+        return bool(self._names & self._names_of(sample))
+
+    @staticmethod
+    def _names_of(sample: Sample) -> set[tuple[str, str]]:
+        captions = {("caption", caption_digest(text)) for text in (sample.prompt, sample.score_prompt)}
+        return {("id", sample.id)} | captions
 
 
 class PromptScan:
@@ -50,7 +66,7 @@ class PromptScan:
         self.dataset = self.path.stem
         self._limit, self._roots = limit, check_roots(media_root)
         self._container = sniff_container(self.path, plain=prompt_format == "txt")
-        name, value = self._first_record()
+        name, value = self._first_entry()
         if prompt_format is None:
             self._format = detect_format(self.path, self._container, name, value)
         else:
@@ -71,22 +87,22 @@ class PromptScan:
             yield from islice(self._finish(samples), self._limit)
             self.sha256 = source.finish()
 
-    def _first_record(self) -> tuple[str, Any]:
+    def _first_entry(self) -> tuple[str, Any]:
         with DigestingFile(self.path) as source:
-            first = next(iter_records(self.path, self._container, source), None)
+            first = next(iter_entries(self.path, self._container, source), None)
         if first is None:
             raise PtqError(f"The prompt file {self.path} holds no records: expected at least one prompt.")
         return first
 
     def _samples(self, source: DigestingFile) -> Iterator[Sample]:
-        for name, value in iter_records(self.path, self._container, source):
+        for name, value in iter_entries(self.path, self._container, source):
             self.records += 1
-            record = Record(self.path, name, value)
+            entry = Entry(self.path, name, value)
             if self._container != "text" and not isinstance(value, dict):
                 raise DamagedFileError(
                     f"{self.path}, record {name}: expected an object, found {type(value).__name__}. Correct or remove it."
                 )
-            yield self._format.parse(record, self.dataset)
+            yield self._format.parse(entry, self.dataset)
 
     def _unique(self, samples: Iterator[Sample]) -> Iterator[Sample]:
         # Hashes, not the ids: a scan of millions of records stays small. A hit is confirmed by a second look.
@@ -102,8 +118,8 @@ class PromptScan:
         """Raise for an id that record `number` (from 1) repeats; return where only the hashes were equal."""
         names = []
         with DigestingFile(self.path) as source:
-            for name, value in islice(iter_records(self.path, self._container, source), number):
-                if self._format.parse(Record(self.path, name, value), self.dataset).id == identity:
+            for name, value in islice(iter_entries(self.path, self._container, source), number):
+                if self._format.parse(Entry(self.path, name, value), self.dataset).id == identity:
                     names.append(name)
         if len(names) < 2:
             return
@@ -114,7 +130,7 @@ class PromptScan:
 
     def _finish(self, samples: Iterator[Sample]) -> Iterator[Sample]:
         for sample in samples:
-            if self._known is not None and self._known.match(sample) is not None:
+            if self._known is not None and sample in self._known:
                 self.excluded += 1
                 continue
             if sample.media is not None:
@@ -147,3 +163,17 @@ def read_prompts(
     if not samples:
         raise PtqError(f"All {scan.records} prompts of {scan.path} are also in {exclude}: nothing is left to run.")
     return PromptSet(scan.path, scan.format, scan.sha256, scan.dataset, samples, scan.records, scan.excluded)
+
+
+def make_sample(prompt: str, image: Path | None = None) -> Sample:
+    """The sample of a single prompt that is in no file; its id is the start of the prompt's SHA-1, as in a .txt file.
+
+    Raises:
+        UsageError: an empty prompt, or no such image.
+    """
+    if not prompt.strip():
+        raise UsageError("--prompt is empty.")
+    if image is not None and not image.is_file():
+        raise UsageError(f"The image {image} does not exist.")
+    media = MediaRef("image", str(image), resolved=image) if image is not None else None
+    return Sample("prompt", short_hash(prompt), prompt, prompt, media)

@@ -1,10 +1,12 @@
 """What a prompt file holds once read: samples, the media they start from, and the set they form.
 
 Plain data, the same for every file format; readers fill it, calibration and generation consume it. No file access here.
+A sample is recognised by its id, or by its caption up to white space and case; its seed depends on its names alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -69,3 +71,17 @@ class PromptSet:
     def missing_media(self) -> list[Sample]:
         """The samples that name a picture or clip that was not found."""
         return [sample for sample in self.samples if sample.media is not None and sample.media.resolved is None]
+
+
+def caption_digest(text: str) -> str:
+    """Hex SHA-256 of a caption with runs of white space made one space and case folded away."""
+    return hashlib.sha256(" ".join(text.split()).casefold().encode("utf-8")).hexdigest()
+
+
+def unit_seed(base: int, dataset: str, sample_id: str, k: int) -> int:
+    """The seed of repetition `k` of a sample: base + first four bytes (big-endian) of blake2b("dataset|id|k").
+
+    It depends on what is generated, never on order, filter, sharding or resume.
+    """
+    key = f"{dataset}|{sample_id}|{k}".encode()
+    return base + int.from_bytes(hashlib.blake2b(key).digest()[:4], "big")

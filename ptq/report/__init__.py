@@ -6,26 +6,31 @@ read the same `Facts`. Heavy libraries (matplotlib, av, typst) are imported when
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 
 from ptq.report.locate import Sources, evaluation_directories
 
-__all__ = ["Sources", "evaluation_directories", "render", "render_html", "render_pdf"]
+__all__ = ["Report", "Sources", "evaluation_directories", "render"]
 
 DEFAULT_VIDEOS = 6
+"""Pairs of videos that the page embeds."""
 
 
-def render(
-    sources: Sources, *, html: bool = True, pdf: bool = True, videos: int = DEFAULT_VIDEOS
-) -> tuple[str, bytes | None, bytes | None]:
-    """Build the wanted outputs from one reading of the artifacts.
+@dataclass(frozen=True)
+class Report:
+    """A report that was built: the verdict in one sentence, and the files; empty where one was not asked for."""
+
+    verdict: str
+    html: bytes = b""
+    pdf: bytes = b""
+
+
+def render(sources: Sources, *, html: bool = True, pdf: bool = True, videos: int = DEFAULT_VIDEOS) -> Report:
+    """Build the wanted outputs from one reading of the artifacts; the same artifacts give the same bytes.
 
     Args:
         sources: where the artifacts are.
         videos: how many pairs of videos the page embeds, 0 for none.
-
-    Returns:
-        The verdict in one sentence, the page (or None), the PDF (or None).
 
     Raises:
         PtqError: as `facts.gather` and `videos.make_clips`.
@@ -36,7 +41,7 @@ def render(
 
     facts = gather(sources)
     clips = make_clips(facts, videos)
-    page = document = None
+    page = document = b""
     if html:
         from ptq.report.html import build_html
 
@@ -45,18 +50,4 @@ def render(
         from ptq.report.pdf import build_pdf
 
         document = build_pdf(facts, clips)
-    return headline(facts), page, document
-
-
-def render_html(evaluation: Path, checkpoint: Path | None = None, *, videos: int = DEFAULT_VIDEOS) -> bytes:
-    """The page of an evaluation directory. Deterministic: the same artifacts give the same bytes."""
-    page = render(Sources(evaluation, checkpoint), pdf=False, videos=videos)[1]
-    assert page is not None
-    return page
-
-
-def render_pdf(evaluation: Path, checkpoint: Path | None = None) -> bytes:
-    """The technical report of an evaluation directory. Deterministic as `render_html`."""
-    document = render(Sources(evaluation, checkpoint), html=False)[2]
-    assert document is not None
-    return document
+    return Report(headline(facts), page, document)

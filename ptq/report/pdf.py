@@ -27,8 +27,8 @@ from ptq.version import __version__
 
 SHOWN_CLIPS = 4
 _SMALL = 240
-# Latin, Greek, Cyrillic, punctuation, arrows and operators: what the embedded fonts have.
 _FOREIGN = re.compile(r"[^\u0000-\u052f\u1e00-\u23ff]+(?:[\u0000-\u052f]{0,12}[^\u0000-\u052f\u1e00-\u23ff]+)*")
+"""What the embedded fonts lack: all but Latin, Greek, Cyrillic, punctuation, arrows and operators."""
 
 
 def build_pdf(facts: Facts, clips: list[Clip]) -> bytes:

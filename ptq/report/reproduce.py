@@ -22,21 +22,11 @@ from ptq.store.files import read_json
 
 RECIPE_FILE = "recipe.yaml"
 REFERENCE_OUT, CANDIDATE_OUT = "runs/original", "runs/quantized"
-_GENERATE_FLAGS = {
-    "steps": "--steps",
-    "height": "--height",
-    "width": "--width",
-    "num_frames": "--num-frames",
-    "fps": "--fps",
-    "flow_shift": "--flow-shift",
-    "guidance_scale": "--guidance-scale",
-    "guidance_scale_2": "--guidance-scale-2",
-    "max_sequence_length": "--max-sequence-length",
-    "seed": "--seed",
-    "dtype": "--dtype",
-    "negative_prompt": "--negative-prompt",
-    "attention_backend": "--attention-backend",
-}
+_GENERATE_OPTIONS = (
+    *("steps", "height", "width", "num_frames", "fps", "flow_shift", "guidance_scale", "guidance_scale_2"),
+    *("max_sequence_length", "seed", "dtype", "negative_prompt", "attention_backend"),
+)
+"""Settings of a generation run that are options of `ptq generate` of the same name."""
 
 
 @dataclass(frozen=True)
@@ -104,25 +94,14 @@ def _quantize(
             "--num-prompts": len(calibration["samples"]),
             "--records-per-prompt": calibration["records_per_prompt"],
         }
-        flags |= {"--steps": preset["steps"], "--height": preset["height"], "--width": preset["width"]}
-        flags |= {"--num-frames": preset["num_frames"], "--seed": calibration["seed"]}
-        flags |= {"--flow-shift": preset["flow_shift"], "--guidance-scale": preset["guidance_scale"]}
+        shown = ("steps", "height", "width", "num_frames", "flow_shift", "guidance_scale")
+        flags |= {"--seed": calibration["seed"], **{_option(name): preset[name] for name in shown}}
         if preset["guidance_scale_2"] is not None:
             flags["--guidance-scale-2"] = preset["guidance_scale_2"]
         if preset["negative_prompt"] != _default_negative_prompt(facts):
             flags["--negative-prompt"] = preset["negative_prompt"]
-        commands.append(
-            join(
-                "ptq",
-                "calibrate",
-                model,
-                "--prompts",
-                calibration["prompts"]["name"],
-                "--out",
-                "calibration",
-                *_listed(flags),
-            )
-        )
+        prompts = calibration["prompts"]["name"]
+        commands.append(join("ptq", "calibrate", model, "--prompts", prompts, "--out", "calibration", *_listed(flags)))
     flags = {"--format": manifest.format, "--recipe": RECIPE_FILE, "--budget-scope": manifest.budget_scope}
     flags["--high-precision"] = ",".join(manifest.high_precision) or "none"
     commands.append(
@@ -132,6 +111,10 @@ def _quantize(
 
 def _listed(flags: Mapping[str, str | int | float]) -> list[str | int | float]:
     return [part for pair in flags.items() for part in pair]
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _prompts(facts: Facts) -> str | None:
@@ -146,7 +129,7 @@ def _generate(model: str, prompts: str, out: str, settings: Mapping[str, Any], f
     run = facts.runs.get("candidate") or facts.runs.get("reference")
     plan = (run.info.get("plan") or {}) if run else {}
     flags: dict[str, str | int | float] = {
-        flag: settings[name] for name, flag in _GENERATE_FLAGS.items() if settings.get(name) is not None
+        _option(name): settings[name] for name in _GENERATE_OPTIONS if settings.get(name) is not None
     }
     if settings.get("negative_prompt") == _default_negative_prompt(facts):
         flags.pop("--negative-prompt", None)
@@ -155,7 +138,7 @@ def _generate(model: str, prompts: str, out: str, settings: Mapping[str, Any], f
     samples = (plan.get("prompts") or {}).get("samples")
     if samples:
         flags["--num-prompts"] = samples
-    switches = [f"--{name.replace('_', '-')}" for name in ("save_frames", "image_to_video") if settings.get(name)]
+    switches = [_option(name) for name in ("save_frames", "image_to_video") if settings.get(name)]
     return join("ptq", "generate", model, "--prompts", prompts, "--out", out, *_listed(flags), *switches)
 
 

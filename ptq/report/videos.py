@@ -1,4 +1,5 @@
-"""Videos for the page: original, quantized and their amplified difference, as browsers play them (H.264, yuv420p).
+"""Videos for the page: original, quantized and their amplified difference, as browsers play them (H.264, yuv420p); and
+beside each other, for `ptq demo`.
 
 Clips are chosen by rule, not by taste: units sorted by how far they drifted, taken at even distances from the most
 drifted to the least. Video files go in byte for byte while they fit; where they are too large for one page, previews are
@@ -10,6 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import av
@@ -19,15 +21,16 @@ from ptq import ui
 from ptq.errors import DamagedFileError
 from ptq.evaluation.frames import VIDEO, frames_of
 from ptq.evaluation.runs import Unit, verify_video
-from ptq.generation.video import CODEC, ENCODER_OPTIONS, PIXEL_FORMAT
+from ptq.generation.video import CODEC, ENCODER_OPTIONS, PIXEL_FORMAT, encode_video, write_video
 from ptq.report.cells import plain
 from ptq.report.facts import Facts
 
 AMPLIFY = 8
 PREVIEW_WIDTH = 416
-#: Raw bytes of all videos of a page; base64 adds a third.
 BUDGET_BYTES = 10_000_000
-DEFAULT_CLIPS = 6
+"""Raw bytes of all videos of a page; base64 adds a third."""
+
+_SIDE_BY_SIDE, _GAP_PIXELS, _ZOOM = 6, 4, 4
 _PREVIEW_CRF = "28"
 _DRIFT = (("ssim", "SSIM"), ("psnr", "PSNR"), ("latent_relative_l2", "latent error"))
 
@@ -55,7 +58,7 @@ class Clip:
     preview: bool
 
 
-def make_clips(facts: Facts, limit: int = DEFAULT_CLIPS) -> list[Clip]:
+def make_clips(facts: Facts, limit: int) -> list[Clip]:
     """Up to `limit` clips of the evaluated units.
 
     Raises:
@@ -156,3 +159,18 @@ def _poster(frames: Iterator[np.ndarray], num_frames: int, size: tuple[int, int]
     buffer = io.BytesIO()
     Image.fromarray(middle).resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
+
+
+def write_side_by_side(reference: Path, candidate: Path, out: Path, fps: int) -> None:
+    """Write videos that show original (left) and quantized (right), enlarged; needs saved frames of both runs.
+
+    Args:
+        reference, candidate: generation directories; their first units in file order are shown.
+    """
+    for path in sorted((reference / "frames").glob("*.npz"))[:_SIDE_BY_SIDE]:
+        pair = [np.load(run / "frames" / path.name)["frames"] for run in (reference, candidate)]
+        big = [frames.repeat(_ZOOM, axis=1).repeat(_ZOOM, axis=2) for frames in pair]
+        gap = np.full((*big[0].shape[:2], _GAP_PIXELS, 3), 255, dtype=np.uint8)
+        frames = np.concatenate([big[0], gap, big[1]], axis=2)
+        target = out / f"{path.stem}.mp4"
+        write_video(target, encode_video(frames, fps), *frames.shape[:3])

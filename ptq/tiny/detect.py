@@ -18,8 +18,9 @@ from ptq.tiny.world import COLOURS, DIRECTIONS, SIZES, Scene
 
 _MIN_CHROMA = 40.0
 _MIN_AREA = 20.0
-#: Width of the soft scores: how fast they saturate with the margin of the asked-for answer.
 _COLOUR_WIDTH, _SHAPE_WIDTH, _ANGLE_WIDTH = 8.0, 0.04, 9.0
+"""Width of the soft scores: how fast they saturate with the margin of the asked-for answer."""
+
 _COLOUR_NAMES = tuple(COLOURS)
 _COLOUR_TABLE = np.array([COLOURS[name] for name in _COLOUR_NAMES], dtype=np.float64)
 _DIRECTION_NAMES = tuple(DIRECTIONS)

@@ -1,4 +1,4 @@
-"""Prompts of the tiny world: a grammar with synonyms, its inverse, and the fixed prompt sets.
+"""Prompts of the tiny world: a grammar with synonyms, its inverse, the fixed prompt sets, and their files.
 
 Every prompt names all five attributes of a scene, in several word orders. ``parse_prompt`` inverts
 every sentence the grammar can make and refuses words it does not know. No text encoder here.
@@ -6,13 +6,18 @@ every sentence the grammar can make and refuses words it does not know. No text 
 
 from __future__ import annotations
 
+import io
+import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from ptq.tiny.world import Scene, held_out_scenes, train_scenes
+from ptq.store.files import write_bytes
+from ptq.tiny import defaults
+from ptq.tiny.world import Scene, held_out_scenes, render, train_scenes
 
 _T = TypeVar("_T")
 SHAPE_WORDS: dict[str, tuple[str, ...]] = {
@@ -54,7 +59,7 @@ _PLACES = ("background", "backdrop")
 _PREPOSITIONS = ("on", "over")
 _FILLERS = frozenset(["a", "an", "the", "to", "and", "of", "video", "clip", "diagonally", "toward"])
 
-_LOOKUP: dict[str, dict[str, str]] = {
+MEANINGS: dict[str, dict[str, str]] = {
     kind: {word: name for name, words in table.items() for word in words}
     for kind, table in {
         "shape": SHAPE_WORDS,
@@ -64,12 +69,10 @@ _LOOKUP: dict[str, dict[str, str]] = {
         "direction": DIRECTION_WORDS,
     }.items()
 }
-_NEUTRAL = _FILLERS | {w for pair in _VERBS for w in pair} | set(_PLACES) | set(_PREPOSITIONS)
+"""Attribute -> word -> the value it names."""
 
-
-def vocabulary() -> list[str]:
-    """Every word the grammar knows, sorted (the tokenizer is made for these)."""
-    return sorted(_NEUTRAL | {w for table in _LOOKUP.values() for w in table})
+NEUTRAL = _FILLERS | {w for pair in _VERBS for w in pair} | set(_PLACES) | set(_PREPOSITIONS)
+"""Words that name nothing; with those of `MEANINGS` the whole vocabulary, which the tokenizer is made for."""
 
 
 def _article(word: str) -> str:
@@ -104,18 +107,18 @@ def parse_prompt(prompt: str) -> Scene:
 
     Raises ValueError naming the word that is unknown, or the attribute that is missing or named twice.
     """
-    found: dict[str, set[str]] = {kind: set() for kind in _LOOKUP}
+    found: dict[str, set[str]] = {kind: set() for kind in MEANINGS}
     for word in re.findall(r"[^\W_]+", prompt.lower()):
-        kinds = [kind for kind, table in _LOOKUP.items() if word in table]
-        if not kinds and word not in _NEUTRAL:
+        kinds = [kind for kind, table in MEANINGS.items() if word in table]
+        if not kinds and word not in NEUTRAL:
             raise ValueError(f"prompt {prompt!r}: the tiny world does not know the word {word!r}")
         for kind in kinds:
-            found[kind].add(_LOOKUP[kind][word])
+            found[kind].add(MEANINGS[kind][word])
     values: dict[str, str] = {}
-    for kind in _LOOKUP:
+    for kind in MEANINGS:
         if len(found[kind]) != 1:
             state = "names no" if not found[kind] else "names more than one"
-            raise ValueError(f"prompt {prompt!r} {state} {kind}; choose one of {', '.join(sorted(_LOOKUP[kind]))}")
+            raise ValueError(f"prompt {prompt!r} {state} {kind}; choose one of {', '.join(sorted(MEANINGS[kind]))}")
         values[kind] = found[kind].pop()
     return Scene(**values)
 
@@ -145,3 +148,35 @@ def held_out_prompts(n: int, seed: int = 7) -> list[str]:
 def calibration_prompts(n: int, seed: int = 11) -> list[str]:
     """``n`` distinct calibration prompts over training scenes: no scene of the held-out prompts is among them."""
     return _prompts(train_scenes(), n, seed)
+
+
+def write_prompt_file(directory: Path, name: str, prompts: Sequence[str], *, images: bool) -> Path:
+    """Write prompts to `directory/name.txt`, or with images to `directory/name.jsonl` and `directory/name/NNN.png`.
+
+    Args:
+        prompts: texts of the tiny world's grammar.
+        images: give each prompt the first frame of a clip that shows it; its position in the list seeds the path.
+
+    Returns:
+        The prompt file.
+
+    Raises:
+        ValueError: a prompt that is not of the tiny world (with images).
+    """
+    if not images:
+        path = directory / f"{name}.txt"
+        write_bytes(path, ("\n".join(prompts) + "\n").encode())
+        return path
+    from PIL import Image
+
+    settings, lines = defaults("tiny-i2v"), []
+    for i, prompt in enumerate(prompts):
+        clip = render(parse_prompt(prompt), i, settings["num_frames"], settings["height"], settings["width"])
+        picture = io.BytesIO()
+        Image.fromarray(clip[0]).save(picture, "png")
+        image = f"{name}/{i:03d}.png"
+        write_bytes(directory / image, picture.getvalue())
+        lines.append(json.dumps({"id": f"{i:03d}", "prompt": prompt, "image": image}))
+    path = directory / f"{name}.jsonl"
+    write_bytes(path, ("\n".join(lines) + "\n").encode())
+    return path

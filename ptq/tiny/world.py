@@ -26,28 +26,32 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "pink": (240, 60, 160),
 }
 SHAPES: tuple[str, ...] = shapes.SHAPES
-#: Unit vectors (dx, dy) in image coordinates: y grows downwards.
 DIRECTIONS: dict[str, tuple[float, float]] = {
     "right": (1.0, 0.0),
     "down": (0.0, 1.0),
     "left": (-1.0, 0.0),
     "up": (0.0, -1.0),
 }
+"""Unit vectors (dx, dy) in image coordinates: y grows downwards."""
+
 BACKGROUNDS: tuple[str, ...] = ("black", "grey", "white", "striped")
 SIZES: dict[str, float] = {"small": 9.5, "large": 13.5}
-#: Combinations the small VAE cannot resolve.
 ABSENT = frozenset({("ring", "small")})
-#: Grey level of each plain background; the striped one alternates between two.
+"""Combinations the small VAE cannot resolve."""
+
 _LEVELS = {"black": 20.0, "grey": 115.0, "white": 228.0}
 _STRIPES = (85.0, 150.0)
+"""Grey level of each plain background, and the two between which the striped one alternates."""
+
 _STRIPE_PERIOD = 16.0
-#: Path length in pixels at 64x64, whatever the number of frames.
 _TRAVEL = (17.0, 22.0)
+"""Path length in pixels at 64x64, whatever the number of frames."""
+
 _SPLIT_SEED = 20260
 _HELD_OUT_SHARE = 0.2
-#: The split is drawn over a wider grid than the world uses, so that it stays as it is if the world grows.
 _GRID_SHAPES = ("circle", "square", "triangle", "cross", "ring")
 _GRID_DIRECTIONS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")
+"""The split is drawn over a wider grid than the world uses, so that it stays as it is if the world grows."""
 
 
 @dataclass(frozen=True)
@@ -101,20 +105,6 @@ def held_out_scenes() -> tuple[Scene, ...]:
     return _split()[1]
 
 
-def all_scenes() -> tuple[Scene, ...]:
-    """Every scene of the world (training ones first)."""
-    return train_scenes() + held_out_scenes()
-
-
-def sample_scene(rng: np.random.Generator | int, split: str = "all") -> Scene:
-    """Draw a scene uniformly. ``split``: ``"all"``, ``"train"`` or ``"held_out"``."""
-    pools = {"all": all_scenes, "train": train_scenes, "held_out": held_out_scenes}
-    if split not in pools:
-        raise ValueError(f"split {split!r} is unknown; choose from {', '.join(pools)}")
-    pool = pools[split]()
-    return pool[int(np.random.default_rng(rng).integers(len(pool)))]
-
-
 def _background(name: str, height: int, width: int) -> np.ndarray:
     scale = min(height, width) / 64.0
     if name in _LEVELS:
@@ -160,12 +150,3 @@ def render(
         alpha = shapes.coverage(scene.shape, cx, cy, radius, height, width)[..., None]
         frames[t] = np.round(back * (1.0 - alpha) + colour * alpha).astype(np.uint8)
     return frames
-
-
-def __getattr__(name: str) -> object:
-    """The prompt functions are reachable from here too; they live in ``grammar.py``, which imports this file."""
-    if name in {"prompt_for", "parse_prompt", "held_out_prompts", "calibration_prompts"}:
-        from ptq.tiny import grammar
-
-        return getattr(grammar, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

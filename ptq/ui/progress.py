@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from ptq.ui.console import emit, info, stderr
+from ptq.ui.console import info, stderr
 
 PLAIN_INTERVAL_S = 10.0
+"""Where stderr is no terminal, a line at most this often."""
 
 
 class Progress:
@@ -26,7 +27,6 @@ class Progress:
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count `count` more items as done; `note` is a short remark shown behind the bar."""
         self.done += count
-        emit("progress", task=self.description, done=self.done, total=self.total, note=note)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=count, note=note)
             return
@@ -64,3 +64,11 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m {whole % 60:02d}s"
     return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+def format_bytes(count: float) -> str:
+    """Bytes as 3.1 GB, 12.0 MB or 4.0 KB (powers of ten)."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{int(count)} B"

@@ -19,7 +19,7 @@ _SPECIAL = ("<pad>", "</s>", "<unk>")
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word of the grammar, lower-cased; punctuation is its own token; ``</s>`` ends every text."""
-    missing = set(grammar.vocabulary()) - set(WORDS)
+    missing = grammar.NEUTRAL.union(*grammar.MEANINGS.values()) - set(WORDS)
     if missing:
         raise ValueError(f"the tokenizer lacks words of the grammar: {sorted(missing)}")
     words = [*_SPECIAL, ",", ".", *WORDS]

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
-from ptq.tiny.world import render, sample_scene
+from ptq.tiny.world import held_out_scenes, render, train_scenes
 
 from .common import FRAMES, SIZE, VAE_CONFIG, Ema, Log, learning_rate, save_atomic, set_lr
 from .muon import Muon
@@ -28,9 +28,10 @@ ENCODER = ("encoder.", "quant_conv.")
 def clip_batch(rng: np.random.Generator, n: int, frames: int, split: str = "train") -> torch.Tensor:
     """``n`` rendered clips, float32 ``[n, 3, T, H, W]`` in [-1, 1]; shorter clips are cut from 9-frame ones."""
     start = int(rng.integers(FRAMES - frames + 1))
+    scenes = held_out_scenes() if split == "held_out" else train_scenes()
     clips = []
     for _ in range(n):
-        full = render(sample_scene(rng, split), rng, FRAMES, SIZE, SIZE)
+        full = render(scenes[int(rng.integers(len(scenes)))], rng, FRAMES, SIZE, SIZE)
         clips.append(full[start : start + frames])
     x = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)
     return x.float() / 127.5 - 1.0

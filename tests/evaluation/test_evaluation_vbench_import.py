@@ -15,8 +15,8 @@ from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.evaluation import evaluate_imported, evaluate_runs
 from ptq.evaluation.scores import Scores
 from ptq.evaluation.suites import get_suite
-from ptq.evaluation.vbench_import import parse_results
-from ptq.evaluation.vbench_totals import covers_benchmark, published_totals, total
+from ptq.evaluation.vbench.results import parse_results
+from ptq.evaluation.vbench.totals import covers_benchmark, published_totals, total
 from ptq.store.files import read_jsonl
 
 GOLDEN = Path(__file__).parent / "data" / "vbench_eval_results.json"

@@ -15,12 +15,14 @@ from evaluation_runs import make_run, moving_noise
 from ptq.errors import PtqError, UsageError
 from ptq.evaluation import VBenchSettings, evaluate_runs
 from ptq.evaluation.suites import get_suite
-from ptq.evaluation.vbench_check import fetched_elsewhere, missing_weights, probe, required_weights
+from ptq.evaluation.vbench.check import missing_weights, probe, required_weights, take_inventory
 from ptq.store.files import read_json, read_jsonl
 
 #: Scores depend on the video's bytes and its prompt; `mood.json` says how a dimension misbehaves. It imports nothing.
 STAND_IN = """
-import hashlib, json, os, sys
+import hashlib, importlib.util, json, os, sys
+
+assert importlib.util.find_spec("totals") is None, "the driver's own folder is in front of VBench's packages"
 
 class VBench:
     def __init__(self, device, full_info, output_path):
@@ -159,9 +161,10 @@ def test_missing_weights_are_listed_before_anything_runs(tmp_path, vbench, runs)
 
 def test_weights_table_covers_every_dimension_of_the_presets(tmp_path):
     for suite in ("icme2026", "vbench", "vbench-i2v"):
-        for name in get_suite(suite).gate:
-            needs = required_weights([name], tmp_path)
-            assert needs or fetched_elsewhere([name]) or name == "temporal_flickering"
+        found = take_inventory(suite)
+        covered = {weight.dimension for weight in found.weights} | set(found.elsewhere)
+        assert set(get_suite(suite).gate) - covered <= {"temporal_flickering"}
+    assert take_inventory("tiny") == take_inventory("core") == take_inventory("vbench")
     missing = missing_weights(["overall_consistency", "temporal_style"], tmp_path)
     assert [weight.path.name for weight in missing] == ["ViClip-InternVid-10M-FLT.pth", "bpe_simple_vocab_16e6.txt.gz"]
 
@@ -184,7 +187,7 @@ def test_a_fake_interpreter_is_refused(tmp_path, vbench, runs, body):
 
 def test_the_driver_needs_nothing_of_ours(tmp_path, vbench):
     """Run as VBench's interpreter would: isolated, without this package and its dependencies."""
-    from ptq.evaluation.vbench_check import DRIVER
+    from ptq.evaluation.vbench.check import DRIVER
 
     out = tmp_path / "probe.json"
     command = [sys.executable, "-I", "-S", str(DRIVER), "probe", str(out), str(vbench.parent)]

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ptq.generation import ModelIdentity, Settings, Shard, Summary, run_generation
+from ptq.generation import ModelIdentity, Settings, Summary, run_generation
 from ptq.prompts import MediaRef, Sample
+from ptq.store.sharding import Shard
 from ptq.wan.loading import load_pipeline
 
 MODEL = ModelIdentity("random", "d" * 64)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from ptq.cli.main import app
 from ptq.errors import UsageError
-from ptq.generation import Settings, group, run_generation
+from ptq.generation import Settings, group, run_generation, sampling
 from ptq.generation.group import LostGroupError, check_group, dismiss_group, follow
 from ptq.generation.sampling import Sampler
 from ptq.wan.loading import load_pipeline
@@ -90,7 +90,7 @@ def test_a_failure_in_one_process_ends_the_run(pipe_dir: Path, tmp_path: Path, m
     """The leader cannot know where the others are: it must not go on to the next unit."""
     sent = []
     monkeypatch.setattr(group, "_send", sent.append)
-    monkeypatch.setattr(group, "split_tokens", lambda *_: None)
+    monkeypatch.setattr(sampling, "split_tokens", lambda *_: None)
     pipe = load_pipeline(pipe_dir, dtype=torch.float32)
 
     def fail(*_args, **_kwargs):

@@ -18,9 +18,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from ptq.errors import DamagedFileError, UsageError
-from ptq.generation import unit_seed
 from ptq.generation.video import encode_video, verify_video, write_video
-from ptq.prompts import MediaRef, Sample
+from ptq.prompts import MediaRef, Sample, unit_seed
 from ptq.wan.random_model import make_random_pipeline
 
 

@@ -10,9 +10,10 @@ import pytest
 from generation_helpers import MODEL, SETTINGS, file_digests, lines, make_samples, run, start_child
 
 from ptq.errors import PtqError
-from ptq.generation import Shard, read_status, run_generation
+from ptq.generation import read_status, run_generation
 from ptq.generation.claims import Claims
 from ptq.store.locks import ShardLock, live_shards
+from ptq.store.sharding import Shard
 
 
 def test_three_processes_at_once_equal_one(pipe_dir: Path, whole_run: Path, tmp_path: Path):

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptq.errors import UsageError
-from ptq.generation import Shard, detect_shard, identify_model, make_units, parse_shard, safe_name, unit_seed
-from ptq.prompts import Sample
-from ptq.store.sharding import local_rank
+from ptq.generation import identify_model
+from ptq.generation.units import make_units, safe_name
+from ptq.prompts import Sample, unit_seed
+from ptq.store.sharding import Shard, detect_shard, local_rank, parse_shard
 
 
 def reference_seed(base: int, dataset: str, sample_id: str, k: int) -> int:

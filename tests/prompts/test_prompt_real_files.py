@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ptq.prompts import find_overlaps, fit_image, load_image, read_prompts, require_media
+from ptq.prompts import fit_image, load_image, read_prompts, require_media
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 MM = DATA / "opens2v" / "OpenS2V-5M_to_mm.json"
@@ -46,11 +46,10 @@ def test_opens2v_eval(name: str, count: int, several: int) -> None:
 
 def test_eval_sets_overlap_but_calibration_captions_do_not() -> None:
     open_domain, single = (read_prompts(EVAL / f"{name}_Eval.json") for name in ("Open-Domain", "SingleObject"))
-    overlaps = find_overlaps(single.samples, open_domain.samples)
-    assert len(overlaps) == 30
-    assert {one.by for one in overlaps} == {"caption"}
-    assert find_overlaps(read_prompts(MM).samples, open_domain.samples) == []
-    assert len(read_prompts(EVAL / "Open-Domain_Eval.json", exclude=EVAL / "SingleObject_Eval.json").samples) == 150
+    assert not {one.id for one in single.samples} & {one.id for one in open_domain.samples}
+    assert len(single.samples) == 30
+    assert len(read_prompts(open_domain.path, exclude=single.path).samples) == 150
+    assert read_prompts(MM, exclude=open_domain.path).excluded == 0
 
 
 def test_native_sample() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ptq.prompts import read_prompts
-from ptq.prompts.records import PROGRESS_STEP
+from ptq.prompts.container import PROGRESS_STEP
 
 MEASURE = """
 import sys
@@ -71,7 +71,7 @@ def test_large_files_show_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "a.json"
     path.write_bytes(b'[{"prompt": "one"}' + b" " * (2 * PROGRESS_STEP + 5) + b"]")
     steps: list[tuple[int, int]] = []
-    monkeypatch.setattr("ptq.prompts.records.PROGRESS_BYTES", PROGRESS_STEP)
+    monkeypatch.setattr("ptq.prompts.container.PROGRESS_BYTES", PROGRESS_STEP)
     monkeypatch.setattr("ptq.ui.Progress.advance", lambda bar, count=1, note="": steps.append((count, bar.total)))
     read_prompts(path)
     assert sum(count for count, _ in steps) == 3

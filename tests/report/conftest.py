@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_helpers import SENSITIVITY, SETTINGS, UNITS, Job, make_run, tiny_clips
+from report_helpers import SENSITIVITY, SETTINGS, UNITS, Job, make_run, page_of, tiny_clips
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +53,4 @@ def copy_job(job: Job, tmp_path: Path) -> Job:
 
 @pytest.fixture(scope="session")
 def page(job: Job) -> str:
-    from ptq.report import render_html
-
-    return render_html(job.evaluation, job.checkpoint).decode()
+    return page_of(job.evaluation, job.checkpoint)

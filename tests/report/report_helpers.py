@@ -10,7 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluation"))
 from evaluation_runs import make_run, tiny_clips
 
-__all__ = ["SENSITIVITY", "SETTINGS", "UNITS", "Job", "make_run", "tiny_clips"]
+from ptq.report import Sources, render
+
+__all__ = ["SENSITIVITY", "SETTINGS", "UNITS", "Job", "make_run", "page_of", "pdf_of", "tiny_clips"]
 
 UNITS = 24
 SENSITIVITY = {
@@ -55,3 +57,13 @@ class Job:
         content = self.content()
         change(content)
         (self.evaluation / "evaluation.json").write_text(json.dumps(content))
+
+
+def page_of(evaluation: Path, checkpoint: Path | None = None) -> str:
+    """The page of a report."""
+    return render(Sources(evaluation, checkpoint), pdf=False).html.decode()
+
+
+def pdf_of(evaluation: Path, checkpoint: Path | None = None) -> bytes:
+    """The PDF of a report."""
+    return render(Sources(evaluation, checkpoint), html=False).pdf

@@ -8,12 +8,12 @@ import shutil
 
 import numpy as np
 import pytest
-from report_helpers import SETTINGS, UNITS, make_run
+from report_helpers import SETTINGS, UNITS, make_run, page_of
 from report_html_reader import Page
 
 from ptq.errors import DamagedFileError
 from ptq.evaluation import evaluate_runs
-from ptq.report import Sources, render_html, videos
+from ptq.report import Sources, videos
 from ptq.report.facts import gather
 from ptq.report.wording import headline
 
@@ -132,19 +132,19 @@ def test_words_of_prompts_cannot_become_markup(tmp_path):
         for n in "ab"
     ]
     evaluate_runs(*runs, tmp_path / "out", suite="core")
-    page = render_html(tmp_path / "out").decode()
+    page = page_of(tmp_path / "out")
     assert hostile in Page(page).text and page.count("<script>") == 1
     assert "NO VERDICT" in page and "never decide" in page and "--checkpoint" in page
 
 
 def test_missing_videos_are_stated(copy_job):
     shutil.rmtree(copy_job.run("reference"))
-    page = render_html(copy_job.evaluation).decode()
+    page = page_of(copy_job.evaluation)
     assert "no videos in this report" in page and "<video" not in page and "pass --reference" in page
 
 
 def test_same_artifacts_same_bytes(job, page):
-    assert render_html(job.evaluation, job.checkpoint).decode() == page
+    assert page_of(job.evaluation, job.checkpoint) == page
 
 
 def test_every_table_has_its_place_in_both_outputs(job, page):

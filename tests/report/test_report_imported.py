@@ -7,9 +7,10 @@ import shlex
 
 import numpy as np
 import pytest
+from report_helpers import page_of, pdf_of
 
 from ptq.evaluation import evaluate_imported
-from ptq.report import Sources, render_html, render_pdf
+from ptq.report import Sources
 from ptq.report.facts import gather
 from ptq.report.reproduce import reproduction
 from ptq.report.wording import headline, meaning
@@ -38,11 +39,11 @@ def test_the_report_claims_only_what_was_imported(evaluation):
         "30 imported videos: FAIL, the limit is 0.5 %."
     )
     assert "paired by file name" in meaning(facts) and "same noise" not in meaning(facts)
-    page = render_html(evaluation).decode()
+    page = page_of(evaluation)
     assert "<video" not in page and "nothing proves" in page and "motion smoothness" in page
     for file in read_json(evaluation / "evaluation.json")["vbench"]["files"]:
         assert file["sha256"] in page
-    assert render_pdf(evaluation).startswith(b"%PDF")
+    assert pdf_of(evaluation).startswith(b"%PDF")
 
 
 def test_the_import_command_names_files_and_dimensions(evaluation):

@@ -9,10 +9,11 @@ import shutil
 
 import pypdf
 import pytest
+from report_helpers import pdf_of
 
 from ptq.checkpoint.manifest import Manifest, read_manifest
 from ptq.config import Recipe
-from ptq.report import Sources, render_pdf
+from ptq.report import Sources
 from ptq.report.facts import gather
 from ptq.report.method import describe_method
 from ptq.report.pdf import printable, report_data
@@ -31,7 +32,7 @@ def text_of(document: bytes) -> str:
 
 @pytest.fixture(scope="module")
 def document(job) -> bytes:
-    return render_pdf(job.evaluation, job.checkpoint)
+    return pdf_of(job.evaluation, job.checkpoint)
 
 
 def squeezed(text: str) -> str:
@@ -59,14 +60,14 @@ def test_no_leftover_of_a_template_survives(document):
 def test_missing_figures_are_stated_omissions(copy_job):
     shutil.rmtree(copy_job.checkpoint)
     shutil.rmtree(copy_job.run("candidate"))
-    text = text_of(render_pdf(copy_job.evaluation))
+    text = text_of(pdf_of(copy_job.evaluation))
     assert LEFTOVERS.search(text) is None
     assert "The packed checkpoint was not found" in text and "there are no frames to show" in text
     assert "The candidate run" in text and "cannot be listed" in text
 
 
 def test_same_artifacts_same_bytes(job, document):
-    assert render_pdf(job.evaluation, job.checkpoint) == document
+    assert pdf_of(job.evaluation, job.checkpoint) == document
 
 
 def with_recipe(manifest: Manifest, *, scheme: dict | None = None, **solver) -> Manifest:

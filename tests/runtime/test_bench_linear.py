@@ -7,7 +7,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from ptq.cli.bench_linear import linear
+from ptq.cli.bench import linear
 from ptq.errors import UsageError
 from ptq.runtime import backends, bench_linear
 

@@ -2,7 +2,7 @@
 
 This file must not import ptq or anything but the standard library and VBench: `ptq evaluate` starts it by path in an
 environment that has neither torch versions nor packages of ours. VBench's own command line is not used: it exits 0 when
-it failed. Usage: `python vbench_driver.py probe OUT.json [ROOT]` or `python vbench_driver.py score JOB.json`.
+it failed. Usage: `python driver.py probe OUT.json [ROOT]` or `python driver.py score JOB.json`.
 Exit code 0 only when the result file exists and has the dimension; its rows are checked by the caller.
 """
 
@@ -72,6 +72,8 @@ if __name__ == "__main__":
     import importlib.metadata
     import importlib.util
 
+    # Python puts a script's own folder in front: names of ours must not hide those of VBench's packages.
+    sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
     if sys.argv[1] == "probe":
         probe(sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else "")
     else:

@@ -1,6 +1,4 @@
-"""What a VBench installation has: its place and version, and the weights each dimension needs. Nothing is
-downloaded.
-"""
+"""What a VBench installation has: its place and version, and the weights each dimension needs. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -8,18 +6,18 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ptq.errors import UsageError
+from ptq.evaluation.suites import get_suite
 from ptq.store.files import read_json
 
-DRIVER = Path(__file__).with_name("vbench_driver.py")
+DRIVER = Path(__file__).with_name("driver.py")
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,15 @@ class Weight:
     path: Path
     source: str
     present: bool
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What dimensions need: files of the `cache` folder, and dimension -> what else it fetches (cannot be checked here)."""
+
+    cache: Path
+    weights: list[Weight]
+    elsewhere: dict[str, str]
 
 
 def foreign_environment() -> dict[str, str]:
@@ -73,6 +80,27 @@ def probe(python: Path, root: Path | None) -> Installation:
     return Installation(Path(found["package"]), Path(found["cache"]), found["version"], found["python"])
 
 
+def take_inventory(
+    suite: str, dimensions: Sequence[str] | None = None, python: Path | None = None, root: Path | None = None
+) -> Inventory:
+    """The weights of a suite (of VBench's own where that suite has none), or of these dimensions only.
+
+    Args:
+        python, root: the VBench to ask for its cache folder, as `probe`; without an interpreter the default folder.
+
+    Raises:
+        UsageError: no such suite, or see `probe`.
+    """
+    chosen = get_suite(suite)
+    names = dimensions or (chosen if chosen.is_vbench else get_suite("vbench")).gate
+    default = Path(os.environ.get("VBENCH_CACHE_DIR") or Path.home() / ".cache" / "vbench")
+    cache = probe(python, root).cache if python else default
+    elsewhere = _table()["hub"]
+    return Inventory(
+        cache, required_weights(names, cache), {name: elsewhere[name] for name in names if name in elsewhere}
+    )
+
+
 def required_weights(dimensions: Iterable[str], cache: Path) -> list[Weight]:
     """Every file the dimensions load from VBench's cache folder, present or not."""
     table = _table()
@@ -88,18 +116,6 @@ def missing_weights(dimensions: Iterable[str], cache: Path) -> list[Weight]:
     return list({weight.path: weight for weight in required_weights(dimensions, cache) if not weight.present}.values())
 
 
-def fetched_elsewhere(dimensions: Iterable[str]) -> dict[str, str]:
-    """Dimensions that also fetch something outside the cache folder, which cannot be checked here."""
-    table = _table()["hub"]
-    return {name: table[name] for name in dimensions if name in table}
-
-
-def default_cache() -> Path:
-    """VBench's cache folder when no interpreter was asked."""
-    return Path(os.environ.get("VBENCH_CACHE_DIR") or Path.home() / ".cache" / "vbench")
-
-
 def _table() -> dict[str, Any]:
-    text = (resources.files("ptq.evaluation") / "presets" / "vbench-weights.yaml").read_text(encoding="utf-8")
-    table: dict[str, Any] = yaml.safe_load(text)
+    table: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("weights.yaml").read_text(encoding="utf-8"))
     return table

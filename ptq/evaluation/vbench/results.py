@@ -19,12 +19,15 @@ from ptq.evaluation.scores import Scores, check_paired
 from ptq.evaluation.suites import Suite
 from ptq.store.files import read_json, sha256_file
 
-#: Rows of these dimensions are on another scale than the score.
 ROW_SCALE = {"imaging_quality": 0.01}
-#: Dimensions for which VBench leaves videos out by design: color skips those where it detects no object.
+"""Rows of these dimensions are on another scale than the score."""
+
 PARTIAL = frozenset({"color"})
-#: Gap between VBench's score and the mean of its rows that is worth a warning.
+"""Dimensions for which VBench leaves videos out by design: color skips those where it detects no object."""
+
 SCORE_GAP = 1e-3
+"""Gap between VBench's score and the mean of its rows that is worth a warning."""
+
 _SHOWN = 3
 
 
@@ -95,9 +98,7 @@ def imported_scores(
             raise PtqError(
                 f"{path} lacks {', '.join(missing)}; it has {', '.join(table)}. Run those dimensions, or choose with --dimensions what both files have."
             )
-    details = {
-        "files": [{"path": str(path), "sha256": sha256_file(path)} for path in (reference, candidate)],
-    }
+    details = {"files": [{"path": str(path), "sha256": sha256_file(path)} for path in (reference, candidate)]}
     return scores_from_tables(tables[0], tables[1], suite, pairs, allow_missing=allow_missing, details=details)
 
 

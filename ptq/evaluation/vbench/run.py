@@ -19,9 +19,13 @@ from ptq.errors import PtqError
 from ptq.evaluation.runs import Unit
 from ptq.evaluation.scores import Scores
 from ptq.evaluation.suites import Suite
-from ptq.evaluation.vbench_check import DRIVER, Installation, foreign_environment, missing_weights, probe
-from ptq.evaluation.vbench_import import PARTIAL, DimensionRows, parse_results, scores_from_tables, standard_name
-from ptq.store.files import digest, read_json, sha256_file, write_json
+from ptq.evaluation.vbench.check import DRIVER, Installation, foreign_environment, missing_weights, probe
+from ptq.evaluation.vbench.results import PARTIAL, DimensionRows, parse_results, scores_from_tables, standard_name
+from ptq.store.files import digest, read_json, write_json
+
+DRIVER_VERSION = "fdd4f06e4161b6784beb3d5a54bb3999c6390b2ede0f23b23c2a70e12b20102b"
+"""Part of the digest under which results are kept; another value where the driver scores otherwise. It is the sha256 of the
+first driver, so that what an earlier version has kept is not computed again."""
 
 _FULL_INFO = {"vbench": "VBench_full_info.json", "vbench2_beta_i2v": "vbench2_i2v_full_info.json"}
 _RESOLUTIONS = {"1-1": 1.0, "8-5": 1.6, "7-4": 1.75, "16-9": 16 / 9}
@@ -142,7 +146,7 @@ def _staged_name(unit: Unit, suite: Suite) -> str:
 def _score(job: _Job, suite: Suite, settings: VBenchSettings, installation: Installation) -> DimensionRows:
     """Rows of one dimension: the kept result when its inputs are the same, else a run of the driver."""
     inputs = digest([
-        job.dimension, suite.mode, suite.vbench, installation.describe(), sha256_file(DRIVER), settings.device,
+        job.dimension, suite.mode, suite.vbench, installation.describe(), DRIVER_VERSION, settings.device,
         sorted((name, unit.record["video_sha256"], unit.score_prompt) for name, unit in job.units.items()),
     ])  # fmt: skip
     kept = job.folder / "result.json"

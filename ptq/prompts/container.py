@@ -1,6 +1,6 @@
-"""From the bytes of a prompt file to its records, one at a time, whatever the size of the file.
+"""From the bytes of a prompt file to its entries, one at a time, whatever the size of the file.
 
-Knows JSON lists, JSON objects, JSON lines and plain lines; knows nothing of what the records mean (`formats.py` does).
+Knows JSON lists, JSON objects, JSON lines and plain lines; knows nothing of what the entries mean (`formats.py` does).
 JSON is always parsed incrementally with ijson: the native OpenS2V-5M files are 32-66 GB, and for the 1 MB files it is
 as fast as the json module (1,000 records in 6 ms against 8 ms), so there is one code path and no size threshold. The
 digest of the file is taken in the same pass.
@@ -32,9 +32,13 @@ CONTAINER_TEXT = {
 
 SNIFF_BYTES = 1 << 20
 BUFFER_BYTES = 1 << 16
-PROGRESS_BYTES = 256 << 20  # files from this size on show progress
+PROGRESS_BYTES = 256 << 20
+"""Files from this size on show progress."""
+
 PROGRESS_STEP = 16 << 20
-EXPLAIN_BYTES = 64 << 20  # syntax errors in files up to this size are located to the line by a second parse
+EXPLAIN_BYTES = 64 << 20
+"""Syntax errors in files up to this size are located to the line by a second parse."""
+
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -127,10 +131,10 @@ def open_readable(path: Path) -> Any:
         raise PtqError(f"The prompt file {path} cannot be read: {error.strerror or error}.") from error
 
 
-def iter_records(path: Path, container: Container, source: DigestingFile) -> Iterator[tuple[str, Any]]:
-    """Yield (name of the record, value) in file order; names are `[17]`, `"key"` or `line 18`.
+def iter_entries(path: Path, container: Container, source: DigestingFile) -> Iterator[tuple[str, Any]]:
+    """Yield (name of the entry, value) in file order; names are `[17]`, `"key"` or `line 18`.
 
-    Values are JSON values, or str for plain lines. Memory is bounded by the largest single record.
+    Values are JSON values, or str for plain lines. Memory is bounded by the largest single entry.
 
     Raises:
         DamagedFileError: broken or truncated JSON, or bytes that are not UTF-8; the text says where.

@@ -1,0 +1,61 @@
+"""Options that several commands share, each written once: its name, its type, its limits and its help text.
+
+A command takes one as `device: options.Device = None`; its default stands with the command. Where commands differ in
+whether an option may be left out, they share the `typer.Option` and state the type themselves.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODEL_HELP = "`tiny`, a diffusers directory, or a hub id."
+Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
+Checkpoint = Annotated[Path, typer.Argument(help="Directory written by `ptq quantize`.", show_default=False)]
+
+OUT = typer.Option("--out", help="Directory to write; the same command continues what is unfinished.")
+NEW_OUT = typer.Option("--out", help="Directory to write; must not exist.")
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of continuing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with estimates and stop.")]
+Preflight = Annotated[
+    bool, typer.Option("--preflight/--no-preflight", help="Check weights, disk and memory before starting.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed rounds; the median counts.")]
+
+PROMPTS = typer.Option("--prompts", help="Prompt file: .json (OpenS2V, VBench, any list), .jsonl or .txt.")
+NumPrompts = Annotated[int | None, typer.Option("--num-prompts", min=1, help="Use the first N prompts.")]
+PromptFormat = Annotated[
+    str | None, typer.Option("--prompt-format", help="Format of the prompt file, instead of detecting it.")
+]
+MediaRoot = Annotated[
+    list[Path] | None,
+    typer.Option("--media-root", help="Folder below which pictures and clips are; may be given several times."),
+]
+Exclude = Annotated[
+    Path | None, typer.Option("--exclude", help="Leave out prompts that this file has too, by id or caption.")
+]
+SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="Leave out prompts without their image.")]
+
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")]
+Height = Annotated[int | None, typer.Option("--height", min=16, help="Pixels.")]
+Width = Annotated[int | None, typer.Option("--width", min=16, help="Pixels.")]
+NumFrames = Annotated[int | None, typer.Option("--num-frames", min=1, help="Frames of each video, 4 n + 1.")]
+FlowShift = Annotated[float | None, typer.Option("--flow-shift", help="Shift of the noise schedule.")]
+GuidanceScale = Annotated[
+    float | None, typer.Option("--guidance-scale", help="Guidance of the high-noise (or only) expert.")
+]
+GuidanceScale2 = Annotated[float | None, typer.Option("--guidance-scale-2", help="Guidance of the low-noise expert.")]
+NegativePrompt = Annotated[str | None, typer.Option("--negative-prompt", help="Default: the model's.")]
+SampleSeed = Annotated[int, typer.Option("--seed", min=0, help="Base seed; each video adds its own number.")]
+
+Shard = Annotated[
+    str | None,
+    typer.Option("--shard", help="Do part i of N, from 0, as i/N. Default: what torchrun or SLURM says."),
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cuda, cuda:1, cpu. Default: the process's GPU, else the CPU.")
+]
+Offload = Annotated[str, typer.Option("--offload", help="Weights to the CPU between uses: none, model or sequential.")]

@@ -1,0 +1,164 @@
+"""From what a user asked for to a run: samples, settings, the checks before the model is loaded, one process or a group.
+
+`ptq generate` and `ptq demo` come in here; which units are made, and how often, is `run.py`'s. The model is loaded with the
+first unit, torch with the first check.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ptq.errors import UsageError
+from ptq.generation.run import Summary, run_generation
+from ptq.generation.settings import Settings
+from ptq.prompts import Sample, make_sample, read_prompts, require_media
+from ptq.wan.structure import ModelLayout
+
+DTYPES = ("float32", "bfloat16")
+
+
+def starts_from_image(layout: ModelLayout, asked: bool = False) -> bool:
+    """Whether a run is image-to-video: always with I2V-A14B, on request with TI2V-5B.
+
+    Raises:
+        UsageError: asked of a model that cannot.
+    """
+    if layout.pipeline_class == "WanImageToVideoPipeline":
+        return True
+    if asked and layout.preset.variant != "TI2V-5B":
+        raise UsageError(f"{layout.path} is a text-to-video model; it cannot start from an image.")
+    return asked
+
+
+def resolve_settings(
+    layout: ModelLayout,
+    given: Mapping[str, Any] | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    **others: Any,
+) -> Settings:
+    """The preset's values, each replaced where `given` has its own (None: the preset's).
+
+    Args:
+        device, dtype: dtype None is bfloat16 on a GPU and float32 on the CPU.
+        others: fields of `Settings` that no preset has.
+
+    Raises:
+        UsageError: a value that cannot be.
+    """
+    if dtype not in (None, *DTYPES):
+        raise UsageError(f"--dtype must be {' or '.join(DTYPES)}, found {dtype!r}.")
+    values = layout.preset.model_dump(exclude={"variant", "hub_id"})
+    values |= {name: value for name, value in (given or {}).items() if value is not None}
+    if layout.boundary_ratio is not None and values["guidance_scale_2"] is None:
+        values["guidance_scale_2"] = values["guidance_scale"]
+    return Settings(**values, dtype=dtype or ("bfloat16" if device.startswith("cuda") else "float32"), **others)
+
+
+def read_samples(
+    prompt: str | None,
+    prompts: str | Path | None,
+    image: Path | None = None,
+    *,
+    from_image: bool,
+    skip_missing: bool = False,
+    **reading: Any,
+) -> tuple[list[Sample], dict[str, Any] | None]:
+    """The samples of one prompt (with its image) or of a file, and what `run.json` keeps about the file.
+
+    Args:
+        from_image: the run is image-to-video: every sample needs its picture.
+        skip_missing: leave out samples whose picture is not here.
+        reading: as `read_prompts` takes it.
+
+    Raises:
+        UsageError: both, none, or an image where none belongs. Otherwise as `read_prompts` and `require_media`.
+    """
+    if (prompt is None) == (prompts is None):
+        raise UsageError("Give either --prompt TEXT or --prompts FILE.")
+    if prompt is not None:
+        if from_image and image is None:
+            raise UsageError("An image-to-video model starts from a picture: add --image FILE.")
+        return [make_sample(prompt, image)], None
+    if image is not None:
+        raise UsageError("--image belongs to --prompt TEXT; a prompt file names its own images.")
+    found = read_prompts(str(prompts), **reading)
+    samples = require_media(found, skip_missing=skip_missing) if from_image else found.samples
+    return samples, {"file": str(prompts), "format": found.format, "sha256": found.sha256, "samples": len(samples)}
+
+
+def make_videos(
+    layout: ModelLayout,
+    samples: Sequence[Sample],
+    settings: Settings,
+    out: Path,
+    *,
+    disk: int | None = None,
+    device: str = "cpu",
+    offload: str = "none",
+    **run: Any,
+) -> Summary | None:
+    """Check the machine and make this shard's videos; with context parallelism as one of the group that makes them.
+
+    Args:
+        disk: bytes that will be written; None skips the checks.
+        run: as `run_generation` takes it.
+
+    Returns:
+        What was done; None in a process that followed the leader of its group.
+
+    Raises:
+        PtqError: problems of the machine. Otherwise as `check_group` and `run_generation`.
+    """
+
+    def load() -> Any:
+        import torch
+
+        from ptq.wan.loading import load_pipeline
+
+        return load_pipeline(layout.path, dtype=getattr(torch, settings.dtype))
+
+    def make() -> Summary:
+        return run_generation(load, samples, settings, out, device=device, offload=offload, **run)
+
+    grouped = settings.context_parallel > 1
+    if grouped:
+        from ptq.generation.group import check_group
+
+        check_group(settings, os.environ, device, offload)
+    if disk is not None:
+        _check_machine(layout, settings, disk, out, device, offload)
+    return _in_group(load, settings, device, make) if grouped else make()
+
+
+def _in_group(load: Callable[[], Any], settings: Settings, device: str, make: Callable[[], Summary]) -> Summary | None:
+    from ptq.generation.group import dismiss_group, follow, join_group
+    from ptq.generation.sampling import Sampler
+
+    if join_group(device) != 0:
+        follow(lambda: Sampler(load(), settings, device))
+        return None
+    summary = make()
+    dismiss_group()
+    return summary
+
+
+def _check_machine(layout: ModelLayout, settings: Settings, disk: int, out: Path, device: str, offload: str) -> None:
+    """Weights, disk, memory and a trial checkpoint."""
+    from ptq.wan.estimates import sampling_memory
+    from ptq.wan.placing import check_offload
+    from ptq.wan.preflight import Needs, preflight
+
+    check_offload(device, offload)
+    names = ("height", "width", "num_frames", "max_sequence_length")
+    preset = layout.preset.model_copy(update={name: getattr(settings, name) for name in names})
+
+    def estimate() -> Needs:
+        memory = sampling_memory(layout, preset, device, offload, decode=True)
+        return Needs(disk, memory["ram"], memory["vram"])
+
+    preflight(layout, estimate, out, device)
