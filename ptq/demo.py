@@ -29,8 +29,8 @@ from ptq.store.files import write_bytes
 from ptq.submission.package import PASS, package
 from ptq.tiny.grammar import calibration_prompts, held_out_prompts
 from ptq.tiny.prompt_files import write_prompt_file
+from ptq.wan.layout import ModelLayout
 from ptq.wan.loading import load_pipeline, resolve_model
-from ptq.wan.structure import ModelLayout
 
 MODELS = ("tiny", "tiny-i2v")
 CALIBRATION_PROMPTS = 16
@@ -63,7 +63,7 @@ class Demo:
     def __init__(self, out: Path, units: int, model: str = MODELS[0]) -> None:
         self.out, self.units, self.model = out, units, model
         self.layout: ModelLayout = resolve_model(model)
-        self.from_image = self.layout.preset.variant == "I2V-A14B"
+        self.from_image = self.layout.needs_image
 
     def run(self, formats: Sequence[str]) -> list[DemoResult]:
         """Record once, generate the original once, then quantize, generate and evaluate each format."""

@@ -25,8 +25,8 @@ from ptq.quantization.settings import QuantizeSettings
 from ptq.store.files import write_json
 from ptq.tiny.grammar import calibration_prompts, held_out_prompts
 from ptq.tiny.prompt_files import write_prompt_file
+from ptq.wan.layout import ModelLayout
 from ptq.wan.loading import load_pipeline, resolve_model
-from ptq.wan.structure import ModelLayout
 
 ROTATION = {"hif4": 64, "mxfp4": 32}
 

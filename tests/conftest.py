@@ -39,12 +39,10 @@ def one_thread() -> None:
 def random_pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Variant -> a random pipeline directory: 2 blocks of width 128, bf16 transformers in several shards."""
     from ptq.wan.random_model import make_random_pipeline
+    from ptq.wan.variants import VARIANTS
 
     root = tmp_path_factory.mktemp("pipelines")
-    return {
-        variant: make_random_pipeline(root / variant, variant, max_shard_bytes=600_000)
-        for variant in ("T2V-A14B", "I2V-A14B", "TI2V-5B")
-    }
+    return {variant: make_random_pipeline(root / variant, variant, max_shard_bytes=600_000) for variant in VARIANTS}
 
 
 @pytest.fixture(scope="session")

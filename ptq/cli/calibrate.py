@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ptq.wan.structure import ModelLayout
+    from ptq.wan.layout import ModelLayout
 
 
 def calibrate(
@@ -65,10 +65,9 @@ def calibrate(
     from ptq.calibration.run import CalibrationPlan
     from ptq.calibration.run import calibrate as run
     from ptq.cli.common import default_device, quiet_libraries, resolve_shard
-    from ptq.errors import UsageError
     from ptq.prompts import read_prompts, require_media
     from ptq.wan.loading import resolve_model
-    from ptq.wan.placing import check_offload
+    from ptq.wan.pipeline import check_offload
     from ptq.wan.preflight import preflight
 
     device = device or default_device()
@@ -78,14 +77,11 @@ def calibrate(
     overrides: dict[str, Any] = {"steps": steps, "height": height, "width": width, "num_frames": num_frames}
     overrides |= {"flow_shift": flow_shift, "guidance_scale": guidance_scale, "guidance_scale_2": guidance_scale_2}
     overrides |= {"negative_prompt": negative_prompt}
-    preset = layout.preset.with_overrides(**overrides)
-    if guidance_scale_2 is not None and layout.boundary_ratio is None:
-        raise UsageError("This model has one expert; leave out --guidance-scale-2.")
+    preset = layout.resolve_preset(**overrides)
     found = read_prompts(
         prompts, prompt_format=prompt_format, limit=num_prompts, exclude=exclude, media_root=media_root or ()
     )
-    needs_images = layout.pipeline_class == "WanImageToVideoPipeline"
-    samples = require_media(found, skip_missing=skip_missing) if needs_images else found.samples
+    samples = require_media(found, skip_missing=skip_missing) if layout.needs_image else found.samples
     source = {"name": found.path.name, "sha256": found.sha256}
     plan = CalibrationPlan(layout, preset, samples, records_per_prompt, seed, source)
     if dry_run:
@@ -108,7 +104,7 @@ def _load(layout: ModelLayout, device: str, offload: str) -> Any:
     import torch
 
     from ptq.wan.loading import load_pipeline
-    from ptq.wan.placing import place_pipeline
+    from ptq.wan.pipeline import place_pipeline
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     return place_pipeline(load_pipeline(layout.path, dtype=dtype), device, offload)

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from ptq.generation import Plan, Settings, Summary
     from ptq.prompts import Sample
-    from ptq.wan.structure import ModelLayout
+    from ptq.wan.layout import ModelLayout
 
 
 def generate(
@@ -81,7 +81,7 @@ def generate(
     from ptq.wan.loading import resolve_model
 
     layout = resolve_model(model)
-    from_image = _starts_from_image(layout, image_to_video or image is not None)
+    from_image = layout.starts_from_image(image_to_video or image is not None)
     device = device or default_device()
     overrides = {
         "steps": steps,
@@ -167,7 +167,7 @@ def _lead_group(layout: ModelLayout, settings: Settings, device: str) -> bool:
 def _preflight(layout: ModelLayout, settings: Settings, disk: int, out: Path, device: str, offload: str) -> None:
     """Check weights, disk, memory and a trial checkpoint before the model is loaded."""
     from ptq.wan.estimates import sampling_memory
-    from ptq.wan.placing import check_offload
+    from ptq.wan.pipeline import check_offload
     from ptq.wan.preflight import Needs, preflight
 
     check_offload(device, offload)
@@ -189,17 +189,6 @@ def _load(layout: ModelLayout, settings: Settings) -> Any:
     return load_pipeline(layout.path, dtype=getattr(torch, settings.dtype))
 
 
-def _starts_from_image(layout: ModelLayout, asked: bool) -> bool:
-    """Whether the run is image-to-video: always with I2V-A14B, on request with TI2V-5B."""
-    from ptq.errors import UsageError
-
-    if layout.pipeline_class == "WanImageToVideoPipeline":
-        return True
-    if asked and layout.preset.variant != "TI2V-5B":
-        raise UsageError(f"{layout.path} is a text-to-video model; it cannot start from an image.")
-    return asked
-
-
 def _resolve_dtype(dtype: str | None, device: str) -> str:
     from ptq.errors import UsageError
 
@@ -212,10 +201,7 @@ def _resolve_settings(layout: ModelLayout, overrides: dict[str, Any], **others: 
     """The preset's values, each replaced where the command line has its own."""
     from ptq.generation import Settings
 
-    values = {name: getattr(layout.preset, name) if value is None else value for name, value in overrides.items()}
-    if layout.boundary_ratio is not None and values["guidance_scale_2"] is None:
-        values["guidance_scale_2"] = values["guidance_scale"]
-    return Settings(**values, **others)
+    return Settings(**layout.resolve_preset(**overrides).model_dump(exclude={"variant", "hub_id"}), **others)
 
 
 def _resolve_samples(

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from ptq.errors import PtqError, UsageError
 from ptq.generation.sampling import BrokenOutputError, Sampled, Sampler, StepCallback
 from ptq.generation.settings import Settings
-from ptq.wan.placing import split_over_processes
+from ptq.wan.pipeline import split_over_processes
 
 TIMEOUT = timedelta(hours=12)
 """Followers wait for the leader while it checks finished videos; a process that dies ends the group at once."""

@@ -19,8 +19,8 @@ from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.streams import Stream
 from ptq.runtime import QuantLinear
 from ptq.solvers.solve import LayerSolution, SolveSettings, solve_group
-from ptq.wan.replay import input_modules, run_block
-from ptq.wan.structure import INPUTS
+from ptq.wan.block import input_modules, readers
+from ptq.wan.replay import run_block
 
 
 def solve_settings(settings: QuantizeSettings) -> SolveSettings:
@@ -71,13 +71,14 @@ def collect_statistics(
     device: torch.device,
     target: Stream | None = None,
 ) -> dict[str, InputCollector]:
-    """Run the original block on `source` and gather the statistics of its seven inputs.
+    """Run the original block on `source` and gather the statistics of its distinct inputs.
 
     Args:
         target: where to store the block's outputs, if they are wanted.
     """
-    collectors = {name: make_collector(settings, index) for index, name in enumerate(INPUTS)}
-    with collecting(input_modules(block), collectors) as state:
+    modules = input_modules(block)
+    collectors = {name: make_collector(settings, index) for index, name in enumerate(modules)}
+    with collecting(modules, collectors) as state:
         for item in records:
             state["weight"] = item.weight
             output = run_block(block, source[item.record.record].to(device), item.context())
@@ -91,7 +92,7 @@ def solve_block(
     collectors: dict[str, InputCollector],
     settings: QuantizeSettings,
     processes: Processes = ALONE,
-    inputs: Mapping[str, Sequence[str]] = INPUTS,
+    inputs: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, LayerSolution]:
     """Codes, bases and biases of the block's Linears; each distinct input is solved once, by one process.
 
@@ -99,7 +100,7 @@ def solve_block(
         collectors: statistics of each input; emptied on the way, so that a Hessian is gone once its Linears are solved.
         inputs: input -> the Linears that read it, by default those of a Wan block.
     """
-    fmt = formats.get(settings.format)
+    fmt, inputs = formats.get(settings.format), readers(block) if inputs is None else inputs
     modules_of = {name: {linear: block.get_submodule(linear) for linear in linears} for name, linears in inputs.items()}
     own = processes.own({name: solve_cost(modules.values()) for name, modules in modules_of.items()})
     solutions: dict[str, LayerSolution] = {}

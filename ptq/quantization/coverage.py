@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from ptq import formats
-from ptq.calibration.records import CalibrationSet, Record
+from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.manifest import Coverage
 from ptq.checkpoint.shards import ShardSet
 from ptq.quantization.settings import QuantizeSettings
-from ptq.wan.structure import BLOCKS, LINEARS, ModelLayout
+from ptq.wan.block import block_prefix, rows_outside, video_tokens
+from ptq.wan.estimates import CallSize
+from ptq.wan.layout import ModelLayout
 
-BF16_BYTES = 2
 
-
-def tokens_of(calibration: CalibrationSet, record: Record, config: dict[str, Any]) -> int:
-    """Video tokens of one call: latent volume over patch volume."""
-    shape = calibration.shape(record)
-    return math.prod(shape[1:]) // math.prod(config["patch_size"])
+def recorded_call(layout: ModelLayout, calibration: CalibrationSet, expert: str) -> CallSize:
+    """Size of an expert's recorded calls, from the first of them."""
+    record = calibration.of_expert(expert)[0]
+    channels, times, rows, columns = calibration.shape(record)
+    latent = (channels, times, rows, columns)
+    text, image = calibration.tokens(record)
+    return CallSize(video_tokens(layout.experts[expert], latent), text, latent, image)
 
 
 def measure_coverage(
@@ -28,24 +30,23 @@ def measure_coverage(
     fmt = formats.get(settings.format)
     linear = quantized = basis_bytes = 0
     flops = quantized_flops = 0.0
-    for expert, config in layout.experts.items():
-        records = calibration.of_expert(expert)
-        video = tokens_of(calibration, records[0], config)
-        text = calibration.text_tokens(records[0])
-        targets = {
-            f"{BLOCKS}.{index}.{name}.weight"
+    for expert in layout.experts:
+        call = recorded_call(layout, calibration, expert)
+        rows = {
+            f"{block_prefix(index)}{linear}.weight": item.rows
             for index in range(layout.num_blocks(expert))
-            if index not in settings.high_precision.get(expert, ())
-            for name in LINEARS
+            for item in layout.block_inputs(expert).values()
+            for linear in item.linears
         }
+        kept = tuple(block_prefix(index) for index in settings.high_precision.get(expert, ()))
         for name, entry in shards[expert].entries.items():
             if not name.endswith(".weight") or len(entry.shape) != 2:
                 continue
             size = math.prod(entry.shape)
-            tokens = _rows(name, video, text)
+            tokens = call.rows(rows.get(name) or rows_outside(name))
             linear += size
             flops += 2.0 * size * tokens
-            if name in targets:
+            if name in rows and not name.startswith(kept):
                 quantized += size
                 basis_bytes += settings.spec.basis_bytes(entry.shape[1])
                 quantized_flops += 2.0 * size * tokens
@@ -60,10 +61,3 @@ def measure_coverage(
         basis_bytes=basis_bytes,
         original_bytes=total_bytes,
     )
-
-
-def _rows(name: str, video: int, text: int) -> int:
-    """Rows of the input of a Linear in one call."""
-    if "text_embedder" in name or "attn2.to_k" in name or "attn2.to_v" in name:
-        return text
-    return 1 if "time" in name else video

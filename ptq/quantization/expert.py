@@ -26,8 +26,8 @@ from ptq.quantization.processes import ALONE, Processes
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.workdir import WorkDir
 from ptq.runtime import QuantLinear
+from ptq.wan.block import block_prefix
 from ptq.wan.replay import ExpertReplay
-from ptq.wan.structure import block_prefix
 
 
 @dataclass

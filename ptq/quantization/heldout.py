@@ -6,8 +6,8 @@ from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import UsageError
 from ptq.quantization.hybrid import HybridExpert
+from ptq.wan.layout import ModelLayout
 from ptq.wan.replay import ExpertReplay
-from ptq.wan.structure import ModelLayout
 
 
 def denoiser_errors(

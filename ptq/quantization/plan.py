@@ -12,24 +12,21 @@ from ptq import formats
 from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.shards import ShardSet
 from ptq.quantization.calls import spread
-from ptq.quantization.coverage import measure_coverage, tokens_of
+from ptq.quantization.coverage import measure_coverage, recorded_call
 from ptq.quantization.run import check_inputs
 from ptq.quantization.settings import QuantizeSettings
 from ptq.store.files import files_below
 from ptq.ui.progress import format_seconds
 from ptq.wan.estimates import (
     EFFICIENCY,
-    CallSize,
     denoiser_activation_bytes,
     forward_flops,
     hessian_flops,
-    input_widths,
     measure_rate,
     solve_flops,
-    width,
 )
+from ptq.wan.layout import ModelLayout
 from ptq.wan.preflight import Needs, gigabytes
-from ptq.wan.structure import ModelLayout
 
 STREAM_BYTES = 4
 """Hidden states of both streams are counted in float32."""
@@ -56,7 +53,7 @@ def describe_plan(
     plan = {"model": f"{layout.path} ({layout.preset.variant})", "format": formats.get(settings.format).name}
     for expert in layout.experts:
         records, recorded = _used_records(calibration, settings, expert), len(calibration.of_expert(expert))
-        tokens = _size(layout, calibration, expert).tokens
+        tokens = recorded_call(layout, calibration, expert).tokens
         plan[expert] = (
             f"{layout.num_blocks(expert)} blocks, {records} of {recorded} records of {tokens} tokens, hidden states {gigabytes(stream_bytes(layout, calibration, settings, expert))}"
         )
@@ -81,22 +78,15 @@ def describe_plan(
     return plan
 
 
-def _size(layout: ModelLayout, calibration: CalibrationSet, expert: str) -> CallSize:
-    record = calibration.of_expert(expert)[0]
-    c, t, h, w = calibration.shape(record)
-    tokens = tokens_of(calibration, record, layout.experts[expert])
-    return CallSize(tokens, calibration.text_tokens(record), (c, t, h, w))
-
-
 def _used_records(calibration: CalibrationSet, settings: QuantizeSettings, expert: str) -> int:
     return len(spread(calibration.of_expert(expert), settings.recipe.record_limit))
 
 
 def stream_bytes(layout: ModelLayout, calibration: CalibrationSet, settings: QuantizeSettings, expert: str) -> int:
     """Bytes of both streams of hidden states of an expert's records."""
-    tokens = _size(layout, calibration, expert).tokens
+    tokens = recorded_call(layout, calibration, expert).tokens
     records = _used_records(calibration, settings, expert)
-    return 2 * STREAM_BYTES * width(layout.experts[expert]) * tokens * records
+    return 2 * STREAM_BYTES * layout.width(expert) * tokens * records
 
 
 def packed_bytes(layout: ModelLayout, settings: QuantizeSettings) -> int:
@@ -152,11 +142,11 @@ def _working_bytes(
     float_bytes = 4 if device == "cpu" else 2
     sizes = [n * k for n, k in layout.linear_shapes(expert).values()]
     block = sum(sizes) * float_bytes + WEIGHT_COPIES * 4 * max(sizes)
-    widths = input_widths(config).values()
+    widths = [item.k for item in layout.block_inputs(expert).values()]
     hessians = (
         sum(4 * k * k for k in widths) + SOLVER_COPIES * 4 * max(widths) ** 2 if settings.recipe.needs_hessian else 0
     )
-    return block + hessians + denoiser_activation_bytes(config, _size(layout, calibration, expert), float_bytes)
+    return block + hessians + denoiser_activation_bytes(config, recorded_call(layout, calibration, expert), float_bytes)
 
 
 def estimate_seconds(
@@ -168,11 +158,13 @@ def estimate_seconds(
     passes = 3 if settings.recipe.records.inputs == "propagated" else 2
     seconds = 0.0
     for expert, config in layout.experts.items():
-        size, records = _size(layout, calibration, expert), _used_records(calibration, settings, expert)
+        size, records = recorded_call(layout, calibration, expert), _used_records(calibration, settings, expert)
         seconds += passes * records * forward_flops(config, size) / (rate * EFFICIENCY)
         if settings.recipe.needs_hessian:
             limit = settings.recipe.records.hessian_tokens or size.tokens + size.text
-            sampled = replace(size, tokens=min(size.tokens, limit), text=min(size.text, limit))
+            sampled = replace(
+                size, tokens=min(size.tokens, limit), text=min(size.text, limit), image=min(size.image, limit)
+            )
             seconds += records * hessian_flops(config, sampled) / (rate32 * EFFICIENCY)
         if settings.recipe.rounding == "gptq":
             seconds += solve_flops(config) / (rate32 * EFFICIENCY)

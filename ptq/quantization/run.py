@@ -20,7 +20,7 @@ from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet
 from ptq.errors import PtqError, UsageError
 from ptq.quantization.assemble import copy_components, write_expert
 from ptq.quantization.calls import spread
-from ptq.quantization.coverage import measure_coverage, tokens_of
+from ptq.quantization.coverage import measure_coverage, recorded_call
 from ptq.quantization.expert import ExpertResult, ExpertRun
 from ptq.quantization.processes import Processes
 from ptq.quantization.sensitivity import protect_blocks, with_protection
@@ -29,8 +29,8 @@ from ptq.quantization.workdir import RUN_FILES, STREAMS_DIR, WorkDir
 from ptq.store.files import digest, free_space_hint
 from ptq.store.locks import exclusive
 from ptq.version import __version__
+from ptq.wan.layout import ModelLayout
 from ptq.wan.replay import ExpertReplay, state_names
-from ptq.wan.structure import LINEARS, ModelLayout
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,9 @@ def _run_experts(
             results.append(result)
             if not processes.first:
                 continue
-            packed = PackedConfig.build(settings.spec, LINEARS, settings.high_precision.get(expert, {}))
+            packed = PackedConfig.build(
+                settings.spec, layout.linear_shapes(expert), settings.high_precision.get(expert, {})
+            )
             names = state_names(config, packed)
             limit = options.max_shard_bytes
             write_expert(work.path / expert, config, packed, names, shards[expert], result.changed, limit)
@@ -233,10 +235,8 @@ def stream_scratch(
     Raises:
         PtqError: neither fits.
     """
-    config = layout.experts[expert]
-    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
     records = spread(calibration.of_expert(expert), record_limit)
-    need = 2 * 4 * width * sum(tokens_of(calibration, record, config) for record in records[:1]) * len(records)
+    need = 2 * 4 * layout.width(expert) * recorded_call(layout, calibration, expert).tokens * len(records)
     limit = max_memory if max_memory is not None else psutil.virtual_memory().available // 2
     if need <= limit:
         return None

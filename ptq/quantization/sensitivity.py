@@ -19,8 +19,8 @@ from ptq.quantization.hybrid import HybridExpert
 from ptq.quantization.settings import BUDGET, QuantizeSettings
 from ptq.quantization.workdir import PROTECTION_FILE, WorkDir
 from ptq.store.files import read_json, write_json
+from ptq.wan.layout import ModelLayout
 from ptq.wan.replay import ExpertReplay
-from ptq.wan.structure import ModelLayout
 
 SENSITIVITY_FILE = "ptq_sensitivity.json"
 RANDOM_DRAWS = 16

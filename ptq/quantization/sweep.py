@@ -19,8 +19,8 @@ from ptq.errors import UsageError
 from ptq.quantization.block import collect_statistics, forward_stream, install, solve_block
 from ptq.quantization.calls import ExpertCalls
 from ptq.quantization.settings import QuantizeSettings
+from ptq.wan.layout import ModelLayout
 from ptq.wan.replay import ExpertReplay
-from ptq.wan.structure import ModelLayout
 
 
 @dataclass

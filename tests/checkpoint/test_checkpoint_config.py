@@ -12,7 +12,9 @@ from ptq.checkpoint.manifest import MANIFEST_FILE, read_manifest, verify_files
 from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.errors import DamagedFileError, PtqError
 from ptq.runtime import QuantSpec
-from ptq.wan.structure import LINEARS
+from ptq.wan.block import READERS
+
+LINEARS = [linear for linears in READERS.values() for linear in linears]
 
 
 def config(format_name: str = "hif4", blocks: tuple[int, ...] = (), **spec) -> PackedConfig:

@@ -20,8 +20,8 @@ from ptq.config import load_recipe
 from ptq.prompts import Sample
 from ptq.quantization.run import QuantizeOptions, quantize
 from ptq.quantization.settings import QuantizeSettings
+from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
-from ptq.wan.structure import read_layout
 
 SIZE = {"height": 32, "width": 32, "num_frames": 9, "steps": 6, "max_sequence_length": 16}
 ALL_TOKENS = "records.tokens_per_record=100000"

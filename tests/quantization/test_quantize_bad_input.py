@@ -21,9 +21,9 @@ from ptq.calibration.records import CalibrationSet
 from ptq.errors import PtqError, UsageError
 from ptq.quantization.plan import describe_plan
 from ptq.quantization.settings import parse_high_precision
+from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
 from ptq.wan.random_model import make_random_pipeline
-from ptq.wan.structure import read_layout
 
 RTN = make_settings("mxfp4")
 FULL_HIF4 = make_settings("hif4", *FULL)

@@ -16,8 +16,8 @@ from ptq.prompts import Sample
 from ptq.quantization.heldout import denoiser_errors
 from ptq.quantization.settings import BUDGET
 from ptq.quantization.sweep import sweep
+from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
-from ptq.wan.structure import read_layout
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from quantization_helpers import FULL, make_settings
 from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.shards import ShardSet
 from ptq.quantization.plan import LIBRARY_BYTES, describe_plan, estimate_needs, packed_bytes, stream_bytes
-from ptq.wan.structure import read_layout
+from ptq.wan.layout import read_layout
 
 
 def test_packed_bytes_are_those_of_the_checkpoint(model, uninterrupted):
