@@ -22,7 +22,6 @@ from torch import Tensor
 from ptq.checkpoint.safetensors_file import read_header
 from ptq.errors import DamagedFileError, PtqError
 from ptq.store.files import atomic_path, read_json, read_jsonl, sha256_file, write_bytes
-from ptq.wan.block import DenoiserCall
 
 SETTINGS_FILE = "calibration.json"
 INDEX_FILE = "records.jsonl"
@@ -55,6 +54,17 @@ class Record:
     sigma: float
     d_sigma: float
     branch: str
+
+
+@dataclass(frozen=True)
+class RecordTensors:
+    """Inputs of one call with batch dimension: hidden_states [1, C, T, H, W], timestep [1] or [1, tokens],
+    encoder_hidden_states [1, L, D], and encoder_hidden_states_image [1, L', D'] where the model takes it."""
+
+    hidden_states: Tensor
+    timestep: Tensor
+    encoder_hidden_states: Tensor
+    encoder_hidden_states_image: Tensor | None = None
 
 
 def prompt_file(directory: Path, index: int) -> Path:
@@ -177,8 +187,8 @@ class CalibrationSet:
                     f"{path} is missing or was changed since recording finished. Run the same `ptq calibrate` command again; it records what is missing or damaged."
                 )
 
-    def load(self, record: Record) -> DenoiserCall:
-        """Read one record's call (stored dtypes, CPU).
+    def load(self, record: Record) -> RecordTensors:
+        """Read one record's tensors (stored dtypes, CPU).
 
         Raises:
             DamagedFileError: missing or damaged file; names it and the record.
@@ -199,7 +209,7 @@ class CalibrationSet:
             raise DamagedFileError(
                 f"The text embedding of record {record.record} could not be read from {embeds_path}. Run the same `ptq calibrate` command again to record it anew."
             )
-        return DenoiserCall(hidden.unsqueeze(0), timestep, embeds.unsqueeze(0), image)
+        return RecordTensors(hidden.unsqueeze(0), timestep, embeds.unsqueeze(0), image)
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records)

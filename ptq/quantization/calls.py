@@ -123,7 +123,7 @@ class ExpertCalls:
         return f"{self._calibration.digest}/{record.record}"
 
     def _call(self, record: Record) -> DenoiserCall:
-        return self._calibration.load(record)
+        return DenoiserCall(**vars(self._calibration.load(record)))
 
     def _context_of(self, record: Record) -> Callable[[], BlockContext]:
         return lambda: self._replay.context(self._name(record), lambda: self._call(record))

@@ -18,14 +18,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    PreTrainedTokenizerFast,
-    UMT5Config,
-    UMT5EncoderModel,
-)
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from ptq.checkpoint.safetensors_file import read_header
 from ptq.checkpoint.shards import write_component
@@ -180,6 +173,8 @@ def _make_text_encoder() -> nn.Module:
 
 
 def _save_image_encoder(out: Path) -> None:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
     config = CLIPVisionConfig(**IMAGE_ENCODER, image_size=IMAGE_SIDE, patch_size=IMAGE_PATCH)
     CLIPVisionModel(config).eval().save_pretrained(out / "image_encoder")
     size = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
