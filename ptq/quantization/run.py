@@ -165,6 +165,11 @@ def check_inputs(layout: ModelLayout, calibration: CalibrationSet, settings: Qua
         raise UsageError(
             f"{calibration.directory} was recorded from another model than {layout.path} (experts or their config.json differ). Record this model with `ptq calibrate` first."
         )
+    recorded_as = calibration.settings.get("variant")
+    if recorded_as != layout.variant.name:
+        raise UsageError(
+            f"{calibration.directory} was recorded from {layout.variant.title} taken for {recorded_as}, with the flow shift and steps of that. Record this model again with `ptq calibrate`, into another --out."
+        )
     for expert in layout.experts:
         if not calibration.of_expert(expert):
             raise UsageError(

@@ -155,6 +155,14 @@ def test_protected_blocks_that_do_not_exist(text):
         parse_high_precision(text, {"transformer": 3, "transformer_2": 3})
 
 
+def test_records_taken_for_another_variant(single, single_records, copy_of, tmp_path):
+    """What an earlier version recorded from Wan 2.1, which it took for T2V-A14B."""
+    records = copy_of(single_records)
+    settings = json.loads((records / "calibration.json").read_text())
+    (records / "calibration.json").write_text(json.dumps({**settings, "variant": "T2V-A14B"}))
+    refused(single, records, tmp_path / "out", RTN, "taken for T2V-A14B.*Record this model again", UsageError)
+
+
 def test_records_of_another_model(single, model, records, single_records, tmp_path):
     for path, other in ((single, records), (model, single_records)):
         refused(path, other, tmp_path / "out", RTN, "recorded from another model", UsageError)
