@@ -23,10 +23,10 @@ from ptq.wan.variants import (
     TEXT_PIPELINE,
     TRANSFORMER_CLASS,
     VARIANTS,
-    Structure,
     Variant,
     recognise,
     relative_of,
+    structure_of,
 )
 
 CONFIG_KEYS = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "in_channels", "out_channels")
@@ -102,8 +102,8 @@ class ModelLayout:
         if given.get("guidance_scale_2") is not None and self.boundary_ratio is None:
             raise UsageError("This model has one expert; leave out --guidance-scale-2.")
         preset = self.preset.with_overrides(**given)
-        second = None if self.boundary_ratio is None else preset.guidance_scale_2 or preset.guidance_scale
-        preset = preset.model_copy(update={"guidance_scale_2": second})
+        second = preset.guidance_scale if preset.guidance_scale_2 is None else preset.guidance_scale_2
+        preset = preset.model_copy(update={"guidance_scale_2": None if self.boundary_ratio is None else second})
         if self.variant.image_dim is not None and preset.max_sequence_length != IMAGE_MODEL_TEXT_TOKENS:
             raise UsageError(
                 f"{self.variant.title} reads exactly {IMAGE_MODEL_TEXT_TOKENS} text tokens, found {preset.max_sequence_length}; leave out --max-sequence-length."
@@ -148,7 +148,7 @@ def read_layout(path: str | Path) -> ModelLayout:
         experts[name] = _require(config, config_path, *CONFIG_KEYS)
     if not experts:
         raise PtqError(f"{index_path} lists no transformer. {SUPPORTED}.")
-    variant, preset = _identify(path, Structure.of_directory(index, experts), next(iter(experts.values())))
+    variant, preset = _identify(path, structure_of(index, experts), next(iter(experts.values())))
     return ModelLayout(path, variant, experts, pipeline_class, preset, index.get("boundary_ratio"))
 
 
@@ -174,7 +174,7 @@ def _require(value: Any, path: Path, *keys: str) -> dict[str, Any]:
     return value
 
 
-def _identify(path: Path, structure: Structure, config: Mapping[str, Any]) -> tuple[Variant, ModelPreset]:
+def _identify(path: Path, structure: str, config: Mapping[str, Any]) -> tuple[Variant, ModelPreset]:
     """The variant that the directory's own preset names, else the one that its files show; and the preset."""
     found = recognise(structure, width(config))
     own = path / PRESET_FILE
@@ -189,8 +189,8 @@ def _identify(path: Path, structure: Structure, config: Mapping[str, Any]) -> tu
             )
         return found, load_preset(found.name)
     named = VARIANTS[preset.variant]
-    if not structure.is_of(named):
+    if structure not in named.structures:
         raise PtqError(
-            f'{own} says "variant": "{named.name}" ({Structure.of_variant(named)}), but the directory has {structure}, as {found.title}. Correct the variant, or delete the file to take the defaults of {found.name}; a packed checkpoint made under the wrong variant has to be quantized again.'
+            f'{own} says "variant": "{named.name}" ({named.structures[0]}), but the directory has {structure}, as {found.title}. Correct the variant, or delete the file to take the defaults of {found.name}; a packed checkpoint made under the wrong variant has to be quantized again.'
         )
     return named, preset

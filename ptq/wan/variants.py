@@ -6,14 +6,18 @@ line in docs/guide.md. What it shares with the others (names in a block, head an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 TRANSFORMER_CLASS = "WanTransformer3DModel"
 TEXT_PIPELINE, IMAGE_PIPELINE = "WanPipeline", "WanImageToVideoPipeline"
 EXPERTS = ("transformer", "transformer_2")
 """Names of the experts, high noise first; a variant with one expert has only the first."""
+NOISE, NOISE_AND_IMAGE = "noise", "noise, mask and image"
+"""What the input channels of an expert hold."""
+TEXT, TEXT_AND_IMAGE = "text", "text and image"
+"""Tokens that a block reads beside the video's."""
 MASK_CHANNELS = 4
 """Channels that say which frames are given, between noise and image latents: one for each frame of a latent position."""
 LARGE_VIDEO = 600_000
@@ -70,6 +74,18 @@ class Variant:
     def in_channels(self) -> int:
         """Channels the experts read: noise, and where an image is required mask and image latents behind it."""
         return self.latent_channels * 2 + MASK_CHANNELS if self.image == "required" else self.latent_channels
+
+    @property
+    def structures(self) -> tuple[str, ...]:
+        """What its directories look like (`structure_of`); where a picture is optional, they may name either pipeline."""
+        channels = NOISE_AND_IMAGE if self.image == "required" else NOISE
+        context = TEXT if self.image_dim is None else TEXT_AND_IMAGE
+        pipelines = (TEXT_PIPELINE, IMAGE_PIPELINE) if self.image == "optional" else (self.pipeline,)
+        boundary = self.boundary_ratio is not None
+        return tuple(
+            _structure(pipeline, len(self.experts), boundary, self.expand_timesteps, channels, context)
+            for pipeline in pipelines
+        )
 
     def flow_shift(self, height: int, width: int) -> float | None:
         """The shift for a frame of this size, None where the variant has no rule."""
@@ -144,68 +160,29 @@ def relative_of(*names: Any) -> str | None:
     return next((title for part, title in RELATIVES.items() if part in lowered), None) if "wan" in lowered else None
 
 
-@dataclass(frozen=True)
-class Structure:
-    """What tells variants apart in a pipeline directory, whatever the width of the model.
+def structure_of(index: Mapping[str, Any], experts: Mapping[str, Mapping[str, Any]]) -> str:
+    """What tells variants apart in a pipeline directory, whatever the width of the model, as one comparable line.
 
-    Attributes:
-        image_pipeline: the pipeline class starts from an image.
-        experts: how many.
-        boundary: a boundary between two experts is given.
-        expand_timesteps: every token has a timestep of its own.
-        channels: what the experts read: "noise" or "noise and image", or how many in and out where it is neither.
-        context: what blocks read beside the video: "text", "text and image", or that half of the latter is missing.
+    Args:
+        index: content of model_index.json.
+        experts: expert name -> content of its config.json.
     """
-
-    image_pipeline: bool
-    experts: int
-    boundary: bool
-    expand_timesteps: bool
-    channels: str
-    context: str
-
-    @classmethod
-    def of_directory(cls, index: Mapping[str, Any], experts: Mapping[str, Mapping[str, Any]]) -> Structure:
-        """From the content of model_index.json and of each expert's config.json."""
-        config = next(iter(experts.values()))
-        read, returned = int(config["in_channels"]), int(config["out_channels"])
-        channels = {returned: "noise", 2 * returned + MASK_CHANNELS: "noise and image"}
-        image_keys = sum(config.get(key) is not None for key in ("added_kv_proj_dim", "image_dim"))
-        return cls(
-            index["_class_name"] == IMAGE_PIPELINE,
-            len(experts),
-            index.get("boundary_ratio") is not None,
-            bool(index.get("expand_timesteps")),
-            channels.get(read, f"{read} in, {returned} out"),
-            ("text", "only one of added_kv_proj_dim and image_dim", "text and image")[image_keys],
-        )
-
-    @classmethod
-    def of_variant(cls, variant: Variant) -> Structure:
-        """What directories of a variant look like."""
-        return cls(
-            variant.image == "required",
-            len(variant.experts),
-            variant.boundary_ratio is not None,
-            variant.expand_timesteps,
-            "noise and image" if variant.image == "required" else "noise",
-            "text" if variant.image_dim is None else "text and image",
-        )
-
-    def is_of(self, variant: Variant) -> bool:
-        """Whether a directory of this structure can be that variant."""
-        wanted = self.of_variant(variant)
-        return self == wanted or (variant.image == "optional" and self == replace(wanted, image_pipeline=True))
-
-    def __str__(self) -> str:
-        parts = [IMAGE_PIPELINE if self.image_pipeline else TEXT_PIPELINE]
-        parts.append(f"{self.experts} expert{'s' if self.experts > 1 else ''}")
-        parts.append(f"{'a' if self.boundary else 'no'} boundary_ratio")
-        parts += ["expand_timesteps"] if self.expand_timesteps else []
-        return ", ".join([*parts, f"channels: {self.channels}", f"context: {self.context}"])
+    config = next(iter(experts.values()))
+    read, returned = int(config["in_channels"]), int(config["out_channels"])
+    channels = {returned: NOISE, 2 * returned + MASK_CHANNELS: NOISE_AND_IMAGE}.get(read, f"{read} in, {returned} out")
+    image_keys = sum(config.get(key) is not None for key in ("added_kv_proj_dim", "image_dim"))
+    context = (TEXT, "only one of added_kv_proj_dim and image_dim", TEXT_AND_IMAGE)[image_keys]
+    expand, boundary = bool(index.get("expand_timesteps")), index.get("boundary_ratio") is not None
+    return _structure(index["_class_name"], len(experts), boundary, expand, channels, context)
 
 
-def recognise(structure: Structure, width: int) -> Variant | None:
+def _structure(pipeline: str, experts: int, boundary: bool, expand: bool, channels: str, context: str) -> str:
+    parts = [pipeline, f"{experts} expert{'s' if experts > 1 else ''}", f"{'a' if boundary else 'no'} boundary_ratio"]
+    parts += ["expand_timesteps"] if expand else []
+    return ", ".join([*parts, f"channels: {channels}", f"context: {context}"])
+
+
+def recognise(structure: str, width: int) -> Variant | None:
     """The variant of a directory: by structure, and among those of one structure the one nearest in width."""
-    fitting: Iterable[Variant] = [variant for variant in VARIANTS.values() if structure.is_of(variant)]
+    fitting = [variant for variant in VARIANTS.values() if structure in variant.structures]
     return min(fitting, key=lambda variant: abs(variant.heads * variant.head_dim - width), default=None)
