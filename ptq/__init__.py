@@ -1,4 +1,4 @@
-"""W4A4 post-training quantization (HiF4, MXFP4) for Wan 2.2 and other diffusion transformers.
+"""W4A4 post-training quantization (HiF4, MXFP4) for Wan 2.2, Wan 2.1 and other diffusion transformers.
 
 Importing this package registers its checkpoints with diffusers: `WanPipeline.from_pretrained("out/")` then loads them.
 """

@@ -26,8 +26,8 @@ from ptq.scheme import get_format
 from ptq.scheme.hadamard import BLOCK_SIZES
 from ptq.store.files import write_json
 from ptq.tiny.grammar import calibration_prompts, held_out_prompts, write_prompt_file
+from ptq.wan.layout import ModelLayout
 from ptq.wan.loading import load_pipeline, resolve_model
-from ptq.wan.structure import ModelLayout
 
 PLAIN = ("scheme.transform=none", "scheme.input_rule=null", "solver.rounding=rtn", "solver.clip_search=false")
 SMOOTHING = ("scheme.transform=smoothed", "solver.smoothing=[0.4, 0.5, 0.6]")

@@ -16,12 +16,13 @@ from ptq import ui
 from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import UsageError
-from ptq.quantization.block import collect_statistics, forward_stream, install, solve_block
+from ptq.quantization.block import collect_statistics, find_block_inputs, forward_stream, install, solve_block
 from ptq.quantization.calls import ExpertCalls
 from ptq.quantization.hybrid import HybridExpert
 from ptq.quantization.settings import QuantizeSettings
+from ptq.quantization.shared_inputs import InputGroup
+from ptq.wan.layout import ModelLayout
 from ptq.wan.replay import ExpertReplay
-from ptq.wan.structure import ModelLayout
 
 
 @dataclass
@@ -63,7 +64,8 @@ def sweep(
     with ui.progress("Sweep", sum(layout.num_blocks(e) for e in layout.experts) * len(variants)) as bar:
         for expert, config in layout.experts.items():
             replay = ExpertReplay(ShardSet(layout.path / expert), config)
-            counts += _sweep_expert(expert, replay, calibration, held_out, variants, rows, bar)
+            targets = list(layout.linear_shapes(expert))
+            counts += _sweep_expert(expert, targets, replay, calibration, held_out, variants, rows, bar)
     for name, row in rows.items():
         own = [stats for variant, stats in counts if variant == name]
         row.layer_error = sum(s["output_error"] for s in own) / len(own)
@@ -83,6 +85,7 @@ def _check(calibration: CalibrationSet, held_out: CalibrationSet, variants: Mapp
 
 def _sweep_expert(
     expert: str,
+    targets: list[str],
     replay: ExpertReplay,
     calibration: CalibrationSet,
     held_out: CalibrationSet,
@@ -97,13 +100,15 @@ def _sweep_expert(
     stream, reference = own.start(), other.start()
     streams = {name: other.start() for name in variants}
     statistics: list[tuple[str, dict]] = []
+    groups: list[InputGroup] = []
     for index in range(replay.num_blocks):
         block = replay.load_block(index)
-        collectors = collect_statistics(block, own.items, stream, full, replay.device, target=stream)
+        groups = groups or find_block_inputs(block, targets, own.items[0], stream, replay.device)
+        collectors = collect_statistics(block, groups, own.items, stream, full, replay.device)
         forward_stream(block, other.items, reference, reference, replay.device)
         for name, settings in variants.items():
             start = time.monotonic()
-            solutions = solve_block(block, dict(collectors), settings)
+            solutions = solve_block(block, groups, dict(collectors), settings)
             rows[name].seconds += time.monotonic() - start
             quantized = copy.deepcopy(block)
             install(quantized, solutions, settings.scheme)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 
 from ptq.errors import PtqError
-from ptq.wan.random_model import TRUE_WIDTH, make_random_pipeline
+from ptq.wan.random_model import make_random_pipeline
+from ptq.wan.variants import VARIANTS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", choices=sorted(TRUE_WIDTH), default="T2V-A14B")
+    parser.add_argument("--variant", choices=list(VARIANTS), default="T2V-A14B")
     parser.add_argument("--layers", type=int, default=2, help="transformer blocks of each expert")
     parser.add_argument("--width", type=int, default=128, help="inner dimension, a multiple of 64")
     parser.add_argument("--true-width", action="store_true", help="the variant's real width and feed-forward size")

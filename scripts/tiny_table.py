@@ -20,12 +20,13 @@ from ptq.config import load_recipe
 from ptq.evaluation import evaluate_runs
 from ptq.generation import Settings, identify_model, run_generation
 from ptq.prompts import PromptSet, read_prompts
+from ptq.quantization.job import Job
 from ptq.quantization.run import quantize
 from ptq.quantization.settings import QuantizeSettings
 from ptq.store.files import write_json
 from ptq.tiny.grammar import calibration_prompts, held_out_prompts, write_prompt_file
+from ptq.wan.layout import ModelLayout
 from ptq.wan.loading import load_pipeline, resolve_model
-from ptq.wan.structure import ModelLayout
 
 ROTATION = {"hif4": 64, "mxfp4": 32}
 
@@ -45,7 +46,7 @@ def rows_of(model: str, work: Path, units: PromptSet, records: dict[str, list[st
     reference = generate(model, layout, units, work / model / "videos" / "original")
     rows: list[dict[str, Any]] = []
     for format_name in ("hif4", "mxfp4"):
-        rotated = (f"rotation={ROTATION[format_name]}",)
+        rotated = ("scheme.transform=hadamard", f"scheme.block={ROTATION[format_name]}")
         for label, recipe, overrides in (
             ("rtn", "rtn", ()),
             ("rtn + rotation", "rtn", rotated),
@@ -55,7 +56,7 @@ def rows_of(model: str, work: Path, units: PromptSet, records: dict[str, list[st
             checkpoint = work / model / name
             if not checkpoint.exists():
                 settings = QuantizeSettings(format_name, load_recipe(recipe, format_name, overrides), recipe, {})
-                quantize(layout, own, settings, checkpoint)
+                quantize(Job(layout, own, settings, checkpoint))
             packed = resolve_model(str(checkpoint))
             candidate = generate(name, packed, units, work / model / "videos" / name)
             content = evaluate_runs(reference, candidate, work / model / "evaluation" / name, suite="tiny")

@@ -39,12 +39,10 @@ def one_thread() -> None:
 def random_pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Variant -> a random pipeline directory: 2 blocks of width 128, bf16 transformers in several shards."""
     from ptq.wan.random_model import make_random_pipeline
+    from ptq.wan.variants import VARIANTS
 
     root = tmp_path_factory.mktemp("pipelines")
-    return {
-        variant: make_random_pipeline(root / variant, variant, max_shard_bytes=600_000)
-        for variant in ("T2V-A14B", "I2V-A14B", "TI2V-5B")
-    }
+    return {variant: make_random_pipeline(root / variant, variant, max_shard_bytes=600_000) for variant in VARIANTS}
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +94,8 @@ def _quantize(model: Path, root: Path, format_name: str, overrides: tuple[str, .
     from ptq.cli.common import quiet_libraries
     from ptq.config import load_recipe
     from ptq.prompts import read_prompts
-    from ptq.quantization.run import QuantizeOptions, quantize
+    from ptq.quantization.job import Job, QuantizeOptions
+    from ptq.quantization.run import quantize
     from ptq.quantization.settings import QuantizeSettings
     from ptq.wan.loading import load_pipeline, resolve_model
 
@@ -110,7 +109,7 @@ def _quantize(model: Path, root: Path, format_name: str, overrides: tuple[str, .
     calibrate(plan, lambda: load_pipeline(model), records)
     settings = QuantizeSettings(format_name, load_recipe("rtn", format_name, overrides), "rtn", protected)
     out = root / format_name
-    quantize(layout, CalibrationSet(records), settings, out, QuantizeOptions(max_shard_bytes=120_000))
+    quantize(Job(layout, CalibrationSet(records), settings, out, QuantizeOptions(max_shard_bytes=120_000)))
     return out
 
 

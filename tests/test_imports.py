@@ -6,6 +6,7 @@ Imports inside functions count too; imports under `if TYPE_CHECKING` do not (the
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -162,6 +163,23 @@ def test_only_the_adapter_knows_diffusers() -> None:
             continue
         found += [f"{relative}:{line}" for line, module in imports_of(file) if module.split(".")[0] == "diffusers"]
     assert not found, "\n".join(sorted(set(found)))
+
+
+FAMILY_NAME = re.compile(
+    r"transformer(_2)?|attn[12]\..*|ffn\.net\..*|(T2V|I2V|TI2V)-\d?.*B|Wan\w*(Pipeline|Model)|boundary_ratio|blocks\."
+)
+"""Strings that name a module, an expert, a variant or a class of the model family, as code compares or looks them up."""
+
+
+def test_only_the_family_knows_its_names() -> None:
+    """Everything outside ptq/wan asks it, so that another variant costs an entry there and a preset."""
+    found = []
+    for file in FILES:
+        relative = file.relative_to(PACKAGE).as_posix()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and FAMILY_NAME.fullmatch(node.value):
+                found += [f"{relative}:{node.lineno} {node.value!r}"] if not relative.startswith("wan/") else []
+    assert not found, "\n".join(sorted(found))
 
 
 def test_the_command_line_imports_stages_inside_its_functions() -> None:

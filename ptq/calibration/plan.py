@@ -9,15 +9,14 @@ from typing import Any
 
 from ptq.calibration.records import prompt_file
 from ptq.calibration.run import CalibrationPlan, calibrate
-from ptq.errors import UsageError
 from ptq.prompts import PromptSet, require_media
 from ptq.store.sharding import Shard
 from ptq.ui.progress import format_seconds
 from ptq.wan.estimates import EFFICIENCY, call_size, forward_flops, measure_rate, sampling_memory
+from ptq.wan.layout import ModelLayout
 from ptq.wan.loading import load_pipeline
-from ptq.wan.placing import check_offload, place_pipeline
+from ptq.wan.pipeline import check_offload, place_pipeline
 from ptq.wan.preflight import Needs, gigabytes, preflight
-from ptq.wan.structure import ModelLayout
 
 RECORDS_PER_PROMPT = 8
 """Denoiser calls kept of each prompt unless the user says otherwise, both branches."""
@@ -43,12 +42,8 @@ def make_plan(
     Raises:
         UsageError: a value that the model cannot have. PtqError: see `require_media`.
     """
-    given = given or {}
-    preset = layout.preset.with_overrides(**given)
-    if given.get("guidance_scale_2") is not None and layout.boundary_ratio is None:
-        raise UsageError("This model has one expert; leave out --guidance-scale-2.")
-    needs_images = layout.pipeline_class == "WanImageToVideoPipeline"
-    samples = require_media(prompts, skip_missing=skip_missing) if needs_images else prompts.samples
+    preset = layout.resolve_preset(**(given or {}))
+    samples = require_media(prompts, skip_missing=skip_missing) if layout.needs_image else prompts.samples
     source = {"name": prompts.path.name, "sha256": prompts.sha256}
     return CalibrationPlan(layout, preset, samples, records_per_prompt, seed, source)
 

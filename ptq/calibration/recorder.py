@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq.calibration.records import BRANCHES, Record
+from ptq.calibration.records import BRANCHES, IMAGE, TEXT, Record
 from ptq.calibration.schedule import Step
+from ptq.wan.pipeline import experts_of
 
 
 @dataclass
 class Capture:
-    """What one prompt's run yielded: record lines, their tensors, and the text embeddings [L, D]."""
+    """What one prompt's run yielded: record lines, the tensors of the prompt's file, and the negative embedding [L, D]."""
 
     records: list[Record] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    prompt_embeds: Tensor | None = None
     negative_embeds: Tensor | None = None
 
 
@@ -63,10 +63,13 @@ def record_prompt(
         branch = BRANCHES[position["call"]]
         position["call"] += 1
         embeds = inputs["encoder_hidden_states"][0].detach().cpu()
+        image = inputs.get("encoder_hidden_states_image")
         if branch == "cond":
-            capture.prompt_embeds = embeds
+            capture.tensors[TEXT] = embeds
         else:
             capture.negative_embeds = embeds
+        if image is not None:
+            capture.tensors[IMAGE] = image[0].detach().cpu()
         step = wanted.get(position["step"])
         if step is None:
             return
@@ -84,7 +87,7 @@ def record_prompt(
 @contextlib.contextmanager
 def _watch(pipeline: Any, on_call: Any) -> Iterator[None]:
     """Call `on_call(module, arguments, keyword arguments)` before every call of an expert."""
-    experts = [m for m in (pipeline.transformer, getattr(pipeline, "transformer_2", None)) if m is not None]
+    experts = experts_of(pipeline).values()
     handles = [expert.register_forward_pre_hook(on_call, with_kwargs=True) for expert in experts]
     try:
         yield

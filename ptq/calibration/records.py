@@ -28,6 +28,9 @@ INDEX_FILE = "records.jsonl"
 NEGATIVE_FILE = "negative.safetensors"
 RECORDS_DIR = "records"
 BRANCHES = ("cond", "uncond")
+"""The sampler's calls of one step, in order."""
+TEXT, IMAGE = "prompt_embeds", "image_embeds"
+"""Tensors of a prompt's file that its records share: the text embedding [L, D], and where the model reads image tokens, those."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,12 @@ class Record:
 @dataclass(frozen=True)
 class RecordTensors:
     """Inputs of one call with batch dimension: hidden_states [1, C, T, H, W], timestep [1] or [1, tokens],
-    encoder_hidden_states [1, L, D]."""
+    encoder_hidden_states [1, L, D], and encoder_hidden_states_image [1, L', D'] where the model takes it."""
 
     hidden_states: Tensor
     timestep: Tensor
     encoder_hidden_states: Tensor
+    encoder_hidden_states_image: Tensor | None = None
 
 
 def prompt_file(directory: Path, index: int) -> Path:
@@ -68,10 +72,9 @@ def prompt_file(directory: Path, index: int) -> Path:
     return directory / RECORDS_DIR / f"{index:05d}.safetensors"
 
 
-def write_prompt(path: Path, records: Sequence[Record], tensors: dict[str, Tensor], prompt_embeds: Tensor) -> None:
-    """Write all records of one prompt: "<record>.hidden_states", "<record>.timestep" and "prompt_embeds" [L, D]."""
-    metadata = {"records": json.dumps([asdict(record) for record in records])}
-    save_atomic({**tensors, "prompt_embeds": prompt_embeds}, path, metadata)
+def write_prompt(path: Path, records: Sequence[Record], tensors: dict[str, Tensor]) -> None:
+    """Write all records of one prompt: "<record>.hidden_states", "<record>.timestep", and what the records share."""
+    save_atomic(tensors, path, {"records": json.dumps([asdict(record) for record in records])})
 
 
 def save_atomic(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -107,7 +110,7 @@ def read_embeds(path: Path) -> Tensor | None:
         return None
     try:
         with safe_open(path, framework="pt") as handle:
-            return handle.get_tensor("prompt_embeds")
+            return handle.get_tensor(TEXT)
     except SafetensorError:
         return None
 
@@ -166,9 +169,10 @@ class CalibrationSet:
         """Latent shape [C, T, H, W] of a record, without reading it."""
         return read_header(self.directory / record.file)[f"{record.record}.hidden_states"].shape
 
-    def text_tokens(self, record: Record) -> int:
-        """Number of text tokens the denoiser reads in this record."""
-        return read_header(self.directory / record.file)["prompt_embeds"].shape[0]
+    def tokens(self, record: Record) -> tuple[int, int]:
+        """Numbers of text and image tokens that the denoiser reads in this record."""
+        header = read_header(self.directory / record.file)
+        return header[TEXT].shape[0], header[IMAGE].shape[0] if IMAGE in header else 0
 
     def verify(self) -> None:
         """Compare every file with its digest: everything made from this set is signed with those digests.
@@ -195,6 +199,7 @@ class CalibrationSet:
             with safe_open(path, framework="pt") as handle:
                 hidden = handle.get_tensor(f"{record.record}.hidden_states")
                 timestep = handle.get_tensor(f"{record.record}.timestep")
+                image = handle.get_tensor(IMAGE).unsqueeze(0) if IMAGE in set(handle.keys()) else None
         except (SafetensorError, OSError) as error:
             raise DamagedFileError(
                 f"Record {record.record} could not be read from {path} ({error}). Run the same `ptq calibrate` command again to record it anew."
@@ -204,7 +209,7 @@ class CalibrationSet:
             raise DamagedFileError(
                 f"The text embedding of record {record.record} could not be read from {embeds_path}. Run the same `ptq calibrate` command again to record it anew."
             )
-        return RecordTensors(hidden.unsqueeze(0), timestep, embeds.unsqueeze(0))
+        return RecordTensors(hidden.unsqueeze(0), timestep, embeds.unsqueeze(0), image)
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records)

@@ -24,14 +24,14 @@ from ptq.calibration.records import (
     write_prompt,
 )
 from ptq.calibration.schedule import choose_steps, sampling_schedule, schedule_as_json
-from ptq.config import ModelPreset
 from ptq.errors import PtqError
 from ptq.prompts import RESIZE_POLICY, Sample, caption_digest, fit_image, load_image, unit_seed
 from ptq.store.files import digest, read_json, sha256_file, write_json
 from ptq.store.locks import directory_mutex
 from ptq.store.sharding import Shard
-from ptq.wan.calling import call_arguments, set_flow_shift
-from ptq.wan.structure import ModelLayout
+from ptq.wan.layout import ModelLayout
+from ptq.wan.pipeline import call_arguments, set_flow_shift
+from ptq.wan.presets import ModelPreset
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class CalibrationPlan:
             "samples": captions,
             "records_per_prompt": self.records_per_prompt,
             "seed": self.seed,
-            "image_policy": RESIZE_POLICY if self.preset.variant == "I2V-A14B" else None,
+            "image_policy": RESIZE_POLICY if self.layout.needs_image else None,
         }
 
 
@@ -124,7 +124,7 @@ def calibrate(
 def _record(plan: CalibrationPlan, pipeline: Any, todo: Sequence[int], out: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     set_flow_shift(pipeline, plan.preset.flow_shift)
-    schedule = sampling_schedule(pipeline, plan.preset.steps, list(plan.layout.experts))
+    schedule = sampling_schedule(pipeline, plan.preset.steps)
     write_json(out / SETTINGS_FILE, {**plan.settings(), "schedule": schedule_as_json(schedule), "complete": False})
     with ui.progress("Recording prompts", len(todo)) as bar:
         for index in todo:
@@ -151,7 +151,7 @@ def _missing(plan: CalibrationPlan, out: Path, indices: Sequence[int]) -> list[i
 
 
 def _require_images(plan: CalibrationPlan) -> None:
-    if plan.preset.variant != "I2V-A14B":
+    if not plan.layout.needs_image:
         return
     missing = [s.id for s in plan.samples if s.media is None or s.media.resolved is None]
     if missing:
@@ -163,7 +163,7 @@ def _require_images(plan: CalibrationPlan) -> None:
 def _record_one(plan: CalibrationPlan, pipeline: Any, schedule: list, index: int, out: Path) -> Capture:
     sample = plan.samples[index]
     image = None
-    if plan.preset.variant == "I2V-A14B" and sample.media is not None:
+    if plan.layout.needs_image and sample.media is not None:
         image = fit_image(load_image(sample.media), plan.preset.height, plan.preset.width)
     path = prompt_file(out, index)
     arguments = call_arguments(plan.preset, sample.prompt, unit_seed(plan.seed, sample.dataset, sample.id, 0), image)
@@ -175,8 +175,7 @@ def _record_one(plan: CalibrationPlan, pipeline: Any, schedule: list, index: int
         sample_id=sample.id,
         file=str(path.relative_to(out)),
     )
-    assert capture.prompt_embeds is not None  # the last wanted step was run, so the conditional branch was seen
-    write_prompt(path, capture.records, capture.tensors, capture.prompt_embeds)
+    write_prompt(path, capture.records, capture.tensors)
     return capture
 
 

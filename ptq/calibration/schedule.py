@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ptq.errors import UsageError
+from ptq.wan.pipeline import expert_at
 
 GOLDEN = 0.6180339887498949
+"""Golden ratio: the step of the positions inside the strata from prompt to prompt."""
 
 
 @dataclass(frozen=True)
@@ -27,24 +29,15 @@ class Step:
     expert: str
 
 
-def sampling_schedule(pipeline: Any, steps: int, experts: Sequence[str]) -> list[Step]:
-    """The sampler's steps and the expert that serves each of them.
-
-    Args:
-        pipeline: a diffusers Wan pipeline; its scheduler is set to `steps`.
-        experts: names of the experts it has, high noise first.
-    """
+def sampling_schedule(pipeline: Any, steps: int) -> list[Step]:
+    """The sampler's steps and the expert that serves each of them; the pipeline's scheduler is set to `steps`."""
     scheduler = pipeline.scheduler
     scheduler.set_timesteps(steps)
     sigmas = [float(sigma) for sigma in scheduler.sigmas]
-    boundary = pipeline.config.boundary_ratio
-    limit = None if boundary is None else boundary * scheduler.config.num_train_timesteps
-    schedule = []
-    for index, timestep in enumerate(float(t) for t in scheduler.timesteps):
-        high_noise = limit is None or timestep >= limit
-        expert = experts[0] if high_noise else experts[-1]
-        schedule.append(Step(index, timestep, sigmas[index], abs(sigmas[index] - sigmas[index + 1]), expert))
-    return schedule
+    return [
+        Step(index, timestep, sigmas[index], abs(sigmas[index] - sigmas[index + 1]), expert_at(pipeline, timestep))
+        for index, timestep in enumerate(float(t) for t in scheduler.timesteps)
+    ]
 
 
 def choose_steps(schedule: Sequence[Step], count: int, prompt_index: int) -> list[Step]:

@@ -47,7 +47,7 @@ def calibrate(
     from ptq.cli.common import default_device, quiet_libraries, resolve_shard
     from ptq.prompts import read_prompts
     from ptq.wan.loading import resolve_model
-    from ptq.wan.placing import check_offload
+    from ptq.wan.pipeline import check_offload
 
     device = device or default_device()
     check_offload(device, offload)

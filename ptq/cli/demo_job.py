@@ -41,12 +41,11 @@ class DemoJob:
     """
 
     def __init__(self, out: Path, units: int, model: str = MODELS[0]) -> None:
-        from ptq.generation import starts_from_image
         from ptq.wan.loading import resolve_model
 
         self.out, self.units, self.model = out, units, model
         self.layout = resolve_model(model)
-        self.from_image = starts_from_image(self.layout)
+        self.from_image = self.layout.needs_image
 
     def run(self, formats: Sequence[str]) -> list[DemoResult]:
         """Record once, generate the original once, then quantize, generate and evaluate each format."""
@@ -77,6 +76,7 @@ class DemoJob:
     def _quantize(self, name: str, records: CalibrationSet) -> Path:
         from ptq.checkpoint.manifest import MANIFEST_FILE
         from ptq.config import load_recipe
+        from ptq.quantization.job import Job
         from ptq.quantization.run import quantize
         from ptq.quantization.settings import QuantizeSettings
 
@@ -85,7 +85,7 @@ class DemoJob:
             ui.info(f"2. Quantizing to {name}")
             recipe = load_recipe(name, name)
             settings = QuantizeSettings(name, recipe, name, {expert: {} for expert in self.layout.experts})
-            quantize(self.layout, records, settings, out)
+            quantize(Job(self.layout, records, settings, out))
         return out
 
     def _generate(self, name: str, model: str, prompts: Path) -> Path:

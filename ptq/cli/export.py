@@ -22,7 +22,7 @@ def export(
     from ptq import ui
     from ptq.checkpoint.export import export_pipeline
     from ptq.errors import UsageError
-    from ptq.wan.structure import read_layout
+    from ptq.wan.layout import read_layout
 
     layout = read_layout(checkpoint)
     if not layout.is_packed:

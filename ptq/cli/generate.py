@@ -77,7 +77,7 @@ def generate(
     from ptq.wan.loading import resolve_model
 
     layout = resolve_model(model)
-    from_image = generation.starts_from_image(layout, image_to_video or image is not None)
+    from_image = layout.starts_from_image(image_to_video or image is not None)
     device = device or default_device()
     given = {
         "steps": steps,

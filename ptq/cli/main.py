@@ -28,7 +28,7 @@ from ptq.errors import PtqError
 
 app = typer.Typer(
     name="ptq",
-    help="W4A4 post-training quantization (HiF4, MXFP4) for Wan 2.2 video models.\n\nStart with `ptq demo`: the whole job on the embedded model, in minutes, on a CPU.",
+    help="W4A4 post-training quantization (HiF4, MXFP4) for Wan 2.2 and 2.1 video models.\n\nStart with `ptq demo`: the whole job on the embedded model, in minutes, on a CPU.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -45,48 +45,38 @@ def quantize(
     from ptq.calibration.records import CalibrationSet
     from ptq.cli.common import default_device, print_json, quiet_libraries
     from ptq.config import load_recipe
-    from ptq.errors import UsageError
-    from ptq.quantization.plan import describe_plan, estimate_needs
-    from ptq.quantization.run import QuantizeOptions, check_inputs
+    from ptq.quantization.job import Job, QuantizeOptions
     from ptq.quantization.run import quantize as run
-    from ptq.quantization.settings import QuantizeSettings, parse_high_precision
+    from ptq.quantization.settings import QuantizeSettings, parse_high_precision, parse_scope
     from ptq.scheme import get_format
     from ptq.wan.loading import resolve_model
     from ptq.wan.preflight import preflight
 
     get_format(format_name)
     device = device or default_device()
-    if budget_scope not in ("total", "per-expert"):
-        raise UsageError(f"--budget-scope takes total or per-expert, found {budget_scope!r}.")
+    scope = parse_scope(budget_scope)
     layout = resolve_model(model)
     name = recipe or format_name
-    blocks = parse_high_precision(high_precision, {expert: layout.num_blocks(expert) for expert in layout.experts})
     settings = QuantizeSettings(
         format=format_name,
         recipe=load_recipe(name, format_name, tuple(overrides or ())),
         recipe_name=name,
-        high_precision=blocks,
+        high_precision=parse_high_precision(high_precision, {e: layout.num_blocks(e) for e in layout.experts}),
         auto_protect=high_precision == "auto",
-        budget_scope=budget_scope,  # type: ignore[arg-type]
+        budget_scope=scope,
         seed=seed,
     )
-    records = CalibrationSet(calibration)
+    limit = None if max_memory is None else int(max_memory * 1e9)
+    how = QuantizeOptions(device=device, max_memory=limit, link=link, fresh=fresh)
+    job = Job(layout, CalibrationSet(calibration), settings, out, how)
     if dry_run:
-        ui.details("Quantization plan", describe_plan(layout, records, settings, device, out))
+        ui.details("Quantization plan", job.describe())
         return
     quiet_libraries()
-    check_inputs(layout, records, settings)
-    limit = None if max_memory is None else int(max_memory * 1e9)
+    job.check()
     if check:
-        preflight(
-            layout,
-            lambda: estimate_needs(layout, records, settings, device, out, link=link, max_memory=limit),
-            out,
-            device,
-            format_name,
-        )
-    options = QuantizeOptions(device=device, max_memory=limit, link=link, fresh=fresh)
-    manifest = run(layout, records, settings, out, options)
+        preflight(layout, job.needs, out, device, format_name)
+    manifest = run(job)
     if as_json:
         print_json(summary(manifest))
     else:

@@ -1,7 +1,6 @@
-"""Strict configuration: recipes and model presets, read from YAML, unknown keys are errors."""
+"""Strict configuration: recipes, read from YAML; unknown keys are errors. Presets of models are in `ptq.wan.presets`."""
 
 from ptq.config.load import CONFIGS, list_configs, load_yaml
-from ptq.config.preset import ModelPreset, load_preset
 from ptq.config.recipe import Recipe, load_recipe
 
-__all__ = ["CONFIGS", "ModelPreset", "Recipe", "list_configs", "load_preset", "load_recipe", "load_yaml"]
+__all__ = ["CONFIGS", "Recipe", "list_configs", "load_recipe", "load_yaml"]

@@ -4,7 +4,7 @@ Importing this package loads neither torch nor diffusers; they come with the fir
 """
 
 from ptq.generation.plan import Plan, plan_run
-from ptq.generation.prepare import make_videos, read_samples, resolve_settings, starts_from_image
+from ptq.generation.prepare import make_videos, read_samples, resolve_settings
 from ptq.generation.run import Summary, run_generation
 from ptq.generation.settings import ModelIdentity, Settings, identify_model
 from ptq.generation.status import RunStatus, read_status
@@ -22,5 +22,4 @@ __all__ = [
     "read_status",
     "resolve_settings",
     "run_generation",
-    "starts_from_image",
 ]

@@ -15,22 +15,9 @@ from ptq.errors import UsageError
 from ptq.generation.run import Summary, run_generation
 from ptq.generation.settings import Settings
 from ptq.prompts import Sample, make_sample, read_prompts, require_media
-from ptq.wan.structure import ModelLayout
+from ptq.wan.layout import ModelLayout
 
 DTYPES = ("float32", "bfloat16")
-
-
-def starts_from_image(layout: ModelLayout, asked: bool = False) -> bool:
-    """Whether a run is image-to-video: always with I2V-A14B, on request with TI2V-5B.
-
-    Raises:
-        UsageError: asked of a model that cannot.
-    """
-    if layout.pipeline_class == "WanImageToVideoPipeline":
-        return True
-    if asked and layout.preset.variant != "TI2V-5B":
-        raise UsageError(f"{layout.path} is a text-to-video model; it cannot start from an image.")
-    return asked
 
 
 def resolve_settings(
@@ -52,10 +39,7 @@ def resolve_settings(
     """
     if dtype not in (None, *DTYPES):
         raise UsageError(f"--dtype must be {' or '.join(DTYPES)}, found {dtype!r}.")
-    values = layout.preset.model_dump(exclude={"variant", "hub_id"})
-    values |= {name: value for name, value in (given or {}).items() if value is not None}
-    if layout.boundary_ratio is not None and values["guidance_scale_2"] is None:
-        values["guidance_scale_2"] = values["guidance_scale"]
+    values = layout.resolve_preset(**(given or {})).model_dump(exclude={"variant", "hub_id"})
     return Settings(**values, dtype=dtype or ("bfloat16" if device.startswith("cuda") else "float32"), **others)
 
 
@@ -150,7 +134,7 @@ def _in_group(load: Callable[[], Any], settings: Settings, device: str, make: Ca
 def _check_machine(layout: ModelLayout, settings: Settings, disk: int, out: Path, device: str, offload: str) -> None:
     """Weights, disk, memory and a trial checkpoint."""
     from ptq.wan.estimates import sampling_memory
-    from ptq.wan.placing import check_offload
+    from ptq.wan.pipeline import check_offload
     from ptq.wan.preflight import Needs, preflight
 
     check_offload(device, offload)

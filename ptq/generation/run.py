@@ -110,7 +110,7 @@ def run_generation(
         retries: further attempts at a unit that failed; not for unusable model output, which would come again.
         take_over: when done, make unfinished units of shards that do not; wait for those in work.
         stale_minutes: a claim without a sign of life for so long is dead.
-        device, offload: where to compute; offload is one of `ptq.wan.placing.OFFLOAD_MODES`.
+        device, offload: where to compute; offload is one of `ptq.wan.pipeline.OFFLOAD_MODES`.
 
     Raises:
         UsageError: contradictory request, or settings that do not fit the model.

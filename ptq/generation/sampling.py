@@ -7,8 +7,6 @@ decoded as the end of its `__call__` does. No step is added to or taken from the
 from __future__ import annotations
 
 import hashlib
-import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +17,22 @@ import torch
 from ptq.errors import PtqError, UsageError
 from ptq.generation.nonfinite import CallRecorder, find_nonfinite
 from ptq.generation.settings import Settings
-from ptq.wan.calling import set_flow_shift
-from ptq.wan.loading import with_image_input
-from ptq.wan.placing import place_pipeline, split_over_processes
+from ptq.wan.block import video_tokens
+from ptq.wan.pipeline import (
+    decode_latents,
+    experts_of,
+    image_argument,
+    latent_shape,
+    place_pipeline,
+    set_flow_shift,
+    split_over_processes,
+    takes_image,
+    video_pixels,
+    with_image_input,
+)
 
-#: A video whose brightest value is at or below this (of 255) shows nothing.
 BLACK_LEVEL = 4
-_EXPERTS = ("transformer", "transformer_2")
+"""A video whose brightest value is at or below this (of 255) shows nothing."""
 
 StepCallback = Callable[[int], None]
 
@@ -57,36 +64,20 @@ class Sampler:
         self.settings = settings
         self.pipe = with_image_input(pipe) if settings.image_to_video else pipe
         _check_fit(self.pipe, settings)
+        self._shape = latent_shape(self.pipe, settings.height, settings.width, settings.num_frames)
         set_flow_shift(self.pipe, settings.flow_shift)
-        self._experts = {name: module for name in _EXPERTS if (module := getattr(self.pipe, name, None)) is not None}
+        self._experts = experts_of(self.pipe)
         for module in self._experts.values():
             _set_attention(module, settings.attention_backend)
         place_pipeline(self.pipe, device, offload)
         if settings.context_parallel > 1:
-            split_tokens(self._experts, settings.context_parallel, self._tokens())
+            config = next(iter(self._experts.values())).config
+            split_tokens(self._experts, settings.context_parallel, video_tokens(config, self._shape[1:]))
         self.pipe.set_progress_bar_config(disable=True)
-
-    def _latent_shape(self) -> tuple[int, ...]:
-        """[1, C, T, H, W]."""
-        pipe, settings = self.pipe, self.settings
-        return (
-            1,
-            pipe.vae.config.z_dim,
-            (settings.num_frames - 1) // pipe.vae_scale_factor_temporal + 1,
-            settings.height // pipe.vae_scale_factor_spatial,
-            settings.width // pipe.vae_scale_factor_spatial,
-        )
 
     def initial_latents(self, seed: int) -> torch.Tensor:
         """The noise that the pipeline itself would draw from a CPU generator: float32 [1, C, T, H, W]."""
-        shape = self._latent_shape()
-        return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
-
-    def _tokens(self) -> int:
-        """Tokens of one video in the experts."""
-        patch = next(iter(self._experts.values())).config.patch_size
-        sizes = self._latent_shape()[2:]
-        return math.prod(size // side for size, side in zip(sizes, patch, strict=True))
+        return torch.randn(self._shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
 
     def make(self, prompt: str, seed: int, image: np.ndarray | None, on_step: StepCallback) -> Sampled:
         """Make one video.
@@ -101,11 +92,6 @@ class Sampler:
         """
         settings = self.settings
         initial = self.initial_latents(seed)
-        arguments: dict[str, Any] = {}
-        if image is not None:
-            from PIL import Image
-
-            arguments["image"] = Image.fromarray(image)
         with CallRecorder(self._experts) as recorder, torch.no_grad():
 
             def after_step(_: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -131,9 +117,14 @@ class Sampler:
                 output_type="latent",
                 callback_on_step_end=after_step,
                 max_sequence_length=settings.max_sequence_length,
-                **arguments,
+                **image_argument(image),
             ).frames
-        frames = decode_latents(self.pipe, final)
+        video = decode_latents(self.pipe, final)
+        if not torch.isfinite(video).all():
+            raise BrokenOutputError(
+                "After the last step the latents were finite, but the VAE decoded them to NaN or infinity."
+            )
+        frames = video_pixels(self.pipe, video)
         check_frames(frames, settings.steps)
         latents = final[0].to("cpu", torch.float32).contiguous()
         return Sampled(hashlib.sha256(initial[0].numpy().tobytes()).hexdigest(), latents, frames)
@@ -159,28 +150,6 @@ def split_tokens(experts: Mapping[str, Any], size: int, tokens: int) -> None:
         split_over_processes(expert, size)
 
 
-@torch.no_grad()
-def decode_latents(pipe: Any, latents: torch.Tensor) -> np.ndarray:
-    """Final latents [1, C, T, H, W] to uint8 [T, H, W, 3], as the end of diffusers' WanPipeline.__call__ does.
-
-    Raises:
-        BrokenOutputError: the VAE gave NaN or infinite values.
-    """
-    vae = pipe.vae
-    latents = latents.to(pipe._execution_device, dtype=vae.dtype)
-    shape = (1, vae.config.z_dim, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents.device, latents.dtype)
-    inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents.device, latents.dtype)
-    video = vae.decode(latents / inverse_std + mean, return_dict=False)[0]
-    if not torch.isfinite(video).all():
-        raise BrokenOutputError(
-            "After the last step the latents were finite, but the VAE decoded them to NaN or infinity."
-        )
-    pixels = pipe.video_processor.postprocess_video(video, output_type="pt")[0]
-    pipe.maybe_free_model_hooks()
-    return (pixels.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
 def check_frames(frames: np.ndarray, steps: int) -> None:
     """Refuse a video that shows nothing or does not move at all.
 
@@ -198,24 +167,11 @@ def check_frames(frames: np.ndarray, steps: int) -> None:
 
 
 def _check_fit(pipe: Any, settings: Settings) -> None:
-    takes_image = "image" in inspect.signature(pipe.__call__).parameters
-    if takes_image != settings.image_to_video:
+    if takes_image(pipe) != settings.image_to_video:
         wanted, is_a = (
             ("image-to-video", "text-to-video") if settings.image_to_video else ("text-to-video", "image-to-video")
         )
         raise UsageError(f"The run is {wanted}, but {type(pipe).__name__} is an {is_a} pipeline.")
-    expert = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
-    for name, index in (("height", 1), ("width", 2)):
-        multiple = pipe.vae_scale_factor_spatial * expert.config.patch_size[index]
-        value = getattr(settings, name)
-        if value % multiple:
-            nearest = max(round(value / multiple), 1) * multiple
-            raise UsageError(f"{name} must be a multiple of {multiple} for this model, found {value}; try {nearest}.")
-    period = pipe.vae_scale_factor_temporal
-    if settings.num_frames % period != 1:
-        raise UsageError(
-            f"The number of frames must be {period} n + 1 for this model, found {settings.num_frames}; try {settings.num_frames // period * period + 1}."
-        )
     if settings.guidance_scale_2 is not None and pipe.config.boundary_ratio is None:
         raise UsageError("This model has one expert; leave out --guidance-scale-2.")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ptq.errors import PtqError, UsageError
 from ptq.store.files import files_below
+from ptq.wan.variants import EXPERTS
 
 _WHOLE_FILE_BYTES = 16 << 20
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
@@ -117,7 +118,7 @@ def _file_digest(path: Path, size: int) -> str:
 
 
 def _checkpoint_format(directory: Path) -> str | None:
-    config = directory / "transformer" / "config.json"
+    config = directory / EXPERTS[0] / "config.json"
     if not config.is_file():
         return None
     quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}

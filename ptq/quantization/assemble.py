@@ -14,10 +14,10 @@ from pathlib import Path
 from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.safetensors_file import TensorEntry
 from ptq.checkpoint.shards import ShardSet, write_component
-from ptq.config.preset import PRESET_FILE
 from ptq.errors import PtqError
 from ptq.store.files import write_bytes, write_json
-from ptq.wan.structure import ModelLayout
+from ptq.wan.layout import ModelLayout
+from ptq.wan.presets import PRESET_FILE
 
 
 def write_expert(

@@ -1,7 +1,7 @@
 """Quantizing one block: run the records through it, solve its Linears, put quantized Linears in their place.
 
-The original block runs on the stream that feeds the statistics; each distinct input is solved once for all Linears that
-read it. The quantized block then runs on the propagated stream, which is what later blocks will really see.
+The original block runs on the original stream, which feeds the statistics; each distinct input is solved once for all Linears
+that read it. The quantized block then runs on the propagated stream, which is what later blocks will really see.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from ptq.quantization.calls import ReplayRecord
 from ptq.quantization.collect import InputCollector, collecting
 from ptq.quantization.processes import ALONE, Processes
 from ptq.quantization.settings import QuantizeSettings
+from ptq.quantization.shared_inputs import InputGroup, find_shared_inputs
 from ptq.quantization.streams import Stream
 from ptq.runtime import QuantLinear
 from ptq.scheme import Scheme
 from ptq.solvers.solve import LayerSolution, solve_group
-from ptq.wan.replay import input_modules, run_block
-from ptq.wan.structure import INPUTS
+from ptq.wan.replay import run_block
 
 
 def forward_stream(
@@ -32,67 +32,67 @@ def forward_stream(
         target[item.record.record] = run_block(block, hidden, item.context())
 
 
+def find_block_inputs(
+    block: nn.Module, targets: Iterable[str], item: ReplayRecord, source: Stream, device: torch.device
+) -> list[InputGroup]:
+    """The distinct inputs of a block and the targets that read each, by running one record."""
+    linears = {name: block.get_submodule(name) for name in targets}
+    hidden = source[item.record.record].to(device)
+    groups, _ = find_shared_inputs(linears, lambda: run_block(block, hidden, item.context()))
+    return groups
+
+
 def make_collector(settings: QuantizeSettings, index: int) -> InputCollector:
     """A collector of what the recipe needs to know of one input; `index` tells inputs apart in the seeds."""
-    recipe = settings.recipe
+    records = settings.recipe.records
     return InputCollector(
-        recipe.records.tokens_per_record,
+        records.tokens_per_record,
         hessian=settings.needs_hessian,
-        hessian_tokens=recipe.records.hessian_tokens,
+        hessian_tokens=records.hessian_tokens,
         seed=settings.seed + index,
     )
 
 
 def collect_statistics(
     block: nn.Module,
+    groups: Sequence[InputGroup],
     records: Sequence[ReplayRecord],
-    source: Stream,
+    stream: Stream,
     settings: QuantizeSettings,
     device: torch.device,
-    target: Stream | None = None,
 ) -> dict[str, InputCollector]:
-    """Run the original block on `source` and gather the statistics of its seven inputs.
-
-    Args:
-        target: where to store the block's outputs, if they are wanted.
-    """
-    collectors = {name: make_collector(settings, index) for index, name in enumerate(INPUTS)}
-    with collecting(input_modules(block), collectors):
-        for item in records:
-            output = run_block(block, source[item.record.record].to(device), item.context())
-            if target is not None:
-                target[item.record.record] = output
+    """Run the original block on a stream, in place, and gather the statistics of its inputs, each under its first Linear."""
+    collectors = {group.names[0]: make_collector(settings, group.index) for group in groups}
+    with collecting({name: block.get_submodule(name) for name in collectors}, collectors):
+        forward_stream(block, records, stream, stream, device)
     return collectors
 
 
 def solve_block(
     block: nn.Module,
+    groups: Sequence[InputGroup],
     collectors: dict[str, InputCollector],
     settings: QuantizeSettings,
     processes: Processes = ALONE,
-    inputs: Mapping[str, Sequence[str]] = INPUTS,
 ) -> dict[str, LayerSolution]:
     """Codes and bases of the block's Linears; each distinct input is solved once, by one process.
 
     Args:
+        groups: the inputs to solve.
         collectors: statistics of each input; emptied on the way, so that a Hessian is gone once its Linears are solved.
-        inputs: input -> the Linears that read it, by default those of a Wan block.
     """
-    modules_of = {name: {linear: block.get_submodule(linear) for linear in linears} for name, linears in inputs.items()}
+    modules_of = {group.names[0]: {name: block.get_submodule(name) for name in group.names} for group in groups}
     own = processes.own({name: solve_cost(modules.values()) for name, modules in modules_of.items()})
     solutions: dict[str, LayerSolution] = {}
     for name in collectors.keys() - own:
         del collectors[name]
-    for name in (name for name in inputs if name in own):
-        modules = modules_of[name]
-        solutions |= solve_group(
-            {linear: module.weight.float() for linear, module in modules.items()},
-            collectors.pop(name).stats(),
-            settings.scheme,
-            settings.recipe.solver,
-        )
+    for name, modules in modules_of.items():
+        if name in own:
+            weights = {linear: module.weight.float() for linear, module in modules.items()}
+            stats = collectors.pop(name).stats()
+            solutions |= solve_group(weights, stats, settings.scheme, settings.recipe.solver)
     solutions = processes.merge(solutions)
-    return {linear: solutions[linear] for linears in inputs.values() for linear in linears}
+    return {linear: solutions[linear] for modules in modules_of.values() for linear in modules}
 
 
 def solve_cost(linears: Iterable[nn.Module]) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ptq.calibration.records import CalibrationSet, Record
 from ptq.errors import PtqError
 from ptq.quantization.streams import Stream
+from ptq.wan.block import DenoiserCall
 from ptq.wan.replay import BlockContext, ExpertReplay
 
 
@@ -86,7 +87,7 @@ class ExpertCalls:
         """A stream with the inputs of block 0 (memory-mapped in `scratch` if given)."""
         stream = Stream(scratch)
         for item in self.items:
-            stream[item.record.record] = self._replay.head(self._name(item.record), *self._arguments(item.record))[0]
+            stream[item.record.record] = self._replay.head(self._name(item.record), self._call(item.record))[0]
         return stream
 
     def copy(self, stream: Stream) -> Stream:
@@ -98,7 +99,7 @@ class ExpertCalls:
 
     def output(self, stream: Stream, item: ReplayRecord) -> Tensor:
         """The denoiser's output float64 [1, C, T, H, W] for a record whose hidden states have passed every block."""
-        return self._replay.tail(stream[item.record.record], *self._arguments(item.record)).double()
+        return self._replay.tail(stream[item.record.record], self._call(item.record)).double()
 
     @torch.no_grad()
     def output_error(self, reference: Stream, candidate: Stream) -> float:
@@ -114,9 +115,8 @@ class ExpertCalls:
         """A name for the replay's cache: records of two sets have the same names."""
         return f"{self._calibration.digest}/{record.record}"
 
-    def _arguments(self, record: Record) -> tuple[Tensor, Tensor, Tensor]:
-        call = self._calibration.load(record)
-        return call.hidden_states, call.timestep, call.encoder_hidden_states
+    def _call(self, record: Record) -> DenoiserCall:
+        return DenoiserCall(**vars(self._calibration.load(record)))
 
     def _context_of(self, record: Record) -> Callable[[], BlockContext]:
-        return lambda: self._replay.context(self._name(record), lambda: self._arguments(record))
+        return lambda: self._replay.context(self._name(record), lambda: self._call(record))

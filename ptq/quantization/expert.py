@@ -11,24 +11,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from ptq import ui
-from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.layers import layer_names, read_layer
 from ptq.checkpoint.manifest import BlockEntry, ExpertEntry, LayerEntry
 from ptq.checkpoint.safetensors_file import TensorEntry
 from ptq.quantization.block import (
     collect_statistics,
+    find_block_inputs,
     forward_stream,
     install,
     solve_block,
     stream_error,
 )
-from ptq.quantization.calls import ExpertCalls
-from ptq.quantization.processes import ALONE, Processes
-from ptq.quantization.settings import QuantizeSettings
+from ptq.quantization.job import Job
+from ptq.quantization.shared_inputs import InputGroup
 from ptq.quantization.workdir import WorkDir
 from ptq.runtime import QuantLinear
-from ptq.wan.replay import ExpertReplay
-from ptq.wan.structure import block_prefix
+from ptq.wan.block import block_prefix
 
 
 @dataclass
@@ -45,31 +43,20 @@ class ExpertRun:
     """Quantizes the blocks of one expert from recorded calls.
 
     Args:
-        name: expert name.
-        replay: the original expert.
-        calibration: the records; only this expert's are used.
-        settings: format, recipe, protected blocks.
+        job: the run. name: the expert.
         work: where finished blocks go.
         scratch: folder for memory-mapped streams, None to keep them in memory.
-        processes: this process among those that share the work.
 
     Raises:
         PtqError: no records for this expert.
     """
 
-    def __init__(
-        self,
-        name: str,
-        replay: ExpertReplay,
-        calibration: CalibrationSet,
-        settings: QuantizeSettings,
-        work: WorkDir,
-        scratch: Path | None,
-        processes: Processes = ALONE,
-    ) -> None:
-        self.name, self.replay, self.settings, self.work = name, replay, settings, work
-        self._processes = processes
-        self._calls = ExpertCalls(name, replay, calibration, settings.record_limit)
+    def __init__(self, job: Job, name: str, work: WorkDir, scratch: Path | None) -> None:
+        self.name, self.work, self.settings = name, work, job.settings
+        self.replay, self._processes = job.replay(name), job.processes
+        self._targets = job.packed(name).targets
+        self._groups: list[InputGroup] = []
+        self._calls = job.calls(name, self.replay)
         self._records = self._calls.items
         self._original, self._propagated = self._calls.start(scratch), self._calls.start(scratch)
 
@@ -99,10 +86,10 @@ class ExpertRun:
             entries, info = finished or ({}, {"layers": []})
             seconds = info["block"]["seconds"] if finished else time.monotonic() - start
             return entries, {**info, "block": self._row(index, seconds, reason)}
-        collectors = collect_statistics(
-            block, self._records, self._original, self.settings, device, target=self._original
-        )
-        solutions = solve_block(block, collectors, self.settings, self._processes)
+        if not self._groups:  # the same in every block
+            self._groups = find_block_inputs(block, self._targets, self._records[0], self._original, device)
+        collectors = collect_statistics(block, self._groups, self._records, self._original, self.settings, device)
+        solutions = solve_block(block, self._groups, collectors, self.settings, self._processes)
         layers = []
         for linear, solution in solutions.items():
             n, k = solution.codes.elements.shape

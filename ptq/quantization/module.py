@@ -108,7 +108,7 @@ def quantize_module(
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        groups, unreached = find_shared_inputs(model, linears, batches)
+        groups, unreached = find_shared_inputs(linears, lambda: _run(model, batches))
         if targets is not None and unreached:
             raise UsageError(f"The batches never reach {', '.join(unreached)}; no inputs to calibrate with.")
         skipped |= dict.fromkeys(unreached, "the batches never reach it")
@@ -155,7 +155,7 @@ def _quantize(
     layers: dict[str, ModuleLayer] = {}
     for part in passes:
         collectors = _collect(model, batches, part, settings)
-        solved = solve_block(model, collectors, settings, inputs={group.names[0]: group.names for group in part})
+        solved = solve_block(model, part, collectors, settings)
         for group in part:
             for name in group.names:
                 n, k = solved[name].codes.elements.shape
@@ -191,9 +191,13 @@ def _collect(
     """Statistics of these groups' inputs, each under its first Linear's name."""
     collectors = {group.names[0]: make_collector(settings, group.index) for group in groups}
     with collecting({name: model.get_submodule(name) for name in collectors}, collectors):
-        for batch in batches:
-            model(**batch)
+        _run(model, batches)
     return collectors
+
+
+def _run(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
+    for batch in batches:
+        model(**batch)
 
 
 def _summary(skipped: Mapping[str, str]) -> str:

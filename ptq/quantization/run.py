@@ -5,69 +5,29 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from ptq import ui
-from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.manifest import Manifest, hash_files, package_versions, read_manifest, write_manifest
-from ptq.checkpoint.quantization_config import PackedConfig
-from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet
-from ptq.errors import PtqError, UsageError
+from ptq.errors import PtqError
 from ptq.quantization.assemble import copy_components, write_expert
-from ptq.quantization.calls import spread
-from ptq.quantization.coverage import measure_coverage, tokens_of
 from ptq.quantization.expert import ExpertResult, ExpertRun
+from ptq.quantization.job import Job
 from ptq.quantization.processes import Processes
 from ptq.quantization.sensitivity import protect_blocks, with_protection
-from ptq.quantization.settings import QuantizeSettings, check_budget
 from ptq.quantization.workdir import RUN_FILES, STREAMS_DIR, WorkDir
-from ptq.scheme import FormatError
 from ptq.store.files import digest, free_space_hint
 from ptq.store.locks import exclusive
 from ptq.version import __version__
-from ptq.wan.replay import ExpertReplay, state_names
-from ptq.wan.structure import LINEARS, ModelLayout
+from ptq.wan.replay import state_names
 
 
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """How to run, without influence on the codes.
-
-    Attributes:
-        device: of the replay.
-        max_memory: bytes that the two streams of hidden states may take in RAM; beyond, they are memory-mapped files.
-        link: link unchanged components instead of copying them.
-        fresh: discard an unfinished run.
-        max_shard_bytes: limit of a weight file.
-    """
-
-    device: str = "cpu"
-    max_memory: int | None = None
-    link: bool = False
-    fresh: bool = False
-    max_shard_bytes: int = MAX_SHARD_BYTES
-
-
-def quantize(
-    layout: ModelLayout,
-    calibration: CalibrationSet,
-    settings: QuantizeSettings,
-    out: Path,
-    options: QuantizeOptions = QuantizeOptions(),
-) -> Manifest:
+def quantize(job: Job) -> Manifest:
     """Quantize every expert of a Wan pipeline and write the packed checkpoint.
-
-    Args:
-        layout: the original pipeline.
-        calibration: records made from this pipeline.
-        settings: format, recipe, protected blocks.
-        out: directory to create; it appears only when complete.
-        options: device, memory, linking.
 
     Returns:
         The checkpoint's manifest.
@@ -78,203 +38,92 @@ def quantize(
             kept for the next try.
     """
     start = time.monotonic()
-    check_inputs(layout, calibration, settings)
-    calibration.verify()
-    shards = {expert: ShardSet(layout.path / expert) for expert in layout.experts}
-    signature = run_signature(layout, shards, calibration, settings)
-    processes = Processes.from_environment()
-    lock = exclusive(out.with_name(f".{out.name}.lock"), str(out)) if processes.first else contextlib.nullcontext()
-    with lock:
-        return _quantize(layout, shards, calibration, settings, signature, out, options, processes, start)
+    job.check()
+    job.calibration.verify()
+    _ = job.signature  # damaged weights stop here, before anything is written
+    job = replace(job, processes=Processes.from_environment())
+    lock = exclusive(job.out.with_name(f".{job.out.name}.lock"), str(job.out))
+    with lock if job.processes.first else contextlib.nullcontext():
+        return _quantize(job, start)
 
 
-def _quantize(
-    layout: ModelLayout,
-    shards: dict[str, ShardSet],
-    calibration: CalibrationSet,
-    settings: QuantizeSettings,
-    signature: dict[str, Any],
-    out: Path,
-    options: QuantizeOptions,
-    processes: Processes,
-    start: float,
-) -> Manifest:
-    work = WorkDir(out, signature, fresh=options.fresh and processes.first)
+def _quantize(job: Job, start: float) -> Manifest:
+    processes = job.processes
+    work = WorkDir(job.out, job.signature, fresh=job.options.fresh and processes.first)
     processes.wait()
     if not work.is_complete:
-        results = _run_experts(layout, shards, calibration, settings, work, options, processes)
-        if settings.auto_protect:
+        chosen, results = job, _run_experts(job, work)
+        if job.settings.auto_protect:
             if processes.first:
-                protect_blocks(layout, shards, calibration, settings, work, options.device)
+                protect_blocks(job, work)
             processes.wait()
-            settings = with_protection(settings, work, list(layout.experts))
-            results = _run_experts(layout, shards, calibration, settings, work, options, processes)
+            chosen = replace(job, settings=with_protection(job.settings, work, list(job.layout.experts)))
+            results = _run_experts(chosen, work)
         if processes.first:
             work.remove_leftovers()
-            copy_components(layout, work.path, link=options.link)
-            manifest = _manifest(layout, shards, calibration, settings, signature, results, time.monotonic() - start)
+            copy_components(job.layout, work.path, link=job.options.link)
+            manifest = _manifest(chosen, job.signature, results, time.monotonic() - start)
             manifest.files = hash_files(work.path, exclude=RUN_FILES)
             write_manifest(work.path, manifest)
     processes.wait()
     if processes.first:
         work.finish()
     processes.wait()
-    return read_manifest(out)
+    return read_manifest(job.out)
 
 
-def _run_experts(
-    layout: ModelLayout,
-    shards: dict[str, ShardSet],
-    calibration: CalibrationSet,
-    settings: QuantizeSettings,
-    work: WorkDir,
-    options: QuantizeOptions,
-    processes: Processes,
-) -> list[ExpertResult]:
+def _run_experts(job: Job, work: WorkDir) -> list[ExpertResult]:
     """Quantize (or replay finished) blocks of every expert and write its shards into the work directory."""
-    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+    layout = job.layout
     results: list[ExpertResult] = []
     with ui.progress("Quantizing blocks", sum(layout.num_blocks(expert) for expert in layout.experts)) as bar:
         for expert, config in layout.experts.items():
-            replay = ExpertReplay(shards[expert], config, options.device, dtype)
-            limit = settings.record_limit
-            scratch = stream_scratch(layout, expert, calibration, work.path, options.max_memory, limit)
-            result = ExpertRun(expert, replay, calibration, settings, work, scratch, processes).run(bar)
+            result = ExpertRun(job, expert, work, stream_scratch(job, expert, work.path)).run(bar)
             results.append(result)
-            if not processes.first:
+            if not job.processes.first:
                 continue
-            packed = PackedConfig(settings.scheme, LINEARS, tuple(sorted(settings.high_precision.get(expert, ()))))
+            packed, limit = job.packed(expert), job.options.max_shard_bytes
             names = state_names(config, packed)
-            limit = options.max_shard_bytes
-            write_expert(work.path / expert, config, packed, names, shards[expert], result.changed, limit)
+            write_expert(work.path / expert, config, packed, names, job.shards[expert], result.changed, limit)
     return results
 
 
-def check_inputs(layout: ModelLayout, calibration: CalibrationSet, settings: QuantizeSettings) -> None:
-    """Refuse contradictory inputs before any work.
-
-    Raises:
-        UsageError: packed input, records of another model or of only one expert, widths that do not fit the format or
-            the rotation, too many protected blocks.
-    """
-    if layout.is_packed:
-        raise UsageError(f"{layout.path} is already a packed checkpoint; quantize the original model instead.")
-    experts = {name: digest(config) for name, config in layout.experts.items()}
-    if calibration.settings.get("experts") != experts:
-        raise UsageError(
-            f"{calibration.directory} was recorded from another model than {layout.path} (experts or their config.json differ). Record this model with `ptq calibrate` first."
-        )
-    for expert in layout.experts:
-        if not calibration.of_expert(expert):
-            raise UsageError(
-                f"{calibration.directory} has no records of {expert}. Record more steps (--steps, --records-per-prompt) so that every expert is called."
-            )
-        _check_widths(layout, expert, settings)
-    check_budget(settings.format, settings.high_precision, settings.budget_scope)
-
-
-def _check_widths(layout: ModelLayout, expert: str, settings: QuantizeSettings) -> None:
-    for name, (_, k) in layout.linear_shapes(expert).items():
-        try:
-            settings.scheme.check_width(k)
-        except FormatError as error:
-            raise UsageError(f"{expert} of {layout.path}, {name}: {error}") from error
-
-
-def run_signature(
-    layout: ModelLayout, shards: dict[str, ShardSet], calibration: CalibrationSet, settings: QuantizeSettings
-) -> dict[str, Any]:
-    """Everything that decides the codes; two runs with equal signatures may share finished blocks."""
-    recipe = settings.recipe.model_dump(mode="json", exclude={"description"})
-    return {
-        "model": base_model_identity(layout, shards),
-        "calibration": calibration.digest,
-        "format": settings.format,
-        "recipe": recipe,
-        "high_precision": "auto"
-        if settings.auto_protect
-        else {expert: list(blocks) for expert, blocks in settings.high_precision.items()},
-        "budget_scope": settings.budget_scope,
-        "seed": settings.seed,
-        "versions": package_versions(),
-    }
-
-
-def base_model_identity(layout: ModelLayout, shards: dict[str, ShardSet]) -> dict[str, Any]:
-    """Identity of the original: configurations, and names, sizes and tensor tables of its weight files."""
-    files = {
-        f"{expert}/{file.name}": {
-            "bytes": file.stat().st_size,
-            "tensors": digest(
-                [[e.name, e.dtype, list(e.shape), e.start] for e in shard.entries.values() if e.file == file]
-            ),
-        }
-        for expert, shard in shards.items()
-        for file in shard.files
-    }
-    return {
-        "variant": layout.preset.variant,
-        "hub_id": layout.preset.hub_id,
-        "configs": {name: digest(config) for name, config in layout.experts.items()},
-        "files": files,
-    }
-
-
-def stream_scratch(
-    layout: ModelLayout,
-    expert: str,
-    calibration: CalibrationSet,
-    work: Path,
-    max_memory: int | None,
-    record_limit: int | None,
-) -> Path | None:
+def stream_scratch(job: Job, expert: str, work: Path) -> Path | None:
     """Where the streams of hidden states go: None (RAM) when both fit, otherwise a scratch folder.
 
     Raises:
         PtqError: neither fits.
     """
-    config = layout.experts[expert]
-    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-    records = spread(calibration.of_expert(expert), record_limit)
-    need = 2 * 4 * width * sum(tokens_of(calibration, record, config) for record in records[:1]) * len(records)
-    limit = max_memory if max_memory is not None else psutil.virtual_memory().available // 2
+    need, limit = job.stream_bytes(expert), job.options.stream_limit
     if need <= limit:
         return None
     if psutil.disk_usage(str(work)).free < need:
         raise PtqError(
-            f"The hidden states of {len(records)} records of {expert} take {need / 1e9:.1f} GB, more than the memory limit of {limit / 1e9:.1f} GB and than the disk offers. {free_space_hint(work)}"
+            f"The hidden states of {job.used_records(expert)} records of {expert} take {need / 1e9:.1f} GB, more than the memory limit of {limit / 1e9:.1f} GB and than the disk offers. {free_space_hint(work)}"
         )
     ui.info(f"Hidden states of {expert} take {need / 1e9:.1f} GB: kept in memory-mapped files under {work}.")
     return work / STREAMS_DIR
 
 
-def _manifest(
-    layout: ModelLayout,
-    shards: dict[str, ShardSet],
-    calibration: CalibrationSet,
-    settings: QuantizeSettings,
-    signature: dict[str, Any],
-    results: list[ExpertResult],
-    seconds: float,
-) -> Manifest:
-    used = calibration.settings
+def _manifest(job: Job, signature: dict[str, Any], results: list[ExpertResult], seconds: float) -> Manifest:
+    settings, calibration = job.settings, job.calibration
     return Manifest(
         package_version=__version__,
         versions=package_versions(),
         format=settings.format,
-        variant=layout.preset.variant,
+        variant=job.layout.preset.variant,
         base_model=signature["model"],
         recipe_name=settings.recipe_name,
         recipe=settings.recipe,
         calibration={
             "digest": calibration.digest,
-            "prompts": used["prompts"],
-            "samples": used["samples"],
+            "prompts": calibration.settings["prompts"],
+            "samples": calibration.settings["samples"],
             "records": len(calibration.records),
         },
         high_precision=[f"{name}:{index}" for name, blocks in settings.high_precision.items() for index in blocks],
         budget_scope=settings.budget_scope,
-        coverage=measure_coverage(layout, shards, calibration, settings),
+        coverage=job.coverage(),
         experts=[result.summary for result in results],
         blocks=[row for result in results for row in result.blocks],
         layers=[row for result in results for row in result.layers],

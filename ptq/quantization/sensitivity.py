@@ -13,14 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ptq import ui
-from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.shards import ShardSet
 from ptq.quantization.hybrid import HybridExpert
+from ptq.quantization.job import Job
 from ptq.quantization.settings import BUDGET, QuantizeSettings
 from ptq.quantization.workdir import PROTECTION_FILE, WorkDir
 from ptq.store.files import read_json, write_json
 from ptq.wan.replay import ExpertReplay
-from ptq.wan.structure import ModelLayout
 
 SENSITIVITY_FILE = "ptq_sensitivity.json"
 RANDOM_DRAWS = 16
@@ -124,46 +123,32 @@ class Sensitivity:
         }
 
 
-def build_sensitivity(
-    layout: ModelLayout,
-    shards: Mapping[str, ShardSet],
-    packed: Mapping[str, ShardSet],
-    packed_configs: Mapping[str, dict],
-    calibration: CalibrationSet,
-    device: str = "cpu",
-) -> Sensitivity:
+def build_sensitivity(job: Job, packed: Mapping[str, ShardSet], packed_configs: Mapping[str, dict]) -> Sensitivity:
     """Hybrids of every expert from original and packed weights, with the experts' shares of the final error."""
     hybrids, importance = {}, {}
-    schedule = calibration.settings["schedule"]
-    for name, config in layout.experts.items():
-        original = ExpertReplay(shards[name], config, device)
-        quantized = ExpertReplay(packed[name], packed_configs[name], device)
-        hybrids[name] = HybridExpert(name, original, quantized, calibration)
+    schedule = job.calibration.settings["schedule"]
+    for name, config in job.layout.experts.items():
+        original = ExpertReplay(job.shards[name], config, job.options.device)
+        quantized = ExpertReplay(packed[name], packed_configs[name], job.options.device)
+        hybrids[name] = HybridExpert(name, original, quantized, job.calibration)
         d_sigmas = [step["d_sigma"] for step in schedule if step["expert"] == name]
-        records = len(calibration.of_expert(name))
+        records = len(job.calibration.of_expert(name))
         importance[name] = sum(d**2 for d in d_sigmas) * hybrids[name].signal / records
     return Sensitivity(hybrids, importance)
 
 
-def protect_blocks(
-    layout: ModelLayout,
-    shards: Mapping[str, ShardSet],
-    calibration: CalibrationSet,
-    settings: QuantizeSettings,
-    work: WorkDir,
-    device: str = "cpu",
-) -> None:
+def protect_blocks(job: Job, work: WorkDir) -> None:
     """Measure, choose up to the budget, and save the choice, the table and the heatmap's data in the work directory.
 
     The fully quantized experts must lie in the work directory. A choice made before an interruption is kept.
     """
     path = work.path / PROTECTION_FILE
     if not path.exists():
-        packed = {name: ShardSet(work.path / name) for name in layout.experts}
-        configs = {name: read_json(work.path / name / "config.json") for name in layout.experts}
-        measured = build_sensitivity(layout, shards, packed, configs, calibration, device)
-        budget = BUDGET[settings.format]
-        picks = measured.greedy(budget, settings.budget_scope)
+        packed = {name: ShardSet(work.path / name) for name in job.layout.experts}
+        configs = {name: read_json(work.path / name / "config.json") for name in job.layout.experts}
+        measured = build_sensitivity(job, packed, configs)
+        budget = BUDGET[job.settings.format]
+        picks = measured.greedy(budget, job.settings.budget_scope)
         write_json(work.path / SENSITIVITY_FILE, sensitivity_table(measured, picks, budget))
         write_json(path, [vars(pick) for pick in picks])
 

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from ptq.config import Recipe
 from ptq.errors import UsageError
@@ -75,6 +75,18 @@ class QuantizeSettings:
     def record_limit(self) -> int | None:
         """How many records of each expert are replayed; None: all."""
         return None if self.needs_records else self.recipe.records.for_report
+
+
+def parse_scope(text: str) -> BudgetScope:
+    """Parse --budget-scope.
+
+    Raises:
+        UsageError: neither of the two.
+    """
+    for scope in get_args(BudgetScope):
+        if text == scope:
+            return scope
+    raise UsageError(f"--budget-scope takes total or per-expert, found {text!r}.")
 
 
 def parse_high_precision(text: str, num_blocks: Mapping[str, int]) -> dict[str, dict[int, str]]:

@@ -1,10 +1,10 @@
-"""Finding Linears that read one and the same input, by watching which tensor objects they receive."""
+"""Finding Linears that read one and the same input (q, k and v), by watching which tensor objects they receive."""
 
 from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +48,15 @@ class _Identities:
 
 
 @torch.no_grad()
-def find_shared_inputs(
-    model: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[Mapping[str, Any]]
-) -> tuple[list[InputGroup], list[str]]:
-    """Run every batch once and group the Linears by what they received.
+def find_shared_inputs(linears: Mapping[str, nn.Module], run: Callable[[], None]) -> tuple[list[InputGroup], list[str]]:
+    """Run the model and group its Linears by what they received.
+
+    Args:
+        linears: name -> Linear, in the model's order.
+        run: calls the model, once or more often.
 
     Returns:
-        The groups in order of their first call, and the Linears that no batch reached.
+        The groups in order of their first call, and the Linears that no call reached.
     """
     identities = _Identities()
     received: dict[str, list[int]] = defaultdict(list)  # keys in order of the first call
@@ -70,8 +72,7 @@ def find_shared_inputs(
 
     handles = [m.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, m in linears.items()]
     try:
-        for batch in batches:
-            model(**batch)
+        run()
     finally:
         for handle in handles:
             handle.remove()
@@ -84,7 +85,7 @@ def find_shared_inputs(
         InputGroup(
             index,
             tuple(sorted(names, key=order.__getitem__)),
-            linears[names[0]].in_features,
+            linears[names[0]].weight.shape[1],
             tokens[names[0]],
             len(received[names[0]]),
         )

@@ -24,6 +24,7 @@ from ptq.report.tables import evaluation_tables
 from ptq.report.videos import AMPLIFY, Clip
 from ptq.report.wording import headline, limitations, meaning, verdict_word
 from ptq.version import __version__
+from ptq.wan.variants import variant_title
 
 
 def all_tables(facts: Facts) -> dict[str, Table]:
@@ -35,7 +36,9 @@ def all_tables(facts: Facts) -> dict[str, Table]:
 def title_of(facts: Facts) -> str:
     """What the report is about."""
     model = (
-        f"Wan 2.2 {facts.manifest.variant}" if facts.manifest and facts.evaluation.suite != "tiny" else "the tiny model"
+        variant_title(facts.manifest.variant)
+        if facts.manifest and facts.evaluation.suite != "tiny"
+        else "the tiny model"
     )
     if facts.manifest is None and facts.evaluation.suite != "tiny":
         model = facts.evaluation.reference.model or "the original model"

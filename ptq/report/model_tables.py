@@ -12,6 +12,7 @@ from ptq.report.cells import Cell, Table, count, error, flatten, number, plain, 
 from ptq.report.facts import ROLES, Facts
 from ptq.report.schema import EVALUATION_FILE, UNITS_FILE
 from ptq.store.files import sha256_file
+from ptq.wan.variants import EXPERTS
 
 SHOWN_LAYERS = 10
 LAYER_COLUMNS = ("output error", "plain rounding", "weight SQNR (dB)")
@@ -57,7 +58,7 @@ def provenance_tables(facts: Facts) -> Iterable[Table]:
 
 def _size(manifest: Manifest, checkpoint: Path) -> Table:
     c = manifest.coverage
-    weights = [name for name in manifest.files if name.endswith(".safetensors") and name.startswith("transformer")]
+    weights = [name for name in manifest.files if name.endswith(".safetensors") and name.partition("/")[0] in EXPERTS]
     on_disk = sum((checkpoint / name).stat().st_size for name in weights if (checkpoint / name).is_file())
     protected = ", ".join(manifest.high_precision) or "none"
     rows: list[tuple[str, Cell | str]] = [

@@ -14,11 +14,10 @@ from typing import Any
 import yaml
 
 from ptq.checkpoint.manifest import Manifest
-from ptq.config import load_preset
-from ptq.config.preset import PRESET_FILE
 from ptq.evaluation.suites import get_suite
 from ptq.report.facts import Facts
 from ptq.store.files import read_json
+from ptq.wan.presets import PRESET_FILE, load_preset
 
 RECIPE_FILE = "recipe.yaml"
 REFERENCE_OUT, CANDIDATE_OUT = "runs/original", "runs/quantized"

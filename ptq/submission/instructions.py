@@ -6,6 +6,7 @@ from typing import Any
 
 from ptq.checkpoint.manifest import Manifest
 from ptq.report.reproduce import Steps
+from ptq.wan.variants import variant_title
 
 
 def readme(manifest: Manifest, verdict: dict[str, Any]) -> str:
@@ -14,7 +15,7 @@ def readme(manifest: Manifest, verdict: dict[str, Any]) -> str:
     loss = "not measured" if gate is None else f"{gate['value']:+.3%} [{gate['low']:+.3%}, {gate['high']:+.3%}]"
     marked = "" if verdict["verdict"] == "PASS" else "\n**This archive was packed although its gate did not pass.**\n"
     coverage = manifest.coverage
-    return f"""# W4A4 {manifest.format.upper()} checkpoint of Wan 2.2 {manifest.variant}
+    return f"""# W4A4 {manifest.format.upper()} checkpoint of {variant_title(manifest.variant)}
 {marked}
 Verdict: **{verdict["verdict"]}**. Mean relative loss {loss} (95 % interval), limit {verdict["limit"]:.1%},
 over {verdict["units"]} paired videos, suite {verdict["suite"]}.

@@ -22,8 +22,9 @@ from ptq.quantization.settings import check_budget
 from ptq.store.files import read_json, read_jsonl, sha256_file
 from ptq.submission.archive import extract_archive
 from ptq.submission.package import CHECKSUMS, PASS, SUBMISSION, WEIGHTS
+from ptq.wan.block import block_prefix
+from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
-from ptq.wan.structure import LINEARS, block_prefix, read_layout
 
 REQUIRED = (
     *(CHECKSUMS, SUBMISSION, "README.md", "reproduce.sh", "recipe.yaml", "prompts.jsonl", "report/report.pdf"),
@@ -126,7 +127,9 @@ def check_blocks(weights: Path) -> None:
         found = {
             index
             for index in range(layout.num_blocks(expert))
-            if any(f"{block_prefix(index)}{linear}.weight_packed" not in entries for linear in LINEARS)
+            if any(
+                f"{block_prefix(index)}{linear}.weight_packed" not in entries for linear in layout.linear_shapes(expert)
+            )
         }
         declared = set(config["quantization_config"]["high_precision_blocks"])
         if found != declared:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header
 from ptq.checkpoint.shards import ShardSet
 from ptq.store.files import read_json
-from ptq.wan.structure import INPUTS, ModelLayout
+from ptq.wan.block import Rows, block_inputs, video_tokens, width
+from ptq.wan.layout import ModelLayout
 
 if TYPE_CHECKING:
     import torch
 
-    from ptq.config import ModelPreset
+    from ptq.wan.presets import ModelPreset
 
 EFFICIENCY = 0.5
 """Share of the measured matrix multiplication rate that a forward pass is assumed to reach."""
@@ -33,57 +34,52 @@ DECODER_COPIES = 6
 
 @dataclass(frozen=True)
 class CallSize:
-    """One denoiser call: video tokens, text tokens, and the shape [C, T, H, W] of its latent input."""
+    """One denoiser call: tokens of video, text and image encoder, and the shape [C, T, H, W] of its latent input."""
 
     tokens: int
     text: int
     latent: tuple[int, int, int, int]
+    image: int = 0
+
+    def rows(self, kind: Rows) -> int:
+        """How many rows an input of this kind has."""
+        return {"video": self.tokens, "text": self.text, "image": self.image, "one": 1}[kind]
 
 
 def call_size(layout: ModelLayout, preset: ModelPreset) -> CallSize:
     """Tokens and latent shape for a preset's video size, with the strides that vae/config.json states."""
-    vae = _vae_config(layout.path)
+    vae = _part_config(layout.path, "vae")
     config = next(iter(layout.experts.values()))
     period, stride = vae.get("scale_factor_temporal") or 4, vae.get("scale_factor_spatial") or 8
-    shape = ((preset.num_frames - 1) // period + 1, preset.height // stride, preset.width // stride)
-    tokens = 1
-    for size, patch in zip(shape, config["patch_size"], strict=True):
-        tokens *= size // patch
-    return CallSize(tokens, preset.max_sequence_length, (int(config["in_channels"]), *shape))
+    times, rows, columns = (preset.num_frames - 1) // period + 1, preset.height // stride, preset.width // stride
+    latent = (int(config["in_channels"]), times, rows, columns)
+    return CallSize(video_tokens(config, latent), preset.max_sequence_length, latent, _image_tokens(layout))
 
 
-def width(config: Mapping[str, Any]) -> int:
-    """Inner dimension of an expert."""
-    return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+def _image_tokens(layout: ModelLayout) -> int:
+    """Tokens that the image encoder makes of a picture: its patches and one for the whole; 0 where no block reads them."""
+    if layout.variant.image_dim is None:
+        return 0
+    encoder = _part_config(layout.path, "image_encoder")
+    return (encoder.get("image_size", 224) // encoder.get("patch_size", 14)) ** 2 + 1
 
 
 def forward_flops(config: Mapping[str, Any], size: CallSize) -> float:
-    """Operations of one call of an expert: the ten Linears of every block, and both attentions."""
-    d, ffn, blocks = width(config), int(config["ffn_dim"]), int(config["num_layers"])
-    linear = 2.0 * size.tokens * (6 * d * d + 2 * d * ffn) + 2.0 * size.text * 2 * d * d
-    attention = 4.0 * size.tokens * (size.tokens + size.text) * d
-    return blocks * (linear + attention)
+    """Operations of one call of an expert: the Linears of every block, and its attentions."""
+    linear = sum(2.0 * size.rows(i.rows) * len(i.linears) * i.n * i.k for i in block_inputs(config).values())
+    attention = 4.0 * size.tokens * (size.tokens + size.text + size.image) * width(config)
+    return int(config["num_layers"]) * (linear + attention)
 
 
 def hessian_flops(config: Mapping[str, Any], size: CallSize) -> float:
-    """Operations of adding one call's inputs to the seven Hessians of every block; half of each is mirrored."""
-    total = 0.0
-    for name, k in input_widths(config).items():
-        total += (size.text if name == "attn2.context" else size.tokens) * k * k
-    return int(config["num_layers"]) * total
+    """Operations of adding one call's inputs to the Hessians of every block; half of each is mirrored."""
+    return int(config["num_layers"]) * sum(float(size.rows(i.rows)) * i.k * i.k for i in block_inputs(config).values())
 
 
 def solve_flops(config: Mapping[str, Any]) -> float:
     """Operations of GPTQ for one expert: factorisations (2 K^3 with the inverse) and rounding (N K^2 a Linear)."""
-    d, ffn = width(config), int(config["ffn_dim"])
-    factor = sum(2.0 * k**3 for k in input_widths(config).values())
-    rounding = 8.0 * d * d * d + ffn * d * d + d * ffn * ffn
-    return int(config["num_layers"]) * (factor + rounding)
-
-
-def input_widths(config: Mapping[str, Any]) -> dict[str, int]:
-    """Distinct input of a block -> its number of channels K."""
-    return {name: int(config["ffn_dim"]) if name == "ffn.hidden" else width(config) for name in INPUTS}
+    inputs = block_inputs(config).values()
+    return int(config["num_layers"]) * sum(2.0 * i.k**3 + len(i.linears) * i.n * float(i.k) ** 2 for i in inputs)
 
 
 def component_bytes(path: Path, float_bytes: int) -> dict[str, int]:
@@ -120,7 +116,7 @@ def denoiser_activation_bytes(config: Mapping[str, Any], size: CallSize, float_b
 
 def decoder_activation_bytes(layout: ModelLayout, preset: ModelPreset) -> int:
     """Peak of decoding a video: float32 feature maps of the decoder's last stage."""
-    vae = _vae_config(layout.path)
+    vae = _part_config(layout.path, "vae")
     channels = int(vae.get("decoder_base_dim") or vae.get("base_dim") or 96)
     frames = min(preset.num_frames, vae.get("scale_factor_temporal") or 4)
     pixels = preset.height * preset.width
@@ -168,6 +164,6 @@ def measure_rate(device: str, dtype: torch.dtype, seconds: float = 0.2) -> float
     return 2.0 * n**3 * count / run(count)
 
 
-def _vae_config(path: Path) -> dict[str, Any]:
-    file = path / "vae" / "config.json"
+def _part_config(path: Path, part: str) -> dict[str, Any]:
+    file = path / part / "config.json"
     return read_json(file) if file.exists() else {}

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptq.errors import PtqError, UsageError
-from ptq.wan.original import refuse_original
-from ptq.wan.structure import ModelLayout, read_layout
+from ptq.store.files import read_json
+from ptq.wan.layout import ModelLayout, read_layout, refuse_relative
+from ptq.wan.variants import EXPERTS, VARIANTS
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 OUTLIERS = "-outliers"
 """`tiny-outliers` is derived from `tiny` when it is first asked for."""
+ORIGINAL_FOLDERS = dict(zip(EXPERTS, ("high_noise_model", "low_noise_model"), strict=True))
+"""Expert -> its folder in a release of two experts in the authors' own layout."""
+ORIGINAL_CLASS = "WanModel"
+"""Class name in the config.json of such a release."""
 
 
 def resolve_model(model: str, revision: str | None = None) -> ModelLayout:
@@ -23,19 +28,62 @@ def resolve_model(model: str, revision: str | None = None) -> ModelLayout:
 
     Raises:
         UsageError: nothing of that name.
-        PtqError: it is there but not a Wan pipeline.
+        PtqError: it is there, but none of the variants that are known.
     """
     if Path(model).exists():
-        refuse_original(Path(model))
-        return read_layout(model)
+        return _read_directory(Path(model))
     embedded = _embedded(model)
     if embedded is not None:
         return read_layout(embedded)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        _read_directory(_download(model, revision, "*.json"))  # refused before 70 GB are fetched
         return read_layout(_download(model, revision))
     raise UsageError(
-        f"There is no model {model!r}: not a directory, not an embedded model, not a hub id of the form owner/name. Pass a Wan 2.2 pipeline directory, Wan-AI/Wan2.2-T2V-A14B-Diffusers, or `tiny`."
+        f"There is no model {model!r}: not a directory, not an embedded model, not a hub id of the form owner/name. Pass a pipeline directory of Wan 2.2 or 2.1, Wan-AI/Wan2.2-T2V-A14B-Diffusers, or `tiny`."
     )
+
+
+def _read_directory(path: Path) -> ModelLayout:
+    refuse_original(path)
+    return read_layout(path)
+
+
+def find_original(path: Path) -> dict[str, Path]:
+    """Expert name -> folder of a release in the authors' own layout; empty where `path` is none.
+
+    Args:
+        path: a release directory (`high_noise_model/` and `low_noise_model/`, or one model at the top).
+    """
+    experts = {name: path / folder for name, folder in ORIGINAL_FOLDERS.items() if (path / folder).is_dir()}
+    if len(experts) == len(ORIGINAL_FOLDERS):
+        return experts
+    return {"transformer": path} if _original_config(path).get("_class_name") == ORIGINAL_CLASS else {}
+
+
+def refuse_original(path: Path) -> None:
+    """Say how to convert where a user passes a release in the authors' own layout.
+
+    Raises:
+        PtqError: `path` is one, of a supported variant or of a relative.
+    """
+    experts = find_original(path)
+    config = _original_config(next(iter(experts.values()), path))
+    refuse_relative(path, config.get("_class_name"), config.get("model_type"))
+    if not experts:
+        return
+    fitting = [v for v in VARIANTS.values() if (len(v.experts), v.in_channels) == (len(experts), config.get("in_dim"))]
+    variant = min(fitting, key=lambda v: abs(v.heads * v.head_dim - config.get("dim", 0)), default=None)
+    base = "a pipeline directory of the same variant" if variant is None else variant.hub_ids[0]
+    raise PtqError(
+        f"{path} is a Wan checkpoint in its original layout ({', '.join(p.name for p in experts.values())}); a diffusers pipeline is expected. Convert it once, without loading it: python scripts/convert_original_wan.py {path} --base {base} --out NEW_DIRECTORY. Or use {base} directly."
+    )
+
+
+def _original_config(path: Path) -> dict[str, Any]:
+    """config.json of a model in the authors' own layout; empty where there is none."""
+    file = path / "config.json"
+    value = read_json(file) if file.is_file() and not (path / "model_index.json").exists() else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _embedded(model: str) -> Path | None:
@@ -53,12 +101,12 @@ def _embedded(model: str) -> Path | None:
     return outlier_directory(directory)
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, only: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=only))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise PtqError(
             f"Could not download {model} ({type(error).__name__}: {error}). Check the name and the network, or pass a local directory."
@@ -99,15 +147,3 @@ def load_pipeline(
     vae = AutoencoderKLWan.from_pretrained(layout.path, subfolder="vae", torch_dtype=torch.float32)
     pipeline = DiffusionPipeline.from_pretrained(layout.path, vae=vae, torch_dtype=dtype, **kwargs)
     return pipeline if device is None else pipeline.to(device)
-
-
-def with_image_input(pipe: Any) -> Any:
-    """A pipeline that starts from an image: TI2V-5B directories name WanPipeline, but the same modules make an
-    image-to-video pipeline. Other pipelines come back as they are."""
-    import inspect
-
-    if "image" in inspect.signature(pipe.__call__).parameters or not pipe.config.expand_timesteps:
-        return pipe
-    from diffusers import WanImageToVideoPipeline
-
-    return WanImageToVideoPipeline(**pipe.components, boundary_ratio=pipe.config.boundary_ratio, expand_timesteps=True)

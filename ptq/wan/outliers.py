@@ -25,13 +25,17 @@ from torch import Tensor
 from ptq.checkpoint.safetensors_file import read_header
 from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet, write_component
 from ptq.store.files import digest, sha256_file
-from ptq.wan.structure import ModelLayout, block_prefix, read_layout
+from ptq.wan.block import block_prefix
+from ptq.wan.layout import ModelLayout, read_layout
 
 SEED = 20
+"""Of channels and factors."""
 CHANNELS = 4
+"""Outlier channels of each input."""
 FACTORS = (30.0, 100.0)
-# Chunks of the modulation vector: shift and scale of the norm before self-attention and before the feed-forward.
+"""Range of their size, times that of the other channels; log-uniform."""
 MODULATED = {("attn1.to_q", "attn1.to_k", "attn1.to_v"): (0, 1), ("ffn.net.0.proj",): (3, 4)}
+"""Linears behind a modulated norm -> chunks of the modulation vector with its shift and its scale."""
 
 
 def plant_outliers(state: dict[str, Tensor], num_blocks: int, seed: int = SEED) -> dict[str, Tensor]:

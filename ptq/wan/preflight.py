@@ -17,8 +17,8 @@ import torch
 from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import PtqError, UsageError
+from ptq.wan.layout import ModelLayout
 from ptq.wan.replay import expected_shapes
-from ptq.wan.structure import ModelLayout
 from ptq.wan.trial import run_trial
 
 

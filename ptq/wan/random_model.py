@@ -22,26 +22,31 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from ptq.checkpoint.safetensors_file import read_header
 from ptq.checkpoint.shards import write_component
-from ptq.config import load_preset
-from ptq.config.preset import PRESET_FILE
 from ptq.errors import UsageError
 from ptq.store.files import write_json
-from ptq.wan.structure import BLOCKS, block_prefix
+from ptq.wan.block import BLOCKS, block_prefix
+from ptq.wan.presets import PRESET_FILE, load_preset
+from ptq.wan.variants import EXPERTS, TRANSFORMER_CLASS, VARIANTS, Variant
 
 TEXT_DIM = 64
-TRUE_WIDTH = {"T2V-A14B": (40, 128, 13824), "I2V-A14B": (40, 128, 13824), "TI2V-5B": (24, 128, 14336)}
+"""Width of the text encoder."""
 SMALL_HEAD_DIM = 32
-BOUNDARY_RATIO = {"T2V-A14B": 0.875, "I2V-A14B": 0.9, "TI2V-5B": None}
+"""Channels of a head where the width is not the true one."""
+IMAGE_ENCODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+"""Size of the image encoder (CLIP), for the variants whose blocks read its tokens."""
+IMAGE_SIDE, IMAGE_PATCH = 32, 16
+"""Pixels of the picture that the image encoder sees, and of its patches: 5 tokens."""
 CORPUS = (
     "a red ball rolls over the green grass while two people talk in a kitchen",
     "the camera follows a dog that runs along the beach at sunset, slow motion",
     "close-up of a hand holding a cup of coffee, steam rising in warm light",
 )
+"""Text whose words are the tokenizer's vocabulary."""
 
 
 def make_random_pipeline(
     out: str | Path,
-    variant: str = "T2V-A14B",
+    variant: str = next(iter(VARIANTS)),
     *,
     layers: int = 2,
     width: int | None = 128,
@@ -54,12 +59,12 @@ def make_random_pipeline(
 
     Args:
         out: directory to create.
-        variant: "T2V-A14B", "I2V-A14B" or "TI2V-5B"; decides experts, channels, pipeline class, boundary.
+        variant: a name in `VARIANTS`; decides experts, channels, pipeline class, boundary, image encoder.
         layers: transformer blocks of each expert.
         width: inner dimension (a multiple of 64; heads of 32), or None for the variant's true width and heads of 128.
         ffn: feed-forward dimension; default the true one, or twice the width.
         seed: of all weights.
-        dtype: of the transformers on disk; VAE and text encoder are float32.
+        dtype: of the transformers on disk; VAE and encoders are float32.
         max_shard_bytes: shard limit of the transformers.
 
     Returns:
@@ -71,12 +76,11 @@ def make_random_pipeline(
     out = Path(out)
     if out.exists():
         raise UsageError(f"{out} exists already; choose another directory.")
-    preset = load_preset(variant)
+    preset, kind = load_preset(variant), VARIANTS[variant]
     if width is not None and width % 64:
         raise UsageError(f"width must be a multiple of 64, found {width}.")
     torch.manual_seed(seed)
-    z_dim = 48 if variant == "TI2V-5B" else 16
-    vae = _make_vae(variant, z_dim)
+    vae = _make_vae(kind)
     encoder = _make_text_encoder()
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=preset.flow_shift, num_train_timesteps=1000
@@ -85,13 +89,14 @@ def make_random_pipeline(
     encoder.save_pretrained(out / "text_encoder")
     _make_tokenizer().save_pretrained(out / "tokenizer")
     scheduler.save_pretrained(out / "scheduler")
-    boundary = BOUNDARY_RATIO[variant]
-    experts = ["transformer", "transformer_2"] if boundary is not None else ["transformer"]
-    config = _transformer_config(variant, layers, width, ffn, z_dim)
-    for index, expert in enumerate(experts):
+    if kind.image_dim is not None:
+        _save_image_encoder(out)
+    config = _transformer_config(kind, layers, width, ffn)
+    for index, expert in enumerate(kind.experts):
         write_random_transformer(out / expert, config, seed=seed + 1 + index, dtype=dtype, max_bytes=max_shard_bytes)
-    _write_index(out, variant, experts, boundary)
-    small = {"height": 64, "width": 64, "num_frames": 9, "steps": 8, "max_sequence_length": 64, "hub_id": None}
+    _write_index(out, kind)
+    small = {"height": 64, "width": 64, "num_frames": 9, "steps": 8, "hub_id": None}
+    small |= {"max_sequence_length": 64} if kind.image_dim is None else {}  # there the attention counts on all 512
     write_json(out / PRESET_FILE, preset.model_copy(update=small).model_dump())
     return out
 
@@ -133,27 +138,29 @@ def _random_tensor(name: str, meta: torch.Tensor, generator: torch.Generator) ->
     return values.mul_(fan_in**-0.5)
 
 
-def _transformer_config(variant: str, layers: int, width: int | None, ffn: int | None, z_dim: int) -> dict[str, Any]:
+def _transformer_config(kind: Variant, layers: int, width: int | None, ffn: int | None) -> dict[str, Any]:
     if width is None:
-        heads, head_dim, true_ffn = TRUE_WIDTH[variant]
+        heads, head_dim, true_ffn = kind.heads, kind.head_dim, kind.ffn
     else:
         heads, head_dim, true_ffn = width // SMALL_HEAD_DIM, SMALL_HEAD_DIM, 2 * width
+    image = {"image_dim": IMAGE_ENCODER["hidden_size"], "added_kv_proj_dim": heads * head_dim}
     return {
         "num_attention_heads": heads,
         "attention_head_dim": head_dim,
         "ffn_dim": ffn or true_ffn,
         "num_layers": layers,
-        # I2V sees noise, mask (4) and image latents: 16 + 4 + 16 channels.
-        "in_channels": 36 if variant == "I2V-A14B" else z_dim,
-        "out_channels": z_dim,
+        "in_channels": kind.in_channels,
+        "out_channels": kind.latent_channels,
         "text_dim": TEXT_DIM,
+        **(image if kind.image_dim is not None else {}),
     }
 
 
-def _make_vae(variant: str, z_dim: int) -> nn.Module:
+def _make_vae(kind: Variant) -> nn.Module:
+    z_dim = kind.latent_channels
     config: dict[str, Any] = {"base_dim": 8, "z_dim": z_dim, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1}
     config.update(latents_mean=[0.0] * z_dim, latents_std=[1.0] * z_dim, decoder_base_dim=8, is_residual=True)
-    if variant == "TI2V-5B":  # two-pixel patches in front: 16x in space with three halvings
+    if kind.expand_timesteps:  # TI2V-5B: two-pixel patches in front: 16x in space with three halvings
         config.update(patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16)
     return AutoencoderKLWan(**config, temperal_downsample=[False, True, True]).eval()
 
@@ -163,6 +170,15 @@ def _make_text_encoder() -> nn.Module:
         vocab_size=512, d_model=TEXT_DIM, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0
     )
     return UMT5EncoderModel(config).eval()
+
+
+def _save_image_encoder(out: Path) -> None:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(**IMAGE_ENCODER, image_size=IMAGE_SIDE, patch_size=IMAGE_PATCH)
+    CLIPVisionModel(config).eval().save_pretrained(out / "image_encoder")
+    size = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
+    CLIPImageProcessor(size={"shortest_edge": IMAGE_SIDE}, crop_size=size).save_pretrained(out / "image_processor")
 
 
 def _make_tokenizer() -> PreTrainedTokenizerFast:
@@ -180,20 +196,22 @@ def _make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _write_index(out: Path, variant: str, experts: list[str], boundary: float | None) -> None:
-    image_pipeline = variant == "I2V-A14B"
+def _write_index(out: Path, kind: Variant) -> None:
     index: dict[str, Any] = {
-        "_class_name": "WanImageToVideoPipeline" if image_pipeline else "WanPipeline",
+        "_class_name": kind.pipeline,
         "_diffusers_version": json.loads((out / "vae" / "config.json").read_text())["_diffusers_version"],
-        "boundary_ratio": boundary,
-        "expand_timesteps": variant == "TI2V-5B",
+        "boundary_ratio": kind.boundary_ratio,
+        "expand_timesteps": kind.expand_timesteps,
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-        "transformer": ["diffusers", "WanTransformer3DModel"],
-        "transformer_2": ["diffusers", "WanTransformer3DModel"] if "transformer_2" in experts else [None, None],
+        **{name: ["diffusers", TRANSFORMER_CLASS] if name in kind.experts else [None, None] for name in EXPERTS},
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    if image_pipeline:
+    if kind.image_dim is not None:
+        index.update(
+            image_encoder=["transformers", "CLIPVisionModel"], image_processor=["transformers", "CLIPImageProcessor"]
+        )
+    elif kind.image == "required":
         index.update(image_encoder=[None, None], image_processor=[None, None])
     write_json(out / "model_index.json", index)

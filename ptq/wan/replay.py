@@ -21,7 +21,7 @@ from ptq.checkpoint.layers import replace_linears
 from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import PtqError
-from ptq.wan.structure import INPUTS, block_prefix
+from ptq.wan.block import DenoiserCall, block_prefix
 
 CACHED_CONTEXT_BYTES = 512 * 2**20
 """Contexts kept over all records of an expert; the others are computed again (a head costs far less than a block)."""
@@ -31,7 +31,7 @@ CACHED_CONTEXT_BYTES = 512 * 2**20
 class BlockContext:
     """What every block of a call receives besides its hidden states.
 
-    context: text tokens [1, L, D]; temb: modulation [1, 6, D] or [1, tokens, 6, D]; rotary: pair of [1, tokens, 1, d].
+    context: tokens [1, L, D] of the text, behind those of the image where the model reads them; temb: modulation [1, 6, D] or [1, tokens, 6, D]; rotary: pair of [1, tokens, 1, d].
     """
 
     context: Tensor
@@ -100,6 +100,8 @@ class ExpertReplay:
     def load_block(self, index: int) -> nn.Module:
         """Block `index` with its weights, as an independent module: the caller drops it when done.
 
+        Tensors that the model has no place for are left out (releases of Wan 2.1 carry unused `norm_added_q`).
+
         Raises:
             PtqError: a weight holds NaN or infinity; names file and tensor.
         """
@@ -111,21 +113,25 @@ class ExpertReplay:
                 raise PtqError(
                     f"{entry.file}: tensor {entry.name} holds NaN or infinite values. A damaged weight cannot be quantized; download or copy the checkpoint again."
                 )
-        return self._load(copy.deepcopy(self._skeletons[index]), tensors)
+        block = copy.deepcopy(self._skeletons[index])
+        known = block.state_dict()
+        return self._load(block, {name: tensor for name, tensor in tensors.items() if name in known})
 
     @torch.no_grad()
-    def head(self, name: str, hidden_states: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, BlockContext]:
+    def head(self, name: str, call: DenoiserCall) -> tuple[Tensor, BlockContext]:
         """Inputs of block 0 for one recorded call.
 
         Args:
             name: of the record; its context is kept under it while there is room.
-            hidden_states, timestep, text: the call's arguments with batch dimension.
 
         Returns:
             hidden [1, tokens, D] and the context shared by all blocks.
+
+        Raises:
+            PtqError: the call lacks the image tokens that this model reads.
         """
         capture = _Capture()
-        self._forward(capture, hidden_states, timestep, text)
+        self._forward(capture, call)
         context = self._contexts.get(name)
         if context is None:
             context = BlockContext(capture.inputs[1], capture.inputs[2], capture.inputs[3])
@@ -133,22 +139,28 @@ class ExpertReplay:
                 self._contexts[name] = context
         return capture.inputs[0], context
 
-    def context(self, name: str, arguments: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> BlockContext:
-        """The context of a recorded call, from the cache or computed from its arguments (read only then)."""
+    def context(self, name: str, call: Callable[[], DenoiserCall]) -> BlockContext:
+        """The context of a recorded call, from the cache or computed from the call (read only then)."""
         cached = self._contexts.get(name)
-        return cached if cached is not None else self.head(name, *arguments())[1]
+        return cached if cached is not None else self.head(name, call())[1]
 
     @torch.no_grad()
-    def tail(self, hidden: Tensor, hidden_states: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    def tail(self, hidden: Tensor, call: DenoiserCall) -> Tensor:
         """The denoiser's output [1, C, T, H, W] given the last block's output [1, tokens, D]."""
-        return self._forward(_Inject(hidden.to(self.device)), hidden_states, timestep, text)
+        return self._forward(_Inject(hidden.to(self.device)), call)
 
-    def _forward(self, block: nn.Module, hidden_states: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    def _forward(self, block: nn.Module, call: DenoiserCall) -> Tensor:
+        image = call.encoder_hidden_states_image
+        if image is None and self._model.config.image_dim is not None:
+            raise PtqError(
+                f"{self.shards.directory} reads image tokens in every block, but the calls were recorded without them (by an earlier version, or from another model). Record them again: `ptq calibrate` with --fresh or another --out."
+            )
         self._model.blocks = nn.ModuleList([block])
         output = self._model(
-            hidden_states=hidden_states.to(self.device, self.dtype),
-            timestep=timestep.to(self.device),
-            encoder_hidden_states=text.to(self.device, self.dtype),
+            hidden_states=call.hidden_states.to(self.device, self.dtype),
+            timestep=call.timestep.to(self.device),
+            encoder_hidden_states=call.encoder_hidden_states.to(self.device, self.dtype),
+            encoder_hidden_states_image=None if image is None else image.to(self.device, self.dtype),
             return_dict=False,
         )[0]
         self._model.blocks = nn.ModuleList()
@@ -180,11 +192,6 @@ def _skeleton(config: dict[str, Any], packed: PackedConfig | None) -> nn.Module:
     if packed is not None:
         replace_linears(model, packed)
     return model
-
-
-def input_modules(block: nn.Module) -> dict[str, nn.Module]:
-    """Distinct input name -> the first Linear that reads it: hook its inputs to see the whole group's."""
-    return {name: block.get_submodule(linears[0]) for name, linears in INPUTS.items()}
 
 
 class _Capture(nn.Module):

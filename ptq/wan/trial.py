@@ -25,8 +25,8 @@ from ptq.errors import PtqError
 from ptq.runtime import QuantLinear
 from ptq.scheme import Scheme
 from ptq.store.files import free_space_hint, read_json, write_bytes
+from ptq.wan.block import block_inputs, block_prefix
 from ptq.wan.replay import state_names
-from ptq.wan.structure import LINEARS, block_prefix
 
 SIZE = {"num_attention_heads": 4, "attention_head_dim": 16, "ffn_dim": 128, "num_layers": 1, "text_dim": 32}
 SEED = 5
@@ -86,9 +86,10 @@ def _write(expert: Path, scheme: Scheme) -> dict[str, Tensor]:
     state = {
         name: torch.randn(meta.shape, generator=generator).mul_(0.1) for name, meta in skeleton.state_dict().items()
     }
-    config = PackedConfig(scheme, tuple(LINEARS))
+    linears = tuple(linear for item in block_inputs(SIZE).values() for linear in item.linears)
+    config = PackedConfig(scheme, linears)
     changed: dict[str, Tensor] = {}
-    for name in (f"{block_prefix(0)}{linear}" for linear in LINEARS):
+    for name in (f"{block_prefix(0)}{linear}" for linear in linears):
         layer = QuantLinear.from_codes(scheme.format.quantize(state.pop(f"{name}.weight")), scheme, None, None)
         changed |= {f"{name}.weight_packed": layer.weight_packed.data, f"{name}.weight_scale": layer.weight_scale.data}
     save_file(state, original)

@@ -12,8 +12,8 @@ import torch
 from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.prompts import MediaRef, Sample
 from ptq.store.sharding import Shard
+from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
-from ptq.wan.structure import read_layout
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5, "steps": 6, "max_sequence_length": 16}
 

@@ -11,7 +11,7 @@ from ptq.calibration.records import CalibrationSet
 from ptq.calibration.run import calibrate
 from ptq.calibration.schedule import choose_steps, sampling_schedule
 from ptq.errors import PtqError
-from ptq.wan.calling import call_arguments
+from ptq.wan.pipeline import call_arguments
 
 VARIANTS = ("T2V-A14B", "I2V-A14B", "TI2V-5B")
 
@@ -30,7 +30,7 @@ def watch_outputs(pipe, experts):
 def test_records_replay_to_the_outputs_that_the_pipeline_saw(pipelines, variant, image_file, tmp_path):
     pipe = load(str(pipelines[variant]))
     plan = make_plan(pipelines[variant], 1, records=8, image=image_file if variant == "I2V-A14B" else None)
-    schedule = sampling_schedule(pipe, plan.preset.steps, list(plan.layout.experts))
+    schedule = sampling_schedule(pipe, plan.preset.steps)
     steps = choose_steps(schedule, plan.steps_per_prompt, 0)
     calls, handles = watch_outputs(pipe, plan.layout.experts)
     calibrate(plan, lambda: pipe, tmp_path / "records")
@@ -70,7 +70,7 @@ def test_both_branches_carry_the_right_text(pipelines, variant, image_file, tmp_
     for record in records:
         text = records.load(record).encoder_hidden_states
         assert torch.equal(text, positive if record.branch == "cond" else negative)
-        assert records.text_tokens(record) == text.shape[1]
+        assert records.tokens(record) == (text.shape[1], 0)
         assert records.shape(record) == tuple(records.load(record).hidden_states.shape[1:])
 
 
@@ -79,7 +79,7 @@ def test_steps_that_share_an_integer_timestep_are_told_apart(t2v):
     original = pipe.scheduler
     pipe.scheduler = UniPCMultistepScheduler.from_config(original.config, flow_shift=12.0)
     plan = make_plan(t2v, 1, steps=150)
-    schedule = sampling_schedule(pipe, 150, list(plan.layout.experts))[:8]
+    schedule = sampling_schedule(pipe, 150)[:8]
     assert len({step.timestep for step in schedule}) < len(schedule)
     calls, handles = watch_outputs(pipe, plan.layout.experts)
     capture = record_prompt(

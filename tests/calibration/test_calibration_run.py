@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from ptq.calibration.records import CalibrationSet
 from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.cli.main import app
-from ptq.config import load_preset
 from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.prompts import read_prompts
 from ptq.store.sharding import Shard
+from ptq.wan.presets import load_preset
 
 REAL_PROMPTS = Path(__file__).resolve().parents[3] / "shared" / "data" / "opens2v" / "OpenS2V-5M_to_mm.json"
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ptq.calibration.schedule import Step, choose_steps, sampling_schedule
 from ptq.errors import UsageError
-from ptq.wan.calling import call_arguments
+from ptq.wan.pipeline import call_arguments
 
 
 def schedule_of(*lengths: int) -> list[Step]:
@@ -69,7 +69,7 @@ def test_too_many_records_is_an_error_that_says_what_to_change():
 def test_experts_and_noise_levels_are_those_of_the_pipeline(pipelines, variant, first_frame):
     pipe = load(str(pipelines[variant]))
     plan = make_plan(pipelines[variant], steps=12)
-    schedule = sampling_schedule(pipe, 12, list(plan.layout.experts))
+    schedule = sampling_schedule(pipe, 12)
     calls = []
     handles = [
         getattr(pipe, name).register_forward_pre_hook(

@@ -13,7 +13,9 @@ from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.config.recipe import Recipe, RecordSettings, SchemeSettings, SolverSettings
 from ptq.errors import DamagedFileError, PtqError
 from ptq.scheme import Scheme
-from ptq.wan.structure import LINEARS
+from ptq.wan.block import READERS
+
+LINEARS = tuple(linear for linears in READERS.values() for linear in linears)
 
 TRANSFORMS = [
     ("none", 0),

@@ -12,7 +12,7 @@ from ptq.checkpoint.export import export_pipeline, msmodelslim_words
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import UsageError
 from ptq.store.files import read_json
-from ptq.wan.structure import read_layout
+from ptq.wan.layout import read_layout
 
 LAYER = "blocks.0.ffn.net.0.proj"
 

@@ -18,10 +18,11 @@ from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.checkpoint.manifest import Manifest, read_manifest
 from ptq.config import load_recipe
 from ptq.prompts import Sample
-from ptq.quantization.run import QuantizeOptions, quantize
+from ptq.quantization.job import Job, QuantizeOptions
+from ptq.quantization.run import quantize
 from ptq.quantization.settings import QuantizeSettings
+from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
-from ptq.wan.structure import read_layout
 
 SIZE = {"height": 32, "width": 32, "num_frames": 9, "steps": 6, "max_sequence_length": 16}
 ALL_TOKENS = "records.tokens_per_record=100000"
@@ -46,7 +47,7 @@ def make_settings(format_name: str = "mxfp4", *overrides: str, protected: dict |
 
 def run(model: Path, records: Path, out: Path, settings: QuantizeSettings, **options: Any) -> Manifest:
     torch.set_num_threads(1)
-    return quantize(read_layout(model), CalibrationSet(records), settings, out, QuantizeOptions(**options))
+    return quantize(Job(read_layout(model), CalibrationSet(records), settings, out, QuantizeOptions(**options)))
 
 
 def start_child(target: Any, *arguments: Any):

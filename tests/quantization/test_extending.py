@@ -30,8 +30,8 @@ from ptq.scheme import FORMATS, TRANSFORMS, Format, FormatError, Scheme, Transfo
 from ptq.scheme.format import with_sign
 from ptq.scheme.placement import DECODED
 from ptq.store.files import read_json
+from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
-from ptq.wan.structure import read_layout
 
 GROUP = 16
 NAN_SCALE = 0xFF

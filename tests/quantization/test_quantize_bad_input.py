@@ -19,11 +19,11 @@ from quantization_helpers import (
 
 from ptq.calibration.records import CalibrationSet
 from ptq.errors import PtqError, UsageError
-from ptq.quantization.plan import describe_plan
+from ptq.quantization.job import Job
 from ptq.quantization.settings import parse_high_precision
+from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
 from ptq.wan.random_model import make_random_pipeline
-from ptq.wan.structure import read_layout
 
 RTN = make_settings("mxfp4")
 FULL_HIF4 = make_settings("hif4", *FULL)
@@ -127,7 +127,7 @@ def test_widths_that_do_not_fit_stop_before_any_work(tmp_path):
         text = rf"transformer of \S+, ffn\.net\.2: K = 160 is not a multiple of {multiple}\b"
         refused(path, records.directory, tmp_path / "out", settings, text, UsageError)
         with pytest.raises(UsageError, match=text):
-            describe_plan(read_layout(path), records, settings, "cpu", tmp_path / "out")
+            Job(read_layout(path), records, settings, tmp_path / "out").describe()
     assert not (tmp_path / "out.partial").exists()
     run(path, records.directory, tmp_path / "out", RTN)  # 160 is a multiple of 32
 
@@ -155,6 +155,14 @@ def test_protected_blocks_that_do_not_exist(text):
         parse_high_precision(text, {"transformer": 3, "transformer_2": 3})
 
 
+def test_records_taken_for_another_variant(single, single_records, copy_of, tmp_path):
+    """What an earlier version recorded from Wan 2.1, which it took for T2V-A14B."""
+    records = copy_of(single_records)
+    settings = json.loads((records / "calibration.json").read_text())
+    (records / "calibration.json").write_text(json.dumps({**settings, "variant": "T2V-A14B"}))
+    refused(single, records, tmp_path / "out", RTN, "taken for T2V-A14B.*Record this model again", UsageError)
+
+
 def test_records_of_another_model(single, model, records, single_records, tmp_path):
     for path, other in ((single, records), (model, single_records)):
         refused(path, other, tmp_path / "out", RTN, "recorded from another model", UsageError)
@@ -166,7 +174,7 @@ def test_no_records_of_an_expert(model, tmp_path):
     missing = ({"transformer", "transformer_2"} - {r.expert for r in calibration}).pop()
     refused(model, calibration.directory, tmp_path / "out", RTN, rf"no records of {missing}\. Record more", UsageError)
     with pytest.raises(UsageError, match=f"no records of {missing}"):
-        describe_plan(read_layout(model), calibration, RTN, "cpu", tmp_path / "out")
+        Job(read_layout(model), calibration, RTN, tmp_path / "out").describe()
     assert not (tmp_path / "out.partial").exists()
 
 

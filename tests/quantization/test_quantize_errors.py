@@ -15,8 +15,8 @@ from ptq.checkpoint.manifest import read_manifest
 from ptq.errors import UsageError
 from ptq.prompts import Sample
 from ptq.quantization.settings import BUDGET
+from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
-from ptq.wan.structure import read_layout
 
 
 @pytest.fixture(scope="module")

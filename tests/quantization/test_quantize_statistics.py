@@ -48,14 +48,14 @@ def test_the_manifest_states_the_tokens(single, single_records, tmp_path):
     counts = {row.layer: (row.tokens, row.sample_tokens) for row in manifest.layers}
     texts = {"attn2.to_k", "attn2.to_v"}
     assert {counts[name] for name in counts.keys() - texts} == {(2 * len(records), len(records))}
-    text_tokens = found.text_tokens(records[0])
+    text_tokens, _ = found.tokens(records[0])
     assert {counts[name] for name in texts} == {(min(2, text_tokens) * len(records), len(records))}
     plain = run(single, single_records, tmp_path / "plain", make_settings("hif4", *FULL))
     _, t, h, w = found.shape(records[0])
     video = next(row for row in plain.layers if row.layer == "attn1.to_q")
     text = next(row for row in plain.layers if row.layer == "attn2.to_k")
     assert video.tokens == len(records) * t * (h // 2) * (w // 2)
-    assert text.tokens == len(records) * found.text_tokens(records[0])
+    assert text.tokens == len(records) * found.tokens(records[0])[0]
 
 
 def record(index: int, sigma: float) -> Record:

@@ -135,7 +135,7 @@ def test_settings_of_an_earlier_version_are_named(copy_job):
     words = {step.key: step.text for step in steps}
     assert "blocks of 32" in words["smoothed"] and "scales" in words
     assert "Damping 0.02" in words["gptq"] and "in their natural order" in words["gptq"]
-    assert LEFTOVERS.search(text_of(render_pdf(copy_job.evaluation, copy_job.checkpoint))) is None
+    assert LEFTOVERS.search(text_of(pdf_of(copy_job.evaluation, copy_job.checkpoint))) is None
 
 
 def test_ablations_are_shown_when_given(job, tmp_path):

@@ -25,8 +25,8 @@ from ptq.submission.archive import extract_archive, write_archive
 from ptq.submission.package import CHECKSUMS, package
 from ptq.submission.verify import verify
 from ptq.tiny.grammar import held_out_prompts
+from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
-from ptq.wan.structure import read_layout
 
 LIMIT = 10**9
 

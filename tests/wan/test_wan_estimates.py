@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ptq.config import load_preset
+from ptq.wan.block import block_inputs
 from ptq.wan.estimates import (
     CallSize,
     call_size,
@@ -18,68 +18,95 @@ from ptq.wan.estimates import (
     measure_rate,
     sampling_memory,
 )
+from ptq.wan.layout import ModelLayout, read_layout
 from ptq.wan.loading import load_pipeline
-from ptq.wan.replay import input_modules
-from ptq.wan.structure import ModelLayout, read_layout
+from ptq.wan.presets import load_preset
+from ptq.wan.variants import VARIANTS
 
 CONFIG = {"num_attention_heads": 4, "attention_head_dim": 16, "ffn_dim": 192, "num_layers": 2, "text_dim": 32}
 LATENT, TEXT = (16, 3, 8, 8), 24
 
 
-def counted(layers: int) -> int:
+IMAGE = {"image_dim": 32, "added_kv_proj_dim": 64}
+BLOCKS = pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        (CONFIG, CallSize(3 * 4 * 4, TEXT, LATENT)),
+        ({**CONFIG, **IMAGE}, CallSize(3 * 4 * 4, 512, LATENT, image=5)),  # such models split their context at 512
+    ],
+    ids=["text", "text and image"],
+)
+
+
+def run(model: WanTransformer3DModel, size: CallSize) -> None:
+    image = {"encoder_hidden_states_image": torch.randn(1, size.image, 32)} if size.image else {}
+    with torch.no_grad():
+        model(torch.randn(1, *size.latent), torch.tensor([500]), torch.randn(1, size.text, 32), **image)
+
+
+def counted(config: dict, size: CallSize, layers: int) -> int:
     torch.manual_seed(0)
-    model = WanTransformer3DModel(**{**CONFIG, "num_layers": layers}).eval()
+    model = WanTransformer3DModel(**{**config, "num_layers": layers}).eval()
     # The plain attention kernel is made of matrix products, which the counter sees.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.randn(1, *LATENT), torch.tensor([500]), torch.randn(1, TEXT, 32))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run(model, size)
     return counter.get_total_flops()
 
 
-def test_forward_operations_equal_what_torch_counts_for_a_block():
-    size = CallSize(3 * 4 * 4, TEXT, LATENT)
-    one_block = counted(3) - counted(2)
-    assert forward_flops({**CONFIG, "num_layers": 1}, size) == pytest.approx(one_block, rel=1e-6)
-    assert forward_flops({**CONFIG, "num_layers": 5}, size) == pytest.approx(5 * one_block, rel=1e-6)
+@BLOCKS
+def test_forward_operations_equal_what_torch_counts_for_a_block(config: dict, size: CallSize):
+    one_block = counted(config, size, 3) - counted(config, size, 2)
+    assert forward_flops({**config, "num_layers": 1}, size) == pytest.approx(one_block, rel=1e-6)
+    assert forward_flops({**config, "num_layers": 5}, size) == pytest.approx(5 * one_block, rel=1e-6)
 
 
-def test_hessian_operations_follow_the_inputs_of_a_real_block():
+@BLOCKS
+def test_hessian_operations_follow_the_inputs_of_a_real_block(config: dict, size: CallSize):
     torch.manual_seed(0)
-    model = WanTransformer3DModel(**{**CONFIG, "num_layers": 1}).eval()
+    model = WanTransformer3DModel(**{**config, "num_layers": 1}).eval()
     operations = []
-    for module in input_modules(model.blocks[0]).values():
+    for item in block_inputs(config).values():
+        module = model.blocks[0].get_submodule(item.linears[0])
         module.register_forward_pre_hook(lambda _, args: operations.append(args[0].numel() * args[0].shape[-1]))
-    with torch.no_grad():
-        model(torch.randn(1, *LATENT), torch.tensor([500]), torch.randn(1, TEXT, 32))
-    assert len(operations) == 7
-    assert hessian_flops({**CONFIG, "num_layers": 1}, CallSize(48, TEXT, LATENT)) == sum(operations)
+    run(model, size)
+    assert len(operations) == (8 if size.image else 7)
+    assert hessian_flops({**config, "num_layers": 1}, size) == sum(operations)
 
 
-@pytest.mark.parametrize("variant", ["T2V-A14B", "I2V-A14B", "TI2V-5B"])
+@pytest.mark.parametrize("variant", ["T2V-A14B", "I2V-A14B", "TI2V-5B", "I2V-14B"])
 def test_call_size_is_what_the_denoiser_gets(random_pipelines: dict[str, Path], variant: str):
     layout = read_layout(random_pipelines[variant])
     pipe = load_pipeline(random_pipelines[variant])
     seen = []
     pipe.transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append((kwargs["hidden_states"].shape, kwargs["encoder_hidden_states"].shape)),
+        lambda _, args, kwargs: seen.append(kwargs),
         with_kwargs=True,
     )
     preset = layout.preset.model_copy(update={"num_frames": 5, "height": 32, "width": 64})
     arguments = {"prompt": "a", "height": 32, "width": 64, "num_frames": 5, "num_inference_steps": 1}
-    if variant == "I2V-A14B":
+    if layout.needs_image:
         from PIL import Image
 
         arguments["image"] = Image.new("RGB", (64, 32))
     pipe.set_progress_bar_config(disable=True)
     pipe(**arguments, max_sequence_length=preset.max_sequence_length, output_type="latent")
     size = call_size(layout, preset)
-    assert (size.latent, size.text) == (tuple(seen[0][0][1:]), seen[0][1][1])
+    image = seen[0].get("encoder_hidden_states_image")
+    assert size.latent == tuple(seen[0]["hidden_states"].shape[1:])
+    assert size.text == seen[0]["encoder_hidden_states"].shape[1]
+    assert size.image == (0 if image is None else image.shape[1]) == (5 if variant == "I2V-14B" else 0)
 
 
 def test_tokens_of_the_real_variants():
     """Without vae/config.json the A14B strides are taken; numbers from the Wan documentation."""
     preset = load_preset("T2V-A14B")
     layout = ModelLayout(
-        Path("nowhere"), {"transformer": {"in_channels": 16, "patch_size": [1, 2, 2]}}, "", preset, 0.875
+        Path("nowhere"),
+        VARIANTS["T2V-A14B"],
+        {"transformer": {"in_channels": 16, "patch_size": [1, 2, 2]}},
+        "",
+        preset,
+        0.875,
     )
     assert call_size(layout, preset).tokens == 32760
     big = preset.model_copy(update={"height": 720, "width": 1280})

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import PtqError, UsageError
-from ptq.wan.loading import load_pipeline, resolve_model
-from ptq.wan.original import EXPERT_FOLDERS, convert_original, find_original
+from ptq.wan.loading import ORIGINAL_FOLDERS, find_original, load_pipeline, resolve_model
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from convert_original_wan import convert_original
 
 # Written from the names of the authors' code, independently of diffusers' table.
 TO_ORIGINAL = [
@@ -27,6 +30,12 @@ TO_ORIGINAL = [
     (r"\.attn1\.", ".self_attn."),
     (r"\.attn2\.", ".cross_attn."),
     (r"\.to_out\.0\.", ".o."),
+    (r"\.add_([kv])_proj\.", r".\1_img."),
+    (r"\.norm_added_k\.", ".norm_k_img."),
+    (r"^condition_embedder\.image_embedder\.norm1", "img_emb.proj.0"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj", "img_emb.proj.1"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.2", "img_emb.proj.3"),
+    (r"^condition_embedder\.image_embedder\.norm2", "img_emb.proj.4"),
     (r"\.to_([qkv])\.", r".\1."),
     (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
     (r"\.ffn\.net\.2\.", ".ffn.2."),
@@ -49,7 +58,7 @@ def state_of(pipeline: Path, expert: str) -> dict[str, torch.Tensor]:
 def release(random_pipelines, tmp_path_factory) -> Path:
     """A release directory as the authors publish it, made from the random T2V pipeline."""
     root = tmp_path_factory.mktemp("release") / "Wan2.2-T2V-A14B"
-    for expert, folder in EXPERT_FOLDERS.items():
+    for expert, folder in ORIGINAL_FOLDERS.items():
         (root / folder).mkdir(parents=True)
         state = state_of(random_pipelines["T2V-A14B"], expert)
         renamed = {original_name(name): tensor for name, tensor in state.items()}
@@ -63,7 +72,7 @@ def release(random_pipelines, tmp_path_factory) -> Path:
 def test_a_release_converts_to_the_same_tensors(release, random_pipelines, tmp_path):
     base = random_pipelines["T2V-A14B"]
     out = convert_original(find_original(release), base, tmp_path / "out")
-    for expert in EXPERT_FOLDERS:
+    for expert in ORIGINAL_FOLDERS:
         wanted, found = state_of(base, expert), state_of(out, expert)
         assert list(found) and all(torch.equal(found[name], wanted[name]) for name in wanted)
         assert set(found) == set(wanted)
@@ -74,7 +83,7 @@ def test_a_release_converts_to_the_same_tensors(release, random_pipelines, tmp_p
 def test_a_single_file_with_a_prefix_equals_diffusers_own_conversion(release, random_pipelines, tmp_path):
     base = random_pipelines["T2V-A14B"]
     files = {}
-    for expert, folder in EXPERT_FOLDERS.items():
+    for expert, folder in ORIGINAL_FOLDERS.items():
         state = load_file(release / folder / "diffusion_pytorch_model.safetensors")
         files[expert] = tmp_path / f"{expert}.safetensors"
         save_file({f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}, files[expert])
@@ -94,6 +103,54 @@ def test_a_release_is_recognised_and_the_command_is_named(release):
     text = str(caught.value)
     assert "original layout" in text and "scripts/convert_original_wan.py" in text
     assert "--base Wan-AI/Wan2.2-T2V-A14B-Diffusers" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "base"),
+    [
+        ({"model_type": "t2v", "in_dim": 16, "dim": 1536}, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+        ({"model_type": "t2v", "in_dim": 16, "dim": 5120}, "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
+        ({"model_type": "i2v", "in_dim": 36, "dim": 5120}, "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"),
+        ({"model_type": "ti2v", "in_dim": 48, "dim": 3072}, "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
+        ({"model_type": "t2v", "in_dim": 99}, "a pipeline directory of the same variant"),
+    ],
+)
+def test_a_release_of_one_expert_names_its_base(tmp_path, config, base):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "WanModel", **config}))
+    with pytest.raises(PtqError, match=f"--base {re.escape(base)} "):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "relative"),
+    [
+        ({"_class_name": "VaceWanModel", "model_type": "vace"}, "VACE"),
+        ({"_class_name": "WanModel", "model_type": "animate"}, "Animate"),
+        ({"_class_name": "WanModel_S2V", "model_type": "s2v"}, "S2V"),
+        ({"_class_name": "WanModel", "model_type": "flf2v"}, "FLF2V"),
+    ],
+)
+@pytest.mark.parametrize("folder", ["", "high_noise_model"])
+def test_releases_of_relatives_are_refused_by_name(tmp_path, config, relative, folder):
+    for name in (folder, "low_noise_model" if folder else ""):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PtqError, match=f"is a Wan {relative} model.*Supported are"):
+        resolve_model(str(tmp_path))
+
+
+def test_a_release_of_wan_21_with_image_tokens_converts(random_pipelines, tmp_path):
+    base, release = random_pipelines["I2V-14B"], tmp_path / "Wan2.1-I2V-14B-480P"
+    state = state_of(base, "transformer")
+    release.mkdir()
+    save_file(
+        {original_name(name): tensor for name, tensor in state.items()},
+        release / "diffusion_pytorch_model.safetensors",
+    )
+    (release / "config.json").write_text(json.dumps({"_class_name": "WanModel", "model_type": "i2v", "in_dim": 36}))
+    found = state_of(convert_original(find_original(release), base, tmp_path / "out"), "transformer")
+    assert set(found) == set(state) and all(torch.equal(found[name], state[name]) for name in state)
+    assert sum("add_k_proj" in name for name in found) == 4
 
 
 def test_a_pipeline_is_no_release(random_pipelines):

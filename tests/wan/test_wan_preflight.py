@@ -11,8 +11,8 @@ from ptq.checkpoint import shards as shards_module
 from ptq.cli.main import app
 from ptq.errors import PtqError, UsageError
 from ptq.wan import trial as trial_module
+from ptq.wan.layout import read_layout
 from ptq.wan.preflight import Needs, preflight
-from ptq.wan.structure import read_layout
 from ptq.wan.trial import run_trial
 
 HUGE = 10**18

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,22 +16,32 @@ from torch import Tensor
 import ptq  # noqa: F401  (registers the packed format)
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import PtqError
+from ptq.wan.block import DenoiserCall
+from ptq.wan.layout import read_layout
 from ptq.wan.replay import ExpertReplay, run_block, state_names
-from ptq.wan.structure import read_layout
+from ptq.wan.variants import VARIANTS
 
 Source = Callable[[str], tuple[Path, str]]
 
 
-def call(variant: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden_states, timestep, text) as the pipeline passes them; TI2V-5B gives every token its own timestep."""
+def call(variant: str, seed: int = 0) -> DenoiserCall:
+    """A call as the pipeline makes it; TI2V-5B gives every token its own timestep, I2V-14B has image tokens."""
     generator = torch.Generator().manual_seed(seed)
-    channels = {"T2V-A14B": 16, "I2V-A14B": 36, "TI2V-5B": 48}[variant]
-    hidden = torch.randn(1, channels, 3, 8, 8, generator=generator)
-    text = torch.randn(1, 12, 64, generator=generator)
+    hidden = torch.randn(1, VARIANTS[variant].in_channels, 3, 8, 8, generator=generator)
+    image = variant == "I2V-14B"
+    text = torch.randn(1, 512 if image else 12, 64, generator=generator)
     timestep = torch.tensor([937.0])
     if variant == "TI2V-5B":
         timestep = torch.where(torch.arange(3 * 4 * 4) < 16, 0.0, 937.0).unsqueeze(0)
-    return hidden, timestep, text
+    return DenoiserCall(hidden, timestep, text, torch.randn(1, 5, 32, generator=generator) if image else None)
+
+
+def run_model(model: WanTransformer3DModel, call: DenoiserCall, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The real model on a call."""
+    tensors = {name: value for name, value in vars(call).items() if value is not None}
+    with torch.no_grad():
+        tensors = {name: value if name == "timestep" else value.to(dtype) for name, value in tensors.items()}
+        return model(**tensors, return_dict=False)[0]
 
 
 def open_replay(directory: Path, expert: str = "transformer", dtype: torch.dtype = torch.float32) -> ExpertReplay:
@@ -38,11 +49,11 @@ def open_replay(directory: Path, expert: str = "transformer", dtype: torch.dtype
     return ExpertReplay(ShardSet(directory / expert), config, dtype=dtype)
 
 
-def replayed(replay: ExpertReplay, arguments: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    hidden, context = replay.head("record", *arguments)
+def replayed(replay: ExpertReplay, call: DenoiserCall) -> Tensor:
+    hidden, context = replay.head("record", call)
     for index in range(replay.num_blocks):
         hidden = run_block(replay.load_block(index), hidden, context)
-    return replay.tail(hidden, *arguments)
+    return replay.tail(hidden, call)
 
 
 CASES = [
@@ -51,6 +62,8 @@ CASES = [
     ("I2V-A14B", "transformer"),
     ("I2V-A14B", "transformer_2"),
     ("TI2V-5B", "transformer"),
+    ("T2V-1.3B", "transformer"),
+    ("I2V-14B", "transformer"),
 ]
 
 
@@ -60,9 +73,7 @@ def test_original_model(random_pipelines, variant: str, expert: str, dtype: torc
     directory = random_pipelines[variant] / expert
     model = WanTransformer3DModel.from_pretrained(directory, torch_dtype=dtype).eval()
     arguments = call(variant)
-    hidden, timestep, text = arguments
-    with torch.no_grad():
-        expected = model(hidden.to(dtype), timestep, text.to(dtype), return_dict=False)[0]
+    expected = run_model(model, arguments, dtype)
     found = replayed(open_replay(random_pipelines[variant], expert, dtype), arguments)
     assert found.dtype == expected.dtype and torch.equal(found, expected) and expected.std() > 0.01
 
@@ -75,11 +86,30 @@ def test_packed_model(packed, random_pipelines, format_name: str, variant: str, 
     directory = packed[format_name]
     model = WanTransformer3DModel.from_pretrained(directory / expert, torch_dtype=torch.float32).eval()
     arguments = call(variant)
-    with torch.no_grad():
-        expected = model(*arguments, return_dict=False)[0]
+    expected = run_model(model, arguments)
     assert torch.equal(replayed(open_replay(directory, expert), arguments), expected)
     original = replayed(open_replay(random_pipelines[variant], expert), arguments)
     assert 1e-3 < ((expected - original).norm() / original.norm()).item() < 0.5
+
+
+def test_a_call_without_image_tokens_is_refused(random_pipelines) -> None:
+    replay = open_replay(random_pipelines["I2V-14B"])
+    old = replace(call("I2V-14B"), encoder_hidden_states_image=None)
+    with pytest.raises(PtqError, match="recorded without them"):
+        replay.head("record", old)
+
+
+def test_unused_tensors_of_a_release_are_left_out(random_pipelines, copy_of) -> None:
+    """Released I2V weights of Wan 2.1 hold a norm that no code reads, as diffusers says (`norm_added_q`)."""
+    directory, arguments = copy_of(random_pipelines["I2V-14B"]), call("I2V-14B")
+    expected = replayed(open_replay(directory), arguments)
+    name = "blocks.0.attn2.norm_added_q.weight"
+    save_file({name: torch.ones(128)}, directory / "transformer" / "extra.safetensors")
+    index = directory / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][name] = "extra.safetensors"
+    index.write_text(json.dumps(content))
+    assert torch.equal(replayed(open_replay(directory), arguments), expected)
 
 
 def test_contexts_are_kept_by_name(random_pipelines) -> None:
@@ -88,7 +118,7 @@ def test_contexts_are_kept_by_name(random_pipelines) -> None:
     context_a, context_b = replay.context("a", lambda: a), replay.context("b", lambda: b)
     assert not torch.equal(context_a.context, context_b.context)
 
-    def not_again() -> tuple[Tensor, Tensor, Tensor]:
+    def not_again() -> DenoiserCall:
         raise AssertionError("the arguments were read again")
 
     assert replay.context("a", not_again) is context_a
@@ -103,7 +133,7 @@ def test_blocks_are_independent(random_pipelines) -> None:
 
 
 def test_state_names_are_those_of_the_model(packed, random_pipelines) -> None:
-    for directory in (random_pipelines["I2V-A14B"], packed["hif4"], packed["mxfp4"]):
+    for directory in (random_pipelines["I2V-14B"], packed["hif4"], packed["mxfp4"]):
         config = read_layout(directory).experts["transformer"]
         model = WanTransformer3DModel.from_pretrained(directory / "transformer", torch_dtype=torch.float32)
         found = state_names(config, open_replay(directory).packed)

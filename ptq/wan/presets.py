@@ -1,19 +1,18 @@
-"""Model presets: the generation defaults of each Wan 2.2 variant. Every value can be overridden on the command line.
+"""Presets: the generation defaults of each variant. Every value can be overridden on the command line.
 
 Sources: the model cards and the original repository's configuration files, as listed in docs/guide.md.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from ptq.config.load import CONFIGS, list_configs, load_yaml, validate
+from ptq.config.load import CONFIGS, load_yaml, validate
 from ptq.errors import UsageError
+from ptq.wan.variants import VARIANTS
 
 PRESET_FILE = "ptq_preset.json"
-"""A model directory may carry its own preset under this name (the embedded and the random models do)."""
+"""A model directory may carry its own preset under this name (the embedded, the random and the packed models do)."""
 
 
 class ModelPreset(BaseModel):
@@ -21,7 +20,7 @@ class ModelPreset(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    variant: Literal["T2V-A14B", "I2V-A14B", "TI2V-5B"]
+    variant: str
     hub_id: str | None = None
     height: int = Field(gt=0)
     width: int = Field(gt=0)
@@ -34,6 +33,13 @@ class ModelPreset(BaseModel):
     negative_prompt: str = ""
     max_sequence_length: int = Field(default=512, gt=0)
 
+    @field_validator("variant")
+    @classmethod
+    def _known(cls, variant: str) -> str:
+        if variant not in VARIANTS:
+            raise ValueError(f"should be one of {', '.join(VARIANTS)}")
+        return variant
+
     def with_overrides(self, **values: object) -> ModelPreset:
         """This preset with the values that are not None in their places.
 
@@ -45,12 +51,12 @@ class ModelPreset(BaseModel):
 
 
 def load_preset(variant: str) -> ModelPreset:
-    """The preset of a variant ("T2V-A14B", "I2V-A14B", "TI2V-5B").
+    """The preset of a variant, by its name.
 
     Raises:
         UsageError: no such variant.
     """
+    if variant not in VARIANTS:
+        raise UsageError(f"Unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}.")
     path = CONFIGS / "models" / f"{variant.lower()}.yaml"
-    if not path.exists():
-        raise UsageError(f"Unknown variant {variant!r}; choose one of {', '.join(list_configs('models'))}.")
     return validate(ModelPreset, load_yaml(path), str(path))

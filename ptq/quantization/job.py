@@ -1,0 +1,339 @@
+"""One quantize run as a value: what it is made from, how, where to, and what it will take before anything is spent.
+
+Estimates are sizes of the large things only: the streams of hidden states, one block and its statistics, the shards. Times
+divide exact counts of operations by what a short matrix multiplication reaches here.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ptq.calibration.records import CalibrationSet
+from ptq.checkpoint.manifest import Coverage, package_versions
+from ptq.checkpoint.quantization_config import PackedConfig
+from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet
+from ptq.errors import UsageError
+from ptq.quantization.calls import ExpertCalls, spread
+from ptq.quantization.processes import ALONE, Processes
+from ptq.quantization.settings import QuantizeSettings, check_budget
+from ptq.scheme import FormatError
+from ptq.store.files import digest, files_below
+from ptq.ui.progress import format_seconds
+from ptq.wan.block import block_prefix, rows_outside, video_tokens
+from ptq.wan.estimates import (
+    EFFICIENCY,
+    CallSize,
+    denoiser_activation_bytes,
+    forward_flops,
+    hessian_flops,
+    measure_rate,
+    solve_flops,
+)
+from ptq.wan.layout import ModelLayout
+from ptq.wan.preflight import Needs, gigabytes
+from ptq.wan.replay import ExpertReplay
+
+STREAM_BYTES = 4
+"""Hidden states of both streams are counted in float32."""
+SOLVER_COPIES = 3
+"""Matrices of the widest input's size alive while it is solved: Hessian, its transform, the factor."""
+WEIGHT_COPIES = 6
+"""float32 copies of the largest Linear alive while it is solved: transformed, codes, both roundings, their errors. With them
+the estimate is within 5 % of a measured block of A14B's width (docs/benchmarks.md)."""
+LIBRARY_BYTES = 700 * 2**20
+"""Python, torch, diffusers and transformers, loaded."""
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """How to run, without influence on the codes.
+
+    Attributes:
+        device: of the replay.
+        max_memory: bytes that the two streams of hidden states may take in RAM; beyond, they are memory-mapped files.
+            None: half of what is available.
+        link: link unchanged components instead of copying them.
+        fresh: discard an unfinished run.
+        max_shard_bytes: limit of a weight file.
+    """
+
+    device: str = "cpu"
+    max_memory: int | None = None
+    link: bool = False
+    fresh: bool = False
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which blocks run."""
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
+
+    @property
+    def stream_limit(self) -> int:
+        """Bytes that the streams may take in RAM."""
+        return psutil.virtual_memory().available // 2 if self.max_memory is None else self.max_memory
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of `ptq quantize`.
+
+    Attributes:
+        layout: the original pipeline.
+        calibration: records made from it.
+        settings: format, recipe, protected blocks.
+        out: directory to create; it appears only when complete.
+        options: device, memory, linking.
+        processes: this process among those that share the work.
+    """
+
+    layout: ModelLayout
+    calibration: CalibrationSet
+    settings: QuantizeSettings
+    out: Path
+    options: QuantizeOptions = QuantizeOptions()
+    processes: Processes = ALONE
+
+    # What it is made from.
+
+    @functools.cached_property
+    def shards(self) -> dict[str, ShardSet]:
+        """Expert -> its original tensors."""
+        return {expert: ShardSet(self.layout.path / expert) for expert in self.layout.experts}
+
+    def check(self) -> None:
+        """Refuse contradictory inputs before any work.
+
+        Raises:
+            UsageError: packed input, records of another model or of only one expert, widths that do not fit the scheme,
+                too many protected blocks.
+        """
+        layout, calibration = self.layout, self.calibration
+        if layout.is_packed:
+            raise UsageError(f"{layout.path} is already a packed checkpoint; quantize the original model instead.")
+        if calibration.settings.get("experts") != {name: digest(config) for name, config in layout.experts.items()}:
+            raise UsageError(
+                f"{calibration.directory} was recorded from another model than {layout.path} (experts or their config.json differ). Record this model with `ptq calibrate` first."
+            )
+        recorded_as = calibration.settings.get("variant")
+        if recorded_as != layout.variant.name:
+            raise UsageError(
+                f"{calibration.directory} was recorded from {layout.variant.title} taken for {recorded_as}, with the flow shift and steps of that. Record this model again with `ptq calibrate`, into another --out."
+            )
+        for expert in layout.experts:
+            if not calibration.of_expert(expert):
+                raise UsageError(
+                    f"{calibration.directory} has no records of {expert}. Record more steps (--steps, --records-per-prompt) so that every expert is called."
+                )
+            for name, (_, k) in layout.linear_shapes(expert).items():
+                try:
+                    self.settings.scheme.check_width(k)
+                except FormatError as error:
+                    raise UsageError(f"{expert} of {layout.path}, {name}: {error}") from error
+        check_budget(self.settings.format, self.settings.high_precision, self.settings.budget_scope)
+
+    @functools.cached_property
+    def signature(self) -> dict[str, Any]:
+        """Everything that decides the codes; two runs with equal signatures may share finished blocks."""
+        settings = self.settings
+        protected = {expert: list(blocks) for expert, blocks in settings.high_precision.items()}
+        return {
+            "model": base_model_identity(self.layout, self.shards),
+            "calibration": self.calibration.digest,
+            "format": settings.format,
+            "recipe": settings.recipe.model_dump(mode="json", exclude={"description"}),
+            "high_precision": "auto" if settings.auto_protect else protected,
+            "budget_scope": settings.budget_scope,
+            "seed": settings.seed,
+            "versions": package_versions(),
+        }
+
+    def replay(self, expert: str) -> ExpertReplay:
+        """The original expert, block by block."""
+        return ExpertReplay(self.shards[expert], self.layout.experts[expert], self.options.device, self.options.dtype)
+
+    def calls(self, expert: str, replay: ExpertReplay) -> ExpertCalls:
+        """The recorded calls of an expert that are replayed."""
+        return ExpertCalls(expert, replay, self.calibration, self.settings.record_limit)
+
+    def packed(self, expert: str) -> PackedConfig:
+        """What the packed expert's config.json says."""
+        protected = tuple(sorted(self.settings.high_precision.get(expert, ())))
+        return PackedConfig(self.settings.scheme, tuple(self.layout.linear_shapes(expert)), protected)
+
+    # What it will take.
+
+    def call_size(self, expert: str) -> CallSize:
+        """Size of an expert's recorded calls, from the first of them."""
+        record = self.calibration.of_expert(expert)[0]
+        channels, times, rows, columns = self.calibration.shape(record)
+        latent = (channels, times, rows, columns)
+        text, image = self.calibration.tokens(record)
+        return CallSize(video_tokens(self.layout.experts[expert], latent), text, latent, image)
+
+    def used_records(self, expert: str) -> int:
+        """How many records of an expert are replayed."""
+        return len(spread(self.calibration.of_expert(expert), self.settings.record_limit))
+
+    def stream_bytes(self, expert: str) -> int:
+        """Bytes of both streams of hidden states of an expert's records."""
+        tokens = self.call_size(expert).tokens
+        return 2 * STREAM_BYTES * self.layout.width(expert) * tokens * self.used_records(expert)
+
+    def coverage(self) -> Coverage:
+        """How much of the model is W4A4, over all experts. Linear parameters are 2-D weights of the experts (embedders and
+        output included)."""
+        scheme = self.settings.scheme
+        linear = quantized = basis_bytes = 0
+        flops = quantized_flops = 0.0
+        for expert in self.layout.experts:
+            call, inputs = self.call_size(expert), self.layout.block_inputs(expert).values()
+            rows = {
+                f"{block_prefix(index)}{name}.weight": item.rows
+                for index in range(self.layout.num_blocks(expert))
+                for item in inputs
+                for name in item.linears
+            }
+            kept = tuple(block_prefix(index) for index in self.settings.high_precision.get(expert, ()))
+            for name, entry in self.shards[expert].entries.items():
+                if not name.endswith(".weight") or len(entry.shape) != 2:
+                    continue
+                size = math.prod(entry.shape)
+                cost = 2.0 * size * call.rows(rows.get(name) or rows_outside(name))
+                linear += size
+                flops += cost
+                if name in rows and not name.startswith(kept):
+                    quantized += size
+                    basis_bytes += scheme.basis_bytes(entry.shape[1])
+                    quantized_flops += cost
+        bits = scheme.format.bits_per_value
+        return Coverage(
+            linear_parameters=linear,
+            quantized_parameters=quantized,
+            parameter_share=quantized / linear,
+            flop_share=quantized_flops / flops,
+            bits_per_quantized_value=bits,
+            quantized_bytes=int(quantized * bits / 8),
+            basis_bytes=basis_bytes,
+            original_bytes=sum(e.nbytes for shards in self.shards.values() for e in shards.entries.values()),
+        )
+
+    def packed_bytes(self) -> int:
+        """Bytes of all experts after quantization."""
+        scheme, total = self.settings.scheme, 0.0
+        for expert, shards in self.shards.items():
+            shapes = self.layout.linear_shapes(expert).values()
+            blocks = self.layout.num_blocks(expert) - len(self.settings.high_precision.get(expert, ()))
+            quantized = blocks * sum(n * k for n, k in shapes)
+            basis = blocks * sum(scheme.basis_bytes(k) for _, k in shapes)
+            entries = shards.entries.values()
+            itemsize = max(entry.torch_dtype.itemsize for entry in entries)
+            total += sum(entry.nbytes for entry in entries) - quantized * itemsize
+            total += quantized * scheme.format.bits_per_value / 8 + basis
+        return int(total)
+
+    def needs(self) -> Needs:
+        """Disk, RAM and GPU memory of the whole run; what an unfinished run has written already is not counted again.
+
+        Disk: finished blocks and the final shards at the same time, the copied components, and the streams where they do not
+        fit into RAM. Memory: the streams (in RAM, or paged from disk), one block, its statistics, one forward.
+        """
+        experts, options = self.layout.experts, self.options
+        streams = max(map(self.stream_bytes, experts))
+        in_ram = streams <= options.stream_limit
+        folders = [path for path in self.layout.path.iterdir() if path.name not in experts]
+        others = 0 if options.link else sum(map(_bytes_below, folders))
+        written = _bytes_below(self.out.with_name(self.out.name + ".partial"))
+        disk = max(0, 2 * self.packed_bytes() + others + (0 if in_ram else streams) - written)
+        work = max(map(self._working_bytes, experts))
+        ram = LIBRARY_BYTES + (streams if in_ram else 0)
+        return Needs(disk, ram + work, 0) if options.device == "cpu" else Needs(disk, ram, work)
+
+    def _working_bytes(self, expert: str) -> int:
+        config = self.layout.experts[expert]
+        sizes = [n * k for n, k in self.layout.linear_shapes(expert).values()]
+        block = sum(sizes) * self.options.dtype.itemsize + WEIGHT_COPIES * 4 * max(sizes)
+        widths = [item.k for item in self.layout.block_inputs(expert).values()]
+        hessians = sum(4 * k * k for k in widths) + SOLVER_COPIES * 4 * max(widths) ** 2
+        activations = denoiser_activation_bytes(config, self.call_size(expert), self.options.dtype.itemsize)
+        return block + activations + (hessians if self.settings.needs_hessian else 0)
+
+    def seconds(self) -> float:
+        """Time of the whole run: each record through each block twice, Hessians, solves."""
+        device = self.options.device
+        rate = measure_rate(device, self.options.dtype)
+        rate32 = rate if device == "cpu" else measure_rate(device, torch.float32)
+        seconds = 0.0
+        for expert, config in self.layout.experts.items():
+            size, records = self.call_size(expert), self.used_records(expert)
+            seconds += 2 * records * forward_flops(config, size) / (rate * EFFICIENCY)
+            if self.settings.needs_hessian:
+                limit = self.settings.recipe.records.hessian_tokens or size.tokens + size.text + size.image
+                limited = {name: min(getattr(size, name), limit) for name in ("tokens", "text", "image")}
+                seconds += records * hessian_flops(config, replace(size, **limited)) / (rate32 * EFFICIENCY)
+            if self.settings.recipe.solver.rounding == "gptq":
+                seconds += solve_flops(config) / (rate32 * EFFICIENCY)
+        return seconds
+
+    def describe(self) -> dict[str, str]:
+        """Name -> value for --dry-run. Checks the inputs as the run would.
+
+        Raises:
+            PtqError: whatever would stop the run before its first block.
+        """
+        self.check()
+        settings, coverage, needs = self.settings, self.coverage(), self.needs()
+        plan = {"model": f"{self.layout.path} ({self.layout.preset.variant})", "format": settings.format}
+        for expert in self.layout.experts:
+            records, recorded = self.used_records(expert), len(self.calibration.of_expert(expert))
+            tokens, used = self.call_size(expert).tokens, settings.recipe.records
+            plan[expert] = (
+                f"{self.layout.num_blocks(expert)} blocks, {records} of {recorded} records of {tokens} tokens, hidden states {gigabytes(self.stream_bytes(expert))}"
+            )
+            if settings.needs_hessian:
+                hessian = min(tokens, used.hessian_tokens or tokens)
+                plan[f"{expert}, tokens"] = (
+                    f"{records * hessian} in each Hessian, {records * min(tokens, used.tokens_per_record)} in the searches"
+                )
+        plan["recipe"] = f"{settings.recipe_name}: {settings.recipe.description}"
+        plan["experts before"] = gigabytes(coverage.original_bytes)
+        plan["experts after"] = gigabytes(self.packed_bytes())
+        plan["W4A4 share of Linear parameters"] = f"{coverage.parameter_share:.2%}"
+        plan["disk while it runs, estimated"] = gigabytes(needs.disk)
+        plan["RAM, estimated"] = gigabytes(needs.ram)
+        if self.options.device != "cpu":
+            plan["GPU memory, estimated"] = gigabytes(needs.vram)
+        auto = ", without the search of --high-precision auto" if settings.auto_protect else ""
+        plan["time, estimated"] = f"{format_seconds(self.seconds())} on {self.options.device}{auto}"
+        return plan
+
+
+def base_model_identity(layout: ModelLayout, shards: dict[str, ShardSet]) -> dict[str, Any]:
+    """Identity of the original: configurations, and names, sizes and tensor tables of its weight files."""
+    files = {
+        f"{expert}/{file.name}": {
+            "bytes": file.stat().st_size,
+            "tensors": digest(
+                [[e.name, e.dtype, list(e.shape), e.start] for e in shard.entries.values() if e.file == file]
+            ),
+        }
+        for expert, shard in shards.items()
+        for file in shard.files
+    }
+    return {
+        "variant": layout.preset.variant,
+        "hub_id": layout.preset.hub_id,
+        "configs": {name: digest(config) for name, config in layout.experts.items()},
+        "files": files,
+    }
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(file.stat().st_size for file in files_below(folder))

@@ -1,0 +1,62 @@
+"""The job's estimates against what a run really leaves and holds."""
+
+import pytest
+from quantization_helpers import FULL, make_settings
+
+from ptq.calibration.records import CalibrationSet
+from ptq.checkpoint.shards import ShardSet
+from ptq.quantization.job import LIBRARY_BYTES, Job, QuantizeOptions
+from ptq.wan.layout import read_layout
+
+
+@pytest.fixture
+def job(model, records, tmp_path):
+    """(settings, options) -> the run that they ask for."""
+
+    def make(settings, **options) -> Job:
+        out = tmp_path / "out"
+        return Job(read_layout(model), CalibrationSet(records), settings, out, QuantizeOptions(**options))
+
+    return make
+
+
+def test_packed_bytes_are_those_of_the_checkpoint(job, uninterrupted):
+    written = sum(
+        entry.nbytes
+        for expert in ("transformer", "transformer_2")
+        for entry in ShardSet(uninterrupted["rtn"] / expert).entries.values()
+    )
+    assert job(make_settings("mxfp4")).packed_bytes() == written
+
+
+def test_streams_are_two_float32_tensors_of_every_record(job):
+    full = job(make_settings("mxfp4", *FULL))
+    config, found = full.layout.experts["transformer"], full.calibration
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    tokens = [found.shape(record)[1:] for record in found.of_expert("transformer")]
+    elements = [t * (h // 2) * (w // 2) * width for t, h, w in tokens]
+    assert full.stream_bytes("transformer") == 2 * 4 * sum(elements)
+    # Plain rounding replays two records for its report.
+    assert job(make_settings("mxfp4")).stream_bytes("transformer") == 2 * 4 * sum(elements[:2])
+
+
+def test_needs_follow_the_options(job, tmp_path):
+    plain, gptq = make_settings("hif4"), make_settings("hif4", "solver.rounding=gptq")
+    need = job(plain).needs()
+    assert job(gptq).needs().ram > need.ram  # Hessians
+    assert job(plain, link=True).needs().disk < need.disk
+    streams = max(map(job(plain).stream_bytes, job(plain).layout.experts))
+    spilled = job(plain, max_memory=0).needs()
+    assert (spilled.disk, spilled.ram) == (need.disk + streams, need.ram - streams)
+    on_gpu = job(plain, device="cuda").needs()
+    assert on_gpu.ram == streams + LIBRARY_BYTES and 0 < on_gpu.vram < need.ram
+    (tmp_path / "out.partial" / "blocks").mkdir(parents=True)
+    (tmp_path / "out.partial" / "blocks" / "0").write_bytes(b"x" * 1000)
+    assert job(plain).needs().disk == need.disk - 1000
+
+
+@pytest.mark.parametrize("format_name", ["hif4", "mxfp4"])
+def test_the_plan_is_told_in_words(job, tmp_path, format_name):
+    rows = job(make_settings(format_name)).describe()
+    assert "blocks, 2 of 6 records of" in rows["transformer"] and rows["time, estimated"].endswith("on cpu")
+    assert rows["W4A4 share of Linear parameters"].endswith("%") and not list(tmp_path.iterdir())
