@@ -35,14 +35,24 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def random_pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Variant -> a random pipeline directory: 2 blocks of width 128, bf16 transformers in several shards."""
-    from ptq.wan.random_model import make_random_pipeline
-    from ptq.wan.variants import VARIANTS
+class RandomPipelines(dict[str, Path]):
+    """Variant -> a random pipeline directory, made when it is first asked for."""
 
-    root = tmp_path_factory.mktemp("pipelines")
-    return {variant: make_random_pipeline(root / variant, variant, max_shard_bytes=600_000) for variant in VARIANTS}
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self._root = root
+
+    def __missing__(self, variant: str) -> Path:
+        from ptq.wan.random_model import make_random_pipeline
+
+        self[variant] = make_random_pipeline(self._root / variant, variant, max_shard_bytes=600_000)
+        return self[variant]
+
+
+@pytest.fixture(scope="session")
+def random_pipelines(tmp_path_factory: pytest.TempPathFactory) -> RandomPipelines:
+    """Variant -> a random pipeline directory: 2 blocks of width 128, bf16 transformers in several shards."""
+    return RandomPipelines(tmp_path_factory.mktemp("pipelines"))
 
 
 @pytest.fixture(scope="session")

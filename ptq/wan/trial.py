@@ -29,7 +29,9 @@ from ptq.wan.block import block_inputs, block_prefix
 from ptq.wan.replay import state_names
 
 SIZE = {"num_attention_heads": 4, "attention_head_dim": 16, "ffn_dim": 128, "num_layers": 1, "text_dim": 32}
+"""config.json of the trial expert."""
 SEED = 5
+"""Of its weights."""
 TRIAL_BLOCK = 64
 """Size of the rotated blocks; every format's groups divide it."""
 

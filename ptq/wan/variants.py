@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 TRANSFORMER_CLASS = "WanTransformer3DModel"
+"""Class of every expert."""
 TEXT_PIPELINE, IMAGE_PIPELINE = "WanPipeline", "WanImageToVideoPipeline"
+"""Pipeline classes: from text alone, and from a picture and text."""
 EXPERTS = ("transformer", "transformer_2")
 """Names of the experts, high noise first; a variant with one expert has only the first."""
 NOISE, NOISE_AND_IMAGE = "noise", "noise, mask and image"

@@ -112,12 +112,12 @@ def test_a_model_that_reads_image_tokens_takes_512_text_tokens(random_pipelines)
 
 
 def test_starting_from_an_image(random_pipelines) -> None:
-    policy = {name: (VARIANTS[name].image, read_layout(path)) for name, path in random_pipelines.items()}
-    for image, layout in policy.values():
+    policy = [(variant.image, read_layout(random_pipelines[name])) for name, variant in VARIANTS.items()]
+    for image, layout in policy:
         assert layout.needs_image == layout.starts_from_image(False) == (image == "required")
         if image == "none":
             with pytest.raises(UsageError, match="cannot start from an image"):
                 layout.starts_from_image(True)
         else:
             assert layout.starts_from_image(True)
-    assert {image for image, _ in policy.values()} == {"none", "required", "optional"}
+    assert {image for image, _ in policy} == {"none", "required", "optional"}
