@@ -56,7 +56,8 @@ def variants(format_name: str, widths: set[int]) -> dict[str, Recipe]:
         chosen[f"rtn + ... + {name}"] = ladder
     chosen["default recipe"] = ()
     for name, update in (steps | {"activation scales": (f"scheme.input_rule={rule}",)}).items():
-        chosen[f"only {name}"] = PLAIN + update
+        alone = ("scheme.block=0",) if name == "smoothing" else ()  # without a rotation
+        chosen[f"only {name}"] = (*PLAIN, *update, *alone)
     without = {
         "any change of basis": ("scheme.transform=none",),
         "learned transform": ("scheme.transform=hadamard",),

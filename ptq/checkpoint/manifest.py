@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ptq.config.recipe import Recipe, translate
 from ptq.errors import DamagedFileError, PtqError
-from ptq.scheme import FORMATS
 from ptq.store.files import files_below, read_json, sha256_file, write_json
 from ptq.version import __version__
 
@@ -126,9 +125,12 @@ class Manifest(_Strict):
     def _translate_recipe(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("recipe"), dict):
             recipe, earlier = translate(value["recipe"])
-            fmt = FORMATS.get(value.get("format", ""))
-            if fmt is not None and earlier.get("activations.ties") == fmt.ties_options[0]:
-                del earlier["activations.ties"]  # layers round so
+            if "activations.ties" in earlier:
+                from ptq.scheme import FORMATS  # brings torch
+
+                fmt = FORMATS.get(value.get("format", ""))
+                if fmt is not None and earlier["activations.ties"] == fmt.ties_options[0]:
+                    del earlier["activations.ties"]  # layers round so
             return {**value, "recipe": recipe, "earlier_keys": earlier}
         return value
 

@@ -50,6 +50,15 @@ class QuantizeSettings:
             scheme = Scheme.of(self.format, **self.recipe.scheme.model_dump())
         except FormatError as error:
             raise UsageError(f"Recipe {self.recipe_name}: {error}") from error
+        if self.recipe.solver.clip_search and scheme.format.searched_scales is None:
+            raise UsageError(
+                f"Recipe {self.recipe_name}: {scheme.format.title} has no search of weight scales; set solver.clip_search to false."
+            )
+        rule = self.recipe.solver.weight_rule
+        if rule is not None and rule not in scheme.format.scale_rules:
+            raise UsageError(
+                f"Recipe {self.recipe_name}: {scheme.format.title} has no scale rule {rule!r} for solver.weight_rule; choose one of {', '.join(scheme.format.scale_rules)}."
+            )
         kind, exponents = scheme.transform.kind, self.recipe.solver.smoothing
         if exponents and not scheme.transform.smooths:
             raise UsageError(

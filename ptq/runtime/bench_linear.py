@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq.config import load_recipe
+from ptq.config import list_configs, load_recipe
 from ptq.runtime import cpu
 from ptq.runtime.last_input import forget_input
 from ptq.runtime.linear import QuantLinear
@@ -170,8 +170,9 @@ def _candidates(x: Tensor, weight: Tensor) -> dict[str, tuple[Run, int, Scheme |
 
 
 def default_schemes() -> dict[str, Scheme]:
-    """Format -> the numerics of its default recipe."""
-    return {name: Scheme.of(name, **load_recipe(name, name).scheme.model_dump()) for name in FORMATS}
+    """Format -> the numerics of its default recipe; those that have one."""
+    names = [name for name in FORMATS if name in list_configs("recipes")]
+    return {name: Scheme.of(name, **load_recipe(name, name).scheme.model_dump()) for name in names}
 
 
 def quantized_layer(weight: Tensor, scheme: Scheme, bias: Tensor | None = None) -> QuantLinear:

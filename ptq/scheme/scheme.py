@@ -7,6 +7,7 @@ same for the one string that an operator can carry.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -64,7 +65,7 @@ class Scheme:
     @property
     def multiple(self) -> int:
         """K must be a multiple of this: whole groups and whole blocks."""
-        return max(self.format.group_size, self.transform.block)
+        return math.lcm(self.format.group_size, self.transform.block or 1)
 
     def check_width(self, k: int) -> None:
         """Raise FormatError where K input channels cannot be quantized so."""

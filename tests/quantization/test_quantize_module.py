@@ -131,9 +131,9 @@ def test_equal_values_in_other_tensors_are_not_shared():
     model = Twins()
     linears = dict(model.named_children())
     x = torch.randn(3, 64)
-    shared, _ = find_shared_inputs(model, linears, [{"x": x, "swap": False}])
+    shared, _ = find_shared_inputs(linears, lambda: model(x=x, swap=False))
     assert [group.names for group in shared] == [("a",), ("b",), ("c", "d")]
-    mixed, _ = find_shared_inputs(model, linears, [{"x": x, "swap": False}, {"x": x, "swap": True}])
+    mixed, _ = find_shared_inputs(linears, lambda: (model(x=x, swap=False), model(x=x, swap=True)))
     assert [group.names for group in mixed] == [("a",), ("b",), ("c",), ("d",)]
 
 
