@@ -24,6 +24,7 @@ from ptq.evaluation.units import FILE_NAME, finish, measure_units
 from ptq.evaluation.vbench.results import imported_scores
 from ptq.evaluation.vbench.run import VBenchSettings, run_vbench
 from ptq.evaluation.vbench.totals import published_totals
+from ptq.rules import LIMITS_IN_WORDS, RULES, loss_limit
 from ptq.store.files import write_json
 from ptq.version import __version__
 
@@ -41,8 +42,6 @@ class Judgement:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.format is not None and self.format not in statistics.LIMITS:
-            raise UsageError(f"--format is {self.format!r}; choose one of {', '.join(statistics.LIMITS)}.")
         if self.gate not in statistics.AGGREGATES:
             raise UsageError(f"The gate is {self.gate!r}; choose one of {', '.join(statistics.AGGREGATES)}.")
         if self.resamples < 1000:
@@ -71,7 +70,7 @@ def evaluate_runs(
     Args:
         reference, candidate: directories written by `ptq generate` from the same prompts and seeds.
         suite: a name of `suites.suite_names()`. VBench suites need `import_vbench` (two result files) or `vbench`.
-        format: hif4 or mxfp4, which sets the limit; by default what the candidate's run.json says.
+        format: a format of the rules, which sets the limit; by default what the candidate's run.json says.
         stride: take SSIM, sharpness and saturation on every stride-th frame.
         dimensions: a subset of a VBench suite's dimensions; the evaluation then says which are missing.
         fresh: measure again instead of reusing results already in `out`.
@@ -137,7 +136,7 @@ def evaluate_imported(
     if not chosen.is_vbench:
         raise UsageError(f"Suite {suite} is not made of VBench dimensions; choose icme2026, vbench-i2v or vbench.")
     _check_out(out, ())
-    judgement = Judgement(format, gate, resamples, seed)
+    judgement = Judgement(_known(format), gate, resamples, seed)
     scores = imported_scores(reference, candidate, chosen, pairs=None, allow_missing=allow_missing)
     content = {
         **_header(chosen, judgement),
@@ -170,16 +169,22 @@ def _check_out(out: Path, runs: Sequence[Path]) -> None:
 
 def _resolve_format(given: str | None, candidate: Run, suite: Suite) -> str | None:
     recorded = candidate.format()
-    recorded = recorded if recorded in statistics.LIMITS else None
     if given and recorded and given != recorded:
         raise UsageError(
             f"{candidate.directory} was generated from a {recorded} checkpoint, but --format is {given}. The limit belongs to the format of the weights: leave --format out."
         )
     if suite.gate and not (given or recorded):
         raise UsageError(
-            f"{candidate.directory} does not say which format it was generated with. Pass --format hif4 (limit 0.5 %) or --format mxfp4 (limit 1 %)."
+            f"{candidate.directory} does not say which format it was generated with. Pass --format: {LIMITS_IN_WORDS}."
         )
-    return given or recorded
+    return _known(given) or recorded
+
+
+def _known(given: str | None) -> str | None:
+    """The value of --format. A checkpoint may be of a format without a rule; to name one asks for a limit."""
+    if given is not None and given not in RULES:
+        raise UsageError(f"--format is {given!r}; choose one of {', '.join(RULES)}.")
+    return given
 
 
 def _header(suite: Suite, judgement: Judgement) -> dict[str, Any]:
@@ -188,7 +193,7 @@ def _header(suite: Suite, judgement: Judgement) -> dict[str, Any]:
         "ptq_version": __version__,
         "suite": suite.name,
         "format": judgement.format,
-        "limit": statistics.LIMITS[judgement.format] if suite.gate and judgement.format else None,
+        "limit": loss_limit(judgement.format) if suite.gate and judgement.format else None,
         "gate": judgement.gate if suite.gate else None,
         "bootstrap": {
             "resamples": judgement.resamples,
@@ -214,9 +219,10 @@ def _conclude(
     content.update(dimensions={}, aggregates={}, verdict=None, prompts=len(set(scores.clusters.values())))
     if suite.gate and judgement.format:
         gated = scores.compare(scores.reference, resamples=judgement.resamples, seed=judgement.seed)
-        verdict = statistics.verdict(gated.aggregates.get(judgement.gate), content["limit"])
+        limit, deciding = content["limit"], gated.aggregates.get(judgement.gate)
+        verdict = None if limit is None else statistics.verdict(deciding, limit)
         content.update(_gate_content(gated), verdict=verdict)
-        warnings += findings.gate_warnings(gated, content["limit"], verdict, judgement.gate)
+        warnings += findings.gate_warnings(gated, limit, verdict, judgement.gate)
         if suite.is_vbench:
             content["vbench"] = {**scores.details, "totals": published_totals(suite, scores)}
     if lines is not None:

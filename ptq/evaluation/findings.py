@@ -74,7 +74,7 @@ def duplicates(lines: Iterable[Mapping[str, Any]], role: str) -> list[list[str]]
     return [units for units in groups.values() if len(units) > 1]
 
 
-def gate_warnings(comparison: statistics.Comparison, limit: float, verdict: str, gate: str) -> list[str]:
+def gate_warnings(comparison: statistics.Comparison, limit: float | None, verdict: str | None, gate: str) -> list[str]:
     """Few prompts, undefined dimensions, and a pass that comes from cancellation."""
     found = []
     if comparison.prompts < FEW_PROMPTS:
@@ -82,10 +82,12 @@ def gate_warnings(comparison: statistics.Comparison, limit: float, verdict: str,
             f"Only {comparison.prompts} prompts: bootstrap intervals from fewer than {FEW_PROMPTS} are too narrow. Evaluate more prompts before relying on the verdict."
         )
     deciding = comparison.aggregates.get(gate)
-    if verdict == statistics.INCONCLUSIVE and deciding is not None:
+    if limit is not None and verdict == statistics.INCONCLUSIVE and deciding is not None:
         found.append(_what_would_decide(deciding, limit, comparison.prompts))
     for name in comparison.undefined:
         found.append(f"{name} scores 0 or less in the reference: it has no relative loss and is not in the aggregates.")
+    if limit is None:
+        return [*found, "The challenge has no limit for this format: there is no verdict."]
     over = statistics.cancels(comparison, limit)
     if over and gate == "mean_signed" and verdict != statistics.FAIL:
         positive = comparison.aggregates["mean_positive"].value

@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 
 CONFIDENCE = 0.95
-#: Highest accepted mean loss of each format (challenge rules).
-LIMITS: Mapping[str, float] = {"mxfp4": 0.01, "hif4": 0.005}
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
 AGGREGATES: Mapping[str, str] = {
     "mean_signed": "mean signed relative loss",

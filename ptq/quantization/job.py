@@ -22,7 +22,8 @@ from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet
 from ptq.errors import UsageError
 from ptq.quantization.calls import ExpertCalls, spread
 from ptq.quantization.processes import ALONE, Processes
-from ptq.quantization.settings import QuantizeSettings, check_budget
+from ptq.quantization.settings import QuantizeSettings
+from ptq.rules import check_budget
 from ptq.scheme import FormatError
 from ptq.store.files import digest, files_below
 from ptq.ui.progress import format_seconds

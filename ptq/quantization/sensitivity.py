@@ -16,8 +16,9 @@ from ptq import ui
 from ptq.checkpoint.shards import ShardSet
 from ptq.quantization.hybrid import HybridExpert
 from ptq.quantization.job import Job
-from ptq.quantization.settings import BUDGET, QuantizeSettings
+from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.workdir import PROTECTION_FILE, WorkDir
+from ptq.rules import block_budget
 from ptq.store.files import read_json, write_json
 from ptq.wan.replay import ExpertReplay
 
@@ -147,7 +148,8 @@ def protect_blocks(job: Job, work: WorkDir) -> None:
         packed = {name: ShardSet(work.path / name) for name in job.layout.experts}
         configs = {name: read_json(work.path / name / "config.json") for name in job.layout.experts}
         measured = build_sensitivity(job, packed, configs)
-        budget = BUDGET[job.settings.format]
+        budget = block_budget(job.settings.format)
+        assert budget is not None  # `QuantizeSettings` refuses auto_protect without one
         picks = measured.greedy(budget, job.settings.budget_scope)
         write_json(work.path / SENSITIVITY_FILE, sensitivity_table(measured, picks, budget))
         write_json(path, [vars(pick) for pick in picks])

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ptq.checkpoint.manifest import LayerEntry, Manifest
-from ptq.quantization.settings import BUDGET
 from ptq.report.cells import Cell, Table, count, error, flatten, number, plain, share, size
 from ptq.report.facts import ROLES, Facts
 from ptq.report.schema import EVALUATION_FILE, UNITS_FILE
+from ptq.rules import block_budget
 from ptq.store.files import sha256_file
 from ptq.wan.variants import EXPERTS
 
@@ -61,6 +61,10 @@ def _size(manifest: Manifest, checkpoint: Path) -> Table:
     weights = [name for name in manifest.files if name.endswith(".safetensors") and name.partition("/")[0] in EXPERTS]
     on_disk = sum((checkpoint / name).stat().st_size for name in weights if (checkpoint / name).is_file())
     protected = ", ".join(manifest.high_precision) or "none"
+    budget, scope = (
+        block_budget(manifest.format),
+        "in each expert" if manifest.budget_scope == "per-expert" else "in total",
+    )
     rows: list[tuple[str, Cell | str]] = [
         ("quantized weight values", count(c.quantized_parameters)),
         ("share of Linear parameters in W4A4", share(c.parameter_share)),
@@ -72,10 +76,7 @@ def _size(manifest: Manifest, checkpoint: Path) -> Table:
         ("transformers, original weight files", size(c.original_bytes)),
         ("transformers, packed weight files", size(on_disk)),
         ("blocks kept in high precision", protected),
-        (
-            "allowed by the rules",
-            f"{BUDGET[manifest.format]} {'in each expert' if manifest.budget_scope == 'per-expert' else 'in total'}",
-        ),
+        ("allowed by the rules", "any: no rule for this format" if budget is None else f"{budget} {scope}"),
         ("quantization took", Cell(f"{manifest.seconds:.0f} s", (manifest.seconds,))),
         ("peak memory", size(manifest.peak_memory_bytes)),
     ]

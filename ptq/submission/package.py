@@ -17,10 +17,10 @@ import yaml
 from ptq.checkpoint.manifest import Manifest, verify_files
 from ptq.errors import PtqError, UsageError
 from ptq.generation import identify_model
-from ptq.quantization.settings import check_budget
 from ptq.report import Sources
 from ptq.report.facts import gather
 from ptq.report.reproduce import RECIPE_FILE, reproduction
+from ptq.rules import check_budget
 from ptq.store.files import files_below, read_json, read_jsonl, sha256_file
 from ptq.submission.archive import write_archive
 from ptq.submission.instructions import readme, reproduce_script

@@ -18,7 +18,7 @@ from ptq.checkpoint.shards import ShardSet
 from ptq.errors import DamagedFileError, PtqError
 from ptq.generation import Settings, identify_model, run_generation
 from ptq.prompts import Sample
-from ptq.quantization.settings import check_budget
+from ptq.rules import check_budget, loss_limit
 from ptq.store.files import read_json, read_jsonl, sha256_file
 from ptq.submission.archive import extract_archive
 from ptq.submission.package import CHECKSUMS, PASS, SUBMISSION, WEIGHTS
@@ -193,8 +193,8 @@ def check_verdict(root: Path) -> None:
         raise DamagedFileError(
             f"evaluation.json says a loss of {claimed['value']:.6%}, its units give {estimate.value:.6%}"
         )
-    limit = statistics.LIMITS[read_manifest(root / WEIGHTS).format]
-    verdict = statistics.verdict(estimate, limit)
+    limit = loss_limit(read_manifest(root / WEIGHTS).format)
+    verdict = None if limit is None else statistics.verdict(estimate, limit)
     if verdict != recorded["verdict"] or recorded["limit"] != limit:
         raise DamagedFileError(f"evaluation.json says {recorded['verdict']}, its units give {verdict}")
     if verdict != PASS:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.evaluation import evaluate_runs, units
+from ptq.report.schema import read_evaluation
 from ptq.store.files import read_json, read_jsonl
 
 COUNT = 24
@@ -51,6 +52,18 @@ def test_videos_of_other_prompts_fail(tiny, tmp_path):
     assert content["verdict"] == "FAIL" and content["format"] == "hif4"
     assert content["aggregates"]["mean_signed"]["low"] > 0.1
     assert content["informative"]["colour_hit"]["candidate"] < 0.5 < content["informative"]["colour_hit"]["reference"]
+
+
+def test_a_format_without_a_rule_is_measured_and_not_judged(tiny, tmp_path):
+    clips, prompts = tiny_clips(COUNT)
+    other = make_run(tmp_path / "int4", clips, prompts=prompts, info={"checkpoint": {"format": "int4"}})
+    content = evaluate_runs(tiny["original"], other, tmp_path / "out", suite="tiny", resamples=1000)
+    assert (content["format"], content["limit"], content["verdict"]) == ("int4", None, None)
+    assert content["aggregates"]["mean_signed"]["value"] == 0.0 and content["dimensions"]["colour"]["units"] == COUNT
+    assert any("no limit for this format" in warning for warning in content["warnings"])
+    assert read_evaluation(tmp_path / "out").verdict is None
+    with pytest.raises(UsageError, match="choose one of hif4, mxfp4"):
+        evaluate_runs(tiny["original"], tiny["again"], tmp_path / "out", suite="tiny", format="int4")
 
 
 def test_a_removed_video_is_refused_or_left_out_on_request(tiny, tmp_path):

@@ -14,7 +14,7 @@ from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.checkpoint.manifest import read_manifest
 from ptq.errors import UsageError
 from ptq.prompts import Sample
-from ptq.quantization.settings import BUDGET
+from ptq.rules import RULES
 from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
 
@@ -65,7 +65,7 @@ def test_chosen_blocks_beat_priors_and_no_choice(model, records, tmp_path, name)
     manifest = run(model, records, tmp_path / "out", make_settings(name, auto_protect=True))
     table = json.loads((tmp_path / "out/ptq_sensitivity.json").read_text())
     comparison = table["comparison"]
-    assert 1 <= len(manifest.high_precision) <= BUDGET[name]
+    assert 1 <= len(manifest.high_precision) <= RULES[name].blocks
     assert all(comparison["auto"] <= value for value in comparison.values())
     assert comparison["auto"] < comparison["none"]
     after = [pick["after"] for pick in table["picks"]]
