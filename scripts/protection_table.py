@@ -12,11 +12,11 @@ import argparse
 import json
 from pathlib import Path
 
-from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.shards import ShardSet
 from ptq.cli.common import quiet_libraries
 from ptq.quantization.sensitivity import Sensitivity, build_sensitivity
 from ptq.rules import RULES
+from ptq.store.calibration import CalibrationSet
 from ptq.store.files import write_json
 from ptq.wan.loading import resolve_model
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ptq import ui
 
 if TYPE_CHECKING:
-    from ptq.calibration.records import CalibrationSet
     from ptq.checkpoint.manifest import Manifest
+    from ptq.store.calibration import CalibrationSet
 
 MODELS = ("tiny", "tiny-i2v")
 CALIBRATION_PROMPTS = 16
@@ -64,9 +64,9 @@ class DemoJob:
         return write_prompt_file(self.out / "prompts", name, prompts, images=self.from_image)
 
     def _calibrate(self, prompts: Path) -> CalibrationSet:
-        from ptq.calibration.plan import make_plan, record_plan
-        from ptq.calibration.records import CalibrationSet
+        from ptq.calibration.dry_run import make_plan, record_plan
         from ptq.prompts import read_prompts
+        from ptq.store.calibration import CalibrationSet
 
         plan = make_plan(self.layout, read_prompts(prompts))
         ui.info(f"1. Recording denoiser inputs on {len(plan.samples)} prompts")

@@ -127,12 +127,12 @@ class Sensitivity:
 def build_sensitivity(job: Job, packed: Mapping[str, ShardSet], packed_configs: Mapping[str, dict]) -> Sensitivity:
     """Hybrids of every expert from original and packed weights, with the experts' shares of the final error."""
     hybrids, importance = {}, {}
-    schedule = job.calibration.settings["schedule"]
+    schedule = job.calibration.info.schedule
     for name, config in job.layout.experts.items():
         original = ExpertReplay(job.shards[name], config, job.options.device)
         quantized = ExpertReplay(packed[name], packed_configs[name], job.options.device)
         hybrids[name] = HybridExpert(name, original, quantized, job.calibration)
-        d_sigmas = [step["d_sigma"] for step in schedule if step["expert"] == name]
+        d_sigmas = [step.d_sigma for step in schedule if step.expert == name]
         records = len(job.calibration.of_expert(name))
         importance[name] = sum(d**2 for d in d_sigmas) * hybrids[name].signal / records
     return Sensitivity(hybrids, importance)
