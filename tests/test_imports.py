@@ -37,8 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quantization": {*LOWER, *BASE},
     "generation": {*LOWER, *BASE},
     "evaluation": {*LOWER, *BASE},
-    "report": {*STAGES, *LOWER, *BASE},
-    "submission": {*STAGES, *LOWER, *BASE, "report"},
+    "report": {"generation", "evaluation", *LOWER, *BASE},
+    "submission": {"generation", "evaluation", *LOWER, *BASE, "report"},
 }
 """Top-level name below ptq -> the others that it may import. cli and __init__ are the top: they may import all."""
 

@@ -115,8 +115,9 @@ class DemoJob:
     def _report(self, name: str, checkpoint: Path, verdict: str) -> Path:
         """Page, technical report and submission of one format; the submission of a gate that did not pass is marked."""
         from ptq.report import Sources, render
+        from ptq.store.evaluation import PASS
         from ptq.store.files import write_bytes
-        from ptq.submission.package import PASS, package
+        from ptq.submission.package import package
 
         ui.info(f"5. Writing the report and the submission of {name}")
         results, evaluation = self.out / "results" / name, self.out / "evaluation" / name

@@ -14,7 +14,7 @@ from typing import Any
 
 from ptq.errors import PtqError
 from ptq.generation.claims import units_in_work
-from ptq.generation.settings import ModelIdentity, Settings
+from ptq.generation.settings import Settings
 from ptq.generation.units import Unit
 from ptq.store.files import digest
 from ptq.store.run_directory import Difference, RunDirectory
@@ -22,6 +22,7 @@ from ptq.store.run_info import FILE, CheckpointInfo, RunInfo, RunPlan, read_run_
 from ptq.store.run_manifest import FILE_KEYS, PATTERN, manifest_name, read_lines
 from ptq.store.sharding import Shard
 from ptq.version import __version__
+from ptq.wan.identity import ModelIdentity
 
 SUFFIXES = {"videos": ".mp4", "latents": ".safetensors", "frames": ".npz"}
 """Folder -> ending of the file that a unit has in it."""

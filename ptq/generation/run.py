@@ -18,13 +18,14 @@ from ptq.generation.claims import Claims
 from ptq.generation.directory import GenerationDirectory, comparable, describe_run
 from ptq.generation.dry_run import unit_bytes
 from ptq.generation.integrity import select_pending
-from ptq.generation.settings import ModelIdentity, Settings
+from ptq.generation.settings import Settings
 from ptq.generation.units import Unit, make_units
 from ptq.prompts.sample import Sample
 from ptq.store.run_info import RunPlan
 from ptq.store.run_manifest import Manifests
 from ptq.store.sharding import Shard
 from ptq.ui.progress import Progress, format_seconds
+from ptq.wan.identity import ModelIdentity
 
 if TYPE_CHECKING:
     from ptq.generation.sampling import Sampler

@@ -24,12 +24,12 @@ from ptq.generation.claims import Claims
 from ptq.generation.directory import GenerationDirectory
 from ptq.generation.group import LostGroupError
 from ptq.generation.sampling import BrokenOutputError, Sampled, Sampler, StepCallback
-from ptq.generation.settings import ModelIdentity
 from ptq.generation.units import Unit
 from ptq.generation.video import encode_video, write_frames, write_video
 from ptq.prompts.images import RESIZE_POLICY, fit_image, load_image
 from ptq.store.files import sha256_file, write_bytes
 from ptq.store.run_manifest import ManifestLine, Manifests
+from ptq.wan.identity import ModelIdentity
 
 Result = Literal["done", "failed", "broken", "elsewhere"]
 Draft = dict[str, Any]
@@ -141,7 +141,7 @@ class Worker:
         line["image_source"] = {
             "kind": media.kind,
             "frame": media.frame,
-            "crop": media.crop and list(media.crop),
+            "crop": media.crop,
             "resize": RESIZE_POLICY,
         }
         return image

@@ -21,7 +21,7 @@ from ptq.quantization.processes import Processes
 from ptq.quantization.sensitivity import protect_blocks, with_protection
 from ptq.quantization.workdir import RUN_FILES, STREAMS_DIR, WorkDir
 from ptq.store.files import digest, free_space_hint
-from ptq.store.locks import exclusive
+from ptq.store.run_directory import hold_whole
 from ptq.version import __version__
 from ptq.wan.replay import state_names
 
@@ -42,8 +42,7 @@ def quantize(job: Job) -> Manifest:
     job.calibration.verify()
     _ = job.signature  # damaged weights stop here, before anything is written
     job = replace(job, processes=Processes.from_environment())
-    lock = exclusive(job.out.with_name(f".{job.out.name}.lock"), str(job.out))
-    with lock if job.processes.first else contextlib.nullcontext():
+    with hold_whole(job.out) if job.processes.first else contextlib.nullcontext():
         return _quantize(job, start)
 
 

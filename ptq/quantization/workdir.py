@@ -18,10 +18,10 @@ from ptq.checkpoint.safetensors_file import TensorEntry, read_header
 from ptq.errors import DamagedFileError, UsageError
 from ptq.store.files import digest, read_json, sweep_partials, sync_directory, write_json, write_tensors
 from ptq.store.run_directory import Difference, RunDirectory, name_all
+from ptq.store.sensitivity import PROTECTION_FILE
 
 SIGNATURE_FILE = "run.json"
 BLOCKS_DIR = "blocks"
-PROTECTION_FILE = "protection.json"
 STREAMS_DIR = "streams"
 RUN_FILES = (SIGNATURE_FILE, PROTECTION_FILE, BLOCKS_DIR, STREAMS_DIR)
 """What only a running job needs; never part of the checkpoint."""

@@ -153,5 +153,6 @@ def hold_whole(directory: Path) -> Iterator[None]:
     Raises:
         PtqError: another process holds it; says which.
     """
-    with exclusive(directory.with_name(f".{directory.name}.lock"), str(directory)):
+    path = directory.absolute()
+    with exclusive(path.with_name(f".{path.name}.lock"), str(directory)):
         yield

@@ -35,9 +35,9 @@ _DONE_KEYS = (
 class ImageSource(Schema):
     """How the image of a unit was made from its media file (`ptq.prompts.MediaRef`)."""
 
-    kind: str = "image"
+    kind: Literal["image", "video", "crop"] = "image"
     frame: int = 0
-    crop: list[int] | None = None
+    crop: tuple[int, int, int, int] | None = None
     resize: str | None = None
 
 
