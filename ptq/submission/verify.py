@@ -15,6 +15,8 @@ from tempfile import TemporaryDirectory
 from ptq.checkpoint.manifest import read_manifest, verify_files
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import DamagedFileError, PtqError
+from ptq.evaluation.scores import scores_from_units
+from ptq.evaluation.statistics import verdict as judge
 from ptq.generation import Settings, run_generation
 from ptq.prompts import Sample
 from ptq.rules import check_budget, loss_limit
@@ -183,9 +185,6 @@ def check_verdict(root: Path) -> None:
     Raises:
         DamagedFileError: another loss or verdict than evaluation.json says, or a gate that did not pass.
     """
-    from ptq.evaluation import statistics
-    from ptq.evaluation.scores import scores_from_units
-
     recorded = read_evaluation(root / "evaluation")
     if recorded.gate is None or recorded.deciding is None:
         raise DamagedFileError("evaluation.json has no gate: its suite counts no dimension")
@@ -197,7 +196,7 @@ def check_verdict(root: Path) -> None:
             f"evaluation.json says a loss of {claimed.value:.6%}, its units give {estimate.value:.6%}"
         )
     limit = loss_limit(read_manifest(root / WEIGHTS).format)
-    verdict = None if limit is None else statistics.verdict(estimate, limit)
+    verdict = None if limit is None else judge(estimate, limit)
     if verdict != recorded.verdict or recorded.limit != limit:
         raise DamagedFileError(f"evaluation.json says {recorded.verdict}, its units give {verdict}")
     if verdict != PASS:
