@@ -16,7 +16,6 @@ from pathlib import Path
 
 from held_out import SweepRow, sweep
 
-from ptq.calibration.records import CalibrationSet
 from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.cli.common import quiet_libraries
 from ptq.config import Recipe, load_recipe
@@ -24,6 +23,7 @@ from ptq.prompts import read_prompts
 from ptq.quantization.settings import QuantizeSettings
 from ptq.scheme import get_format
 from ptq.scheme.hadamard import BLOCK_SIZES
+from ptq.store.calibration import CalibrationSet
 from ptq.store.files import write_json
 from ptq.tiny.grammar import calibration_prompts, held_out_prompts, write_prompt_file
 from ptq.wan.layout import ModelLayout

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ptq import ui
-from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import UsageError
 from ptq.quantization.block import collect_statistics, find_block_inputs, forward_stream, install, solve_block
@@ -21,6 +20,7 @@ from ptq.quantization.calls import ExpertCalls
 from ptq.quantization.hybrid import HybridExpert
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.shared_inputs import InputGroup
+from ptq.store.calibration import CalibrationSet
 from ptq.wan.layout import ModelLayout
 from ptq.wan.replay import ExpertReplay
 
@@ -76,9 +76,7 @@ def sweep(
 def _check(calibration: CalibrationSet, held_out: CalibrationSet, variants: Mapping[str, QuantizeSettings]) -> None:
     if len({settings.recipe.records for settings in variants.values()}) != 1:
         raise UsageError("Recipes of one sweep must have equal `records` keys.")
-    shared = {s["caption_digest"] for s in calibration.settings["samples"]} & {
-        s["caption_digest"] for s in held_out.settings["samples"]
-    }
+    shared = {s.caption_digest for s in calibration.info.samples} & {s.caption_digest for s in held_out.info.samples}
     if shared:
         raise UsageError(f"{len(shared)} prompts are in both record sets; held-out records must be of other prompts.")
 

@@ -12,11 +12,11 @@ import argparse
 import json
 from pathlib import Path
 
-from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.shards import ShardSet
 from ptq.cli.common import quiet_libraries
 from ptq.quantization.sensitivity import Sensitivity, build_sensitivity
-from ptq.quantization.settings import BUDGET
+from ptq.rules import RULES
+from ptq.store.calibration import CalibrationSet
 from ptq.store.files import write_json
 from ptq.wan.loading import resolve_model
 
@@ -35,7 +35,7 @@ def main() -> None:
         return build_sensitivity(original, shards, codes, packed.experts, CalibrationSet(records))
 
     format_name = packed.experts["transformer"]["quantization_config"]["format"]
-    budget = BUDGET[format_name]
+    budget = RULES[format_name].blocks
     chosen = [(pick.expert, pick.block) for pick in sensitivity(args.calibration).greedy(budget, "total")]
     judge = sensitivity(args.held_out)
     table = {"none": judge.error([]), "auto": judge.error(chosen)}

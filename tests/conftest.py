@@ -99,7 +99,6 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
 
 
 def _quantize(model: Path, root: Path, format_name: str, overrides: tuple[str, ...], protected: dict) -> Path:
-    from ptq.calibration.records import CalibrationSet
     from ptq.calibration.run import CalibrationPlan, calibrate
     from ptq.cli.common import quiet_libraries
     from ptq.config import load_recipe
@@ -107,6 +106,7 @@ def _quantize(model: Path, root: Path, format_name: str, overrides: tuple[str, .
     from ptq.quantization.job import Job, QuantizeOptions
     from ptq.quantization.run import quantize
     from ptq.quantization.settings import QuantizeSettings
+    from ptq.store.calibration import CalibrationSet
     from ptq.wan.loading import load_pipeline, resolve_model
 
     quiet_libraries()

@@ -10,10 +10,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import ptq as ptq_package
-from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.manifest import read_manifest
 from ptq.cli.main import app
 from ptq.runtime import QuantLinear
+from ptq.store.calibration import CalibrationSet
 from ptq.wan.presets import load_preset
 from ptq.wan.variants import VARIANTS
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq.calibration.records import BRANCHES, IMAGE, TEXT, Record
-from ptq.calibration.schedule import Step
+from ptq.store.calibration import Step
+from ptq.store.records import BRANCHES, IMAGE, TEXT, Record
 from ptq.wan.pipeline import experts_of
 
 
@@ -76,8 +76,18 @@ def record_prompt(
         name = f"{prompt_index:05d}-{step.index:03d}-{branch}"
         capture.tensors[f"{name}.hidden_states"] = inputs["hidden_states"][0].detach().cpu().clone()
         capture.tensors[f"{name}.timestep"] = inputs["timestep"].detach().cpu().clone()
-        fields = (step.expert, step.index, step.timestep, step.sigma, step.d_sigma, branch)
-        capture.records.append(Record(name, file, sample_id, *fields))
+        record = Record(
+            record=name,
+            file=file,
+            sample_id=sample_id,
+            expert=step.expert,
+            step=step.index,
+            timestep=step.timestep,
+            sigma=step.sigma,
+            d_sigma=step.d_sigma,
+            branch=branch,
+        )
+        capture.records.append(record)
 
     with _watch(pipeline, on_call):
         pipeline(**call_arguments, output_type="latent", callback_on_step_end=end_of_step)

@@ -8,26 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from ptq import ui
-from ptq.calibration.directory import STATE_DIR, open_directory
+from ptq.calibration.directory import CalibrationDirectory
 from ptq.calibration.recorder import Capture, record_prompt
-from ptq.calibration.records import (
+from ptq.calibration.schedule import choose_steps, sampling_schedule
+from ptq.errors import PtqError
+from ptq.prompts import RESIZE_POLICY, Sample, caption_digest, fit_image, load_image, unit_seed
+from ptq.store.calibration import FILE, CalibrationInfo, RecordedSample, Step, read_calibration, write_calibration
+from ptq.store.files import digest, sha256_file, write_tensors
+from ptq.store.locks import directory_mutex
+from ptq.store.records import (
     BRANCHES,
     INDEX_FILE,
     NEGATIVE_FILE,
-    SETTINGS_FILE,
     Record,
     prompt_file,
     read_embeds,
     read_prompt_records,
-    save_atomic,
     write_index,
     write_prompt,
 )
-from ptq.calibration.schedule import choose_steps, sampling_schedule, schedule_as_json
-from ptq.errors import PtqError
-from ptq.prompts import RESIZE_POLICY, Sample, caption_digest, fit_image, load_image, unit_seed
-from ptq.store.files import digest, read_json, sha256_file, write_json
-from ptq.store.locks import directory_mutex
 from ptq.store.sharding import Shard
 from ptq.wan.layout import ModelLayout
 from ptq.wan.pipeline import call_arguments, set_flow_shift
@@ -69,21 +68,22 @@ class CalibrationPlan:
         """Records of all prompts, both branches."""
         return len(self.samples) * len(self.branches) * self.steps_per_prompt
 
-    def settings(self) -> dict[str, Any]:
-        """The part of calibration.json that must agree before two runs may share a directory."""
-        captions = [
-            {"dataset": s.dataset, "id": s.id, "caption_digest": caption_digest(s.prompt)} for s in self.samples
+    def info(self) -> CalibrationInfo:
+        """calibration.json before the first record."""
+        samples = [
+            RecordedSample(dataset=s.dataset, id=s.id, caption_digest=caption_digest(s.prompt)) for s in self.samples
         ]
-        return {
-            "variant": self.preset.variant,
-            "experts": {name: digest(config) for name, config in self.layout.experts.items()},
-            "preset": self.preset.model_dump(),
-            "prompts": self.prompts_file,
-            "samples": captions,
-            "records_per_prompt": self.records_per_prompt,
-            "seed": self.seed,
-            "image_policy": RESIZE_POLICY if self.layout.needs_image else None,
-        }
+        return CalibrationInfo(
+            variant=self.preset.variant,
+            experts={name: digest(config) for name, config in self.layout.experts.items()},
+            preset=self.preset.model_dump(),
+            prompts=self.prompts_file,
+            samples=samples,
+            records_per_prompt=self.records_per_prompt,
+            seed=self.seed,
+            image_policy=RESIZE_POLICY if self.layout.needs_image else None,
+            complete=False,
+        )
 
 
 def calibrate(
@@ -112,31 +112,32 @@ def calibrate(
     """
     shard = shard or Shard()
     own = shard.select(range(len(plan.samples)))
-    with open_directory(out, plan.settings(), shard, [prompt_file(out, index) for index in own], fresh=fresh):
+    directory = CalibrationDirectory(out, plan.info(), shard, own)
+    with directory.hold(plan.info().decisive(), fresh=fresh):
         todo = _missing(plan, out, own)
         if todo:
             _require_images(plan)
             _record(plan, load(), todo, out)
-        with directory_mutex(out / STATE_DIR):
-            return _finish(plan, out)
+        with directory_mutex(directory.state):
+            return _finish(plan, out).as_json()
 
 
 def _record(plan: CalibrationPlan, pipeline: Any, todo: Sequence[int], out: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     set_flow_shift(pipeline, plan.preset.flow_shift)
     schedule = sampling_schedule(pipeline, plan.preset.steps)
-    write_json(out / SETTINGS_FILE, {**plan.settings(), "schedule": schedule_as_json(schedule), "complete": False})
+    write_calibration(out, plan.info().model_copy(update={"schedule": schedule}))
     with ui.progress("Recording prompts", len(todo)) as bar:
         for index in todo:
             capture = _record_one(plan, pipeline, schedule, index, out)
             if capture.negative_embeds is not None:
-                save_atomic({"prompt_embeds": capture.negative_embeds}, out / NEGATIVE_FILE)
+                write_tensors(out / NEGATIVE_FILE, {"prompt_embeds": capture.negative_embeds})
             bar.advance(note=f"{len(capture.records)} records")
 
 
 def _missing(plan: CalibrationPlan, out: Path, indices: Sequence[int]) -> list[int]:
     """Prompts whose file is absent or damaged; one of them again where only the negative embedding is missing."""
-    known = read_json(out / SETTINGS_FILE).get("files", {}) if (out / SETTINGS_FILE).exists() else {}
+    known = read_calibration(out / FILE).files
 
     def intact(path: Path) -> bool:
         return path.name not in known or (path.exists() and sha256_file(path) == known[path.name])
@@ -160,7 +161,7 @@ def _require_images(plan: CalibrationPlan) -> None:
         )
 
 
-def _record_one(plan: CalibrationPlan, pipeline: Any, schedule: list, index: int, out: Path) -> Capture:
+def _record_one(plan: CalibrationPlan, pipeline: Any, schedule: list[Step], index: int, out: Path) -> Capture:
     sample = plan.samples[index]
     image = None
     if plan.layout.needs_image and sample.media is not None:
@@ -179,27 +180,25 @@ def _record_one(plan: CalibrationPlan, pipeline: Any, schedule: list, index: int
     return capture
 
 
-def _finish(plan: CalibrationPlan, out: Path) -> dict[str, Any]:
+def _finish(plan: CalibrationPlan, out: Path) -> CalibrationInfo:
     """Rebuild records.jsonl from the files; mark the set complete when no prompt is missing."""
-    settings = read_json(out / SETTINGS_FILE)
+    info = read_calibration(out / FILE)
+    unfinished = info.model_copy(update={"complete": False})
     records: list[Record] = []
     hashes: dict[str, str] = {}
     for index in range(len(plan.samples)):
         path = prompt_file(out, index)
         found = read_prompt_records(path)
         if found is None:
-            settings["complete"] = False
-            return settings
+            return unfinished
         records += found
         hashes[path.name] = sha256_file(path)
     write_index(out, records)
     others = [INDEX_FILE, NEGATIVE_FILE] if "uncond" in plan.branches else [INDEX_FILE]
     if not all((out / name).exists() for name in others):
-        settings["complete"] = False
-        return settings
+        return unfinished
     hashes |= {name: sha256_file(out / name) for name in others}
-    settings["complete"] = True
-    settings["files"] = hashes
-    settings["digest"] = digest({"settings": plan.settings(), "files": hashes})
-    write_json(out / SETTINGS_FILE, settings)
-    return settings
+    whole = digest({"settings": plan.info().decisive(), "files": hashes})
+    info = info.model_copy(update={"complete": True, "files": hashes, "digest": whole})
+    write_calibration(out, info)
+    return info

@@ -8,25 +8,14 @@ the golden ratio, so that any number of prompts covers all steps evenly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from ptq.errors import UsageError
+from ptq.store.calibration import Step
 from ptq.wan.pipeline import expert_at
 
 GOLDEN = 0.6180339887498949
 """Golden ratio: the step of the positions inside the strata from prompt to prompt."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One denoising step: timestep as the model sees it, noise level sigma, |change of sigma| made by this step."""
-
-    index: int
-    timestep: float
-    sigma: float
-    d_sigma: float
-    expert: str
 
 
 def sampling_schedule(pipeline: Any, steps: int) -> list[Step]:
@@ -35,7 +24,13 @@ def sampling_schedule(pipeline: Any, steps: int) -> list[Step]:
     scheduler.set_timesteps(steps)
     sigmas = [float(sigma) for sigma in scheduler.sigmas]
     return [
-        Step(index, timestep, sigmas[index], abs(sigmas[index] - sigmas[index + 1]), expert_at(pipeline, timestep))
+        Step(
+            index=index,
+            timestep=timestep,
+            sigma=sigmas[index],
+            d_sigma=abs(sigmas[index] - sigmas[index + 1]),
+            expert=expert_at(pipeline, timestep),
+        )
         for index, timestep in enumerate(float(t) for t in scheduler.timesteps)
     ]
 
@@ -63,8 +58,3 @@ def choose_steps(schedule: Sequence[Step], count: int, prompt_index: int) -> lis
         phase = ((prompt_index + 1) * GOLDEN + position * 0.5) % 1.0
         chosen += [own[int((stratum + phase) * len(own) / share)] for stratum in range(share)]
     return chosen
-
-
-def schedule_as_json(schedule: Sequence[Step]) -> list[dict[str, Any]]:
-    """The schedule for calibration.json."""
-    return [asdict(step) for step in schedule]

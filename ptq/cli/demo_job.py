@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ptq import ui
 
 if TYPE_CHECKING:
-    from ptq.calibration.records import CalibrationSet
     from ptq.checkpoint.manifest import Manifest
+    from ptq.store.calibration import CalibrationSet
 
 MODELS = ("tiny", "tiny-i2v")
 CALIBRATION_PROMPTS = 16
@@ -64,9 +64,9 @@ class DemoJob:
         return write_prompt_file(self.out / "prompts", name, prompts, images=self.from_image)
 
     def _calibrate(self, prompts: Path) -> CalibrationSet:
-        from ptq.calibration.plan import make_plan, record_plan
-        from ptq.calibration.records import CalibrationSet
+        from ptq.calibration.dry_run import make_plan, record_plan
         from ptq.prompts import read_prompts
+        from ptq.store.calibration import CalibrationSet
 
         plan = make_plan(self.layout, read_prompts(prompts))
         ui.info(f"1. Recording denoiser inputs on {len(plan.samples)} prompts")
@@ -115,8 +115,9 @@ class DemoJob:
     def _report(self, name: str, checkpoint: Path, verdict: str) -> Path:
         """Page, technical report and submission of one format; the submission of a gate that did not pass is marked."""
         from ptq.report import Sources, render
+        from ptq.store.evaluation import PASS
         from ptq.store.files import write_bytes
-        from ptq.submission.package import PASS, package
+        from ptq.submission.package import package
 
         ui.info(f"5. Writing the report and the submission of {name}")
         results, evaluation = self.out / "results" / name, self.out / "evaluation" / name

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ptq.cli import options
+from ptq.rules import LIMITS_IN_WORDS
 
 _VERDICT_STYLE = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
 
@@ -20,7 +21,7 @@ def evaluate(
     out: Annotated[Path | None, options.OUT] = None,
     suite: Annotated[str, typer.Option(help="core (no verdict), tiny, icme2026, vbench-i2v or vbench.")] = "core",
     format: Annotated[
-        str | None, typer.Option(help="hif4 (limit 0.5 %) or mxfp4 (1 %); by default what the candidate was made with.")
+        str | None, typer.Option(help=f"{LIMITS_IN_WORDS}; by default what the candidate was made with.")
     ] = None,
     gate: Annotated[
         str, typer.Option(help="The deciding average: mean_signed, mean_absolute, mean_positive or mean_score.")
@@ -106,6 +107,7 @@ def _show(content: dict[str, Any], out: Path, as_json: bool) -> None:
         return
     if content["verdict"]:
         _show_verdict(content)
+    if content["dimensions"]:
         _show_gate(content)
     if "informative" in content:
         _show_measures(content)

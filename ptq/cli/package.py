@@ -26,12 +26,12 @@ def package(
     from ptq import ui
     from ptq.checkpoint.manifest import read_manifest
     from ptq.report import Sources, render
-    from ptq.store.files import read_json
+    from ptq.store.evaluation import read_evaluation
     from ptq.submission.package import check_submittable, estimated_bytes
     from ptq.submission.package import package as run
 
-    verdict = read_json(evaluation / "evaluation.json")
-    check_submittable(checkpoint, read_manifest(checkpoint), verdict, allow_failing=allow_failing_gate)
+    judged = read_evaluation(evaluation)
+    check_submittable(checkpoint, read_manifest(checkpoint), judged, allow_failing=allow_failing_gate)
     ui.info(f"Weights to pack: {ui.format_bytes(estimated_bytes(checkpoint))}.")
     if dry_run:
         return

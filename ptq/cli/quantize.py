@@ -42,13 +42,13 @@ def quantize(
     Example: ptq quantize tiny --calibration calibration --format hif4 --out tiny-hif4
     """
     from ptq import ui
-    from ptq.calibration.records import CalibrationSet
     from ptq.cli.common import default_device, print_json, quiet_libraries
     from ptq.config import load_recipe
     from ptq.quantization.job import Job, QuantizeOptions
     from ptq.quantization.run import quantize as run
     from ptq.quantization.settings import QuantizeSettings, parse_high_precision, parse_scope
     from ptq.scheme import get_format
+    from ptq.store.calibration import CalibrationSet
     from ptq.wan.loading import resolve_model
     from ptq.wan.preflight import preflight
 

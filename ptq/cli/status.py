@@ -46,7 +46,7 @@ def status(
 
 def _show_calibration(directory: Path, as_json: bool) -> None:
     from ptq import ui
-    from ptq.calibration.status import read_status
+    from ptq.calibration.directory import read_status
     from ptq.cli.common import print_json
 
     state = read_status(directory)

@@ -7,7 +7,7 @@ VBench result files alone; `plan` says beforehand what the first would do.
 from __future__ import annotations
 
 from ptq.evaluation.evaluate import evaluate_imported, evaluate_runs
-from ptq.evaluation.plan import plan
+from ptq.evaluation.pairs import plan
 from ptq.evaluation.vbench.run import VBenchSettings
 
 __all__ = ["VBenchSettings", "evaluate_imported", "evaluate_runs", "plan"]

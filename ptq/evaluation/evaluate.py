@@ -8,8 +8,9 @@ reports and the archive read them from there.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,47 @@ import numpy as np
 
 from ptq.errors import UsageError
 from ptq.evaluation import findings, statistics
+from ptq.evaluation.pairs import measure_units
 from ptq.evaluation.runs import Run, pair_runs, read_run
 from ptq.evaluation.scores import Scores, scores_from_units
 from ptq.evaluation.suites import DRIFT_NOTE, HITS, PAIRED_MEASURES, RUN_DIMENSIONS, Suite, get_suite
-from ptq.evaluation.units import FILE_NAME, finish, measure_units
 from ptq.evaluation.vbench.results import imported_scores
 from ptq.evaluation.vbench.run import VBenchSettings, run_vbench
 from ptq.evaluation.vbench.totals import published_totals
-from ptq.store.files import write_json
+from ptq.rules import LIMITS_IN_WORDS, RULES, loss_limit
+from ptq.store.evaluation import FILE, ROLES, Bootstrap, Evaluation, RunSide, Summary, write_evaluation
+from ptq.store.evaluation_units import FILE as UNITS_FILE
+from ptq.store.evaluation_units import UnitLine, write_units
+from ptq.store.files import sweep_partials
+from ptq.store.run_directory import RunDirectory, hold_whole
 from ptq.version import __version__
 
-SCHEMA = 1
-FILE = "evaluation.json"
+
+class EvaluationDirectory(RunDirectory):
+    """The results of one comparison. Which units are kept is decided line by line (`pairs.py`), so no settings refuse."""
+
+    kind, settings_file = "directory of an earlier evaluation", FILE
+
+    def foreign(self) -> str | None:
+        """Other files; measured units of an evaluation that was stopped are none."""
+        return None if (self.path / UNITS_FILE).exists() else super().foreign()
+
+    @contextmanager
+    def measuring(self, runs: Sequence[Path], *, fresh: bool) -> Iterator[None]:
+        """Hold the directory while the block runs.
+
+        Raises:
+            UsageError: it holds something else, or is one of the runs. PtqError: another process holds it.
+        """
+        if any(self.path.resolve() == run.resolve() for run in runs):
+            raise UsageError(f"{self.path} is one of the two runs. Give --out another directory.")
+        with hold_whole(self.path):
+            self.refuse_foreign()
+            self.path.mkdir(parents=True, exist_ok=True)
+            sweep_partials(self.path)
+            if fresh:
+                (self.path / UNITS_FILE).unlink(missing_ok=True)
+            yield
 
 
 @dataclass(frozen=True)
@@ -41,8 +71,6 @@ class Judgement:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.format is not None and self.format not in statistics.LIMITS:
-            raise UsageError(f"--format is {self.format!r}; choose one of {', '.join(statistics.LIMITS)}.")
         if self.gate not in statistics.AGGREGATES:
             raise UsageError(f"The gate is {self.gate!r}; choose one of {', '.join(statistics.AGGREGATES)}.")
         if self.resamples < 1000:
@@ -71,7 +99,7 @@ def evaluate_runs(
     Args:
         reference, candidate: directories written by `ptq generate` from the same prompts and seeds.
         suite: a name of `suites.suite_names()`. VBench suites need `import_vbench` (two result files) or `vbench`.
-        format: hif4 or mxfp4, which sets the limit; by default what the candidate's run.json says.
+        format: a format of the rules, which sets the limit; by default what the candidate's run.json says.
         stride: take SSIM, sharpness and saturation on every stride-th frame.
         dimensions: a subset of a VBench suite's dimensions; the evaluation then says which are missing.
         fresh: measure again instead of reusing results already in `out`.
@@ -90,29 +118,29 @@ def evaluate_runs(
     if not chosen.is_vbench and (import_vbench or vbench):
         raise UsageError(f"Suite {suite} does not use VBench; choose icme2026, vbench-i2v or vbench for those options.")
     runs = read_run(reference), read_run(candidate)
-    _check_out(out, (reference, candidate))
-    judgement = Judgement(_resolve_format(format, runs[1], chosen), gate, resamples, seed)
-    pairing = pair_runs(*runs, allow_missing=allow_missing)
-    lines = measure_units(pairing.pairs, out, chosen, stride=stride, fresh=fresh)
-    if import_vbench is not None:
-        scores = imported_scores(*import_vbench, chosen, pairs=pairing.pairs, allow_missing=allow_missing)
-    elif vbench is not None:
-        scores = run_vbench(pairing.pairs, chosen, vbench, out / "vbench", allow_missing=allow_missing, fresh=fresh)
-    else:
-        scores = scores_from_units(lines, chosen.gate)
-    digests = [run.checkpoint_digest() for run in runs]
-    content = {
-        **_header(chosen, judgement),
-        "reference": runs[0].describe(),
-        "candidate": runs[1].describe(),
-        "units": len(lines),
-        "excluded": pairing.excluded,
-        "stride": stride,
-        "sources": dict(Counter(line["source"] for line in lines)),
-    }
-    extra = findings.pairing_warnings(pairing.excluded, digests[0] is not None and digests[0] == digests[1])
-    extra += findings.condition_warnings(runs[0].info, runs[1].info)
-    return _conclude(out, content, chosen, judgement, scores, lines, extra)
+    with EvaluationDirectory(out).measuring((reference, candidate), fresh=fresh):
+        judgement = Judgement(_resolve_format(format, runs[1], chosen), gate, resamples, seed)
+        pairing = pair_runs(*runs, allow_missing=allow_missing)
+        lines = measure_units(pairing.pairs, out, chosen, stride=stride)
+        if import_vbench is not None:
+            scores = imported_scores(*import_vbench, chosen, pairs=pairing.pairs, allow_missing=allow_missing)
+        elif vbench is not None:
+            scores = run_vbench(pairing.pairs, chosen, vbench, out / "vbench", allow_missing=allow_missing, fresh=fresh)
+        else:
+            scores = scores_from_units(lines, chosen.gate)
+        digests = [run.info.checkpoint.digest for run in runs]
+        content = {
+            **_header(chosen, judgement),
+            "reference": runs[0].describe(),
+            "candidate": runs[1].describe(),
+            "units": len(lines),
+            "excluded": pairing.excluded,
+            "stride": stride,
+            "sources": dict(Counter(line.source for line in lines)),
+        }
+        extra = findings.pairing_warnings(pairing.excluded, digests[0] is not None and digests[0] == digests[1])
+        extra += findings.condition_warnings(runs[0].info, runs[1].info)
+        return _conclude(out, content, chosen, judgement, scores, lines, extra)
 
 
 def evaluate_imported(
@@ -136,18 +164,18 @@ def evaluate_imported(
     chosen = _narrow(get_suite(suite), dimensions)
     if not chosen.is_vbench:
         raise UsageError(f"Suite {suite} is not made of VBench dimensions; choose icme2026, vbench-i2v or vbench.")
-    _check_out(out, ())
-    judgement = Judgement(format, gate, resamples, seed)
-    scores = imported_scores(reference, candidate, chosen, pairs=None, allow_missing=allow_missing)
-    content = {
-        **_header(chosen, judgement),
-        "reference": {"file": str(reference)},
-        "candidate": {"file": str(candidate)},
-        "units": len(scores.clusters),
-        "excluded": {},
-    }
-    extra = ["Only VBench results were read: videos are paired by file name, and no manifest proves equal seeds."]
-    return _conclude(out, content, chosen, judgement, scores, None, extra)
+    judgement = Judgement(_known(format), gate, resamples, seed)
+    with EvaluationDirectory(out).measuring((), fresh=False):
+        scores = imported_scores(reference, candidate, chosen, pairs=None, allow_missing=allow_missing)
+        content = {
+            **_header(chosen, judgement),
+            "reference": RunSide(file=str(reference)),
+            "candidate": RunSide(file=str(candidate)),
+            "units": len(scores.clusters),
+            "excluded": {},
+        }
+        extra = ["Only VBench results were read: videos are paired by file name, and no manifest proves equal seeds."]
+        return _conclude(out, content, chosen, judgement, scores, None, extra)
 
 
 def _narrow(suite: Suite, dimensions: Sequence[str] | None) -> Suite:
@@ -161,41 +189,40 @@ def _narrow(suite: Suite, dimensions: Sequence[str] | None) -> Suite:
     return suite.narrowed(dimensions)
 
 
-def _check_out(out: Path, runs: Sequence[Path]) -> None:
-    foreign = out.is_dir() and any(out.iterdir()) and not ((out / FILE).exists() or (out / FILE_NAME).exists())
-    if foreign or any(out.resolve() == run.resolve() for run in runs):
-        raise UsageError(f"{out} holds other files. Give --out a new directory, or that of an earlier evaluation.")
-    out.mkdir(parents=True, exist_ok=True)
-
-
 def _resolve_format(given: str | None, candidate: Run, suite: Suite) -> str | None:
-    recorded = candidate.format()
-    recorded = recorded if recorded in statistics.LIMITS else None
+    recorded = candidate.info.checkpoint.format
     if given and recorded and given != recorded:
         raise UsageError(
             f"{candidate.directory} was generated from a {recorded} checkpoint, but --format is {given}. The limit belongs to the format of the weights: leave --format out."
         )
     if suite.gate and not (given or recorded):
         raise UsageError(
-            f"{candidate.directory} does not say which format it was generated with. Pass --format hif4 (limit 0.5 %) or --format mxfp4 (limit 1 %)."
+            f"{candidate.directory} does not say which format it was generated with. Pass --format: {LIMITS_IN_WORDS}."
         )
-    return given or recorded
+    return _known(given) or recorded
+
+
+def _known(given: str | None) -> str | None:
+    """The value of --format. A checkpoint may be of a format without a rule; to name one asks for a limit."""
+    if given is not None and given not in RULES:
+        raise UsageError(f"--format is {given!r}; choose one of {', '.join(RULES)}.")
+    return given
 
 
 def _header(suite: Suite, judgement: Judgement) -> dict[str, Any]:
     return {
-        "schema": SCHEMA,
+        "schema": 1,
         "ptq_version": __version__,
         "suite": suite.name,
         "format": judgement.format,
-        "limit": statistics.LIMITS[judgement.format] if suite.gate and judgement.format else None,
+        "limit": loss_limit(judgement.format) if suite.gate and judgement.format else None,
         "gate": judgement.gate if suite.gate else None,
-        "bootstrap": {
-            "resamples": judgement.resamples,
-            "seed": judgement.seed,
-            "confidence": statistics.CONFIDENCE,
-            "method": "paired percentile; prompts resampled, each with all its units",
-        },
+        "bootstrap": Bootstrap(
+            resamples=judgement.resamples,
+            seed=judgement.seed,
+            confidence=statistics.CONFIDENCE,
+            method="paired percentile; prompts resampled, each with all its units",
+        ),
     }
 
 
@@ -205,7 +232,7 @@ def _conclude(
     suite: Suite,
     judgement: Judgement,
     scores: Scores,
-    lines: list[dict[str, Any]] | None,
+    lines: list[UnitLine] | None,
     extra: list[str],
 ) -> dict[str, Any]:
     """Compare, judge, and write both files; returns the content of evaluation.json."""
@@ -214,59 +241,44 @@ def _conclude(
     content.update(dimensions={}, aggregates={}, verdict=None, prompts=len(set(scores.clusters.values())))
     if suite.gate and judgement.format:
         gated = scores.compare(scores.reference, resamples=judgement.resamples, seed=judgement.seed)
-        verdict = statistics.verdict(gated.aggregates.get(judgement.gate), content["limit"])
-        content.update(_gate_content(gated), verdict=verdict)
-        warnings += findings.gate_warnings(gated, content["limit"], verdict, judgement.gate)
+        limit, deciding = content["limit"], gated.aggregates.get(judgement.gate)
+        verdict = None if limit is None else statistics.verdict(deciding, limit)
+        content.update(dimensions=gated.dimensions, aggregates=gated.aggregates, prompts=gated.prompts, verdict=verdict)
+        warnings += findings.gate_warnings(gated, limit, verdict, judgement.gate)
         if suite.is_vbench:
             content["vbench"] = {**scores.details, "totals": published_totals(suite, scores)}
     if lines is not None:
-        informative_scores = scores_from_units(lines, [*RUN_DIMENSIONS, *(HITS if suite.name == "tiny" else ())])
-        informative = informative_scores.compare(
-            informative_scores.reference, resamples=judgement.resamples, seed=judgement.seed
-        )
-        content["informative"] = _gate_content(informative)["dimensions"]
+        own = scores_from_units(lines, [*RUN_DIMENSIONS, *(HITS if suite.name == "tiny" else ())])
+        informative = own.compare(own.reference, resamples=judgement.resamples, seed=judgement.seed)
+        content["informative"] = informative.dimensions
         content["paired"] = _summarize_paired(lines)
-        content["duplicates"] = {role: findings.duplicates(lines, role) for role in ("reference", "candidate")}
+        content["duplicates"] = {role: findings.duplicates(lines, role) for role in ROLES}
         content["notes"] = [DRIFT_NOTE]
         warnings += findings.integrity_warnings(lines) + findings.blur_warnings(gated, informative)
-    content["warnings"] = warnings
-    finish(out / FILE_NAME, _unit_lines(lines, scores))
-    write_json(out / FILE, content)
-    return content
+    evaluation = Evaluation(**content, warnings=warnings)
+    write_units(out, _with_scores(lines, scores))
+    write_evaluation(out, evaluation)
+    return evaluation.as_json()
 
 
-def _gate_content(comparison: statistics.Comparison) -> dict[str, Any]:
-    return {
-        "dimensions": {name: asdict(value) for name, value in comparison.dimensions.items()},
-        "aggregates": {name: asdict(value) for name, value in comparison.aggregates.items()},
-        "prompts": comparison.prompts,
-    }
-
-
-def _summarize_paired(lines: list[dict[str, Any]]) -> dict[str, dict[str, float | int]]:
+def _summarize_paired(lines: list[UnitLine]) -> dict[str, Summary]:
     """Mean, extremes and count of each paired measure over the units that have it."""
     summary = {}
     for name in PAIRED_MEASURES:
-        values = [line["paired"][name] for line in lines if line["paired"].get(name) is not None]
+        values = [value for line in lines if (value := line.paired.get(name)) is not None]
         if values:
-            summary[name] = {
-                "mean": float(np.mean(values)),
-                "min": min(values),
-                "max": max(values),
-                "units": len(values),
-            }
+            mean = float(np.mean(values))
+            summary[name] = Summary(mean=mean, min=min(values), max=max(values), units=len(values))
     return summary
 
 
-def _unit_lines(lines: list[dict[str, Any]] | None, scores: Scores) -> list[Mapping[str, Any]]:
-    """Lines of units.jsonl: the measured ones with the gate's scores merged in, or the imported scores alone."""
-    merged = {}
-    for line in lines or [
-        {"unit": unit, "reference": {}, "candidate": {}, "paired": {}} for unit in sorted(scores.clusters)
-    ]:
-        values = {
-            role: {**line[role], **{name: rows[line["unit"]] for name, rows in table.items() if line["unit"] in rows}}
-            for role, table in (("reference", scores.reference), ("candidate", scores.candidate))
-        }
-        merged[line["unit"]] = {**line, **values}
-    return list(merged.values())
+def _with_scores(lines: list[UnitLine] | None, scores: Scores) -> list[UnitLine]:
+    """The measured lines with the gate's scores merged in, or lines of the imported scores alone."""
+    tables = {"reference": scores.reference, "candidate": scores.candidate}
+
+    def merged(line: UnitLine, role: str) -> dict[str, int | float | None]:
+        own = {name: rows[line.unit] for name, rows in tables[role].items() if line.unit in rows}
+        return {**line.of(role), **own}
+
+    imported = [UnitLine(unit=unit, reference={}, candidate={}, paired={}) for unit in sorted(scores.clusters)]
+    return [line.model_copy(update={role: merged(line, role) for role in ROLES}) for line in lines or imported]

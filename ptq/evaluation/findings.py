@@ -6,14 +6,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from ptq.evaluation import statistics
+from ptq.store.evaluation import ROLES, Estimate
+from ptq.store.evaluation_units import UnitLine
+from ptq.store.run_info import RunInfo
 
-#: Below this many prompts, percentile intervals are known to be too narrow.
 FEW_PROMPTS = 20
-#: Sharpness falling by this share while temporal flickering "improves" is reported as blur.
+"""Below this many prompts, percentile intervals are known to be too narrow."""
 BLUR_LOSS = 0.02
+"""Sharpness falling by this share while temporal flickering "improves" is reported as blur."""
+NAMED_SETTINGS = ("dtype", "attention_backend")
+"""Settings that may differ between paired runs, and are then named."""
 
 
 def pairing_warnings(excluded: Mapping[str, str], same_checkpoint: bool) -> list[str]:
@@ -27,54 +31,55 @@ def pairing_warnings(excluded: Mapping[str, str], same_checkpoint: bool) -> list
     return found
 
 
-def condition_warnings(reference: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[str]:
+def condition_warnings(reference: RunInfo, candidate: RunInfo) -> list[str]:
     """Differences of two run.json that pairing allows but a reader should know: number type, device code, versions."""
-    found = []
-    for group, names in (("settings", ("dtype", "attention_backend")), ("versions", None)):
-        ours, theirs = reference.get(group) or {}, candidate.get(group) or {}
-        for name in names or sorted({*ours, *theirs}):
-            if ours.get(name) != theirs.get(name):
-                found.append(
-                    f"The runs differ in {name}: {ours.get(name)} for the reference, {theirs.get(name)} for the candidate."
-                )
-    return found
+    versions = sorted({*reference.versions, *candidate.versions})
+    pairs = [(name, reference.settings.get(name), candidate.settings.get(name)) for name in NAMED_SETTINGS]
+    pairs += [(name, reference.versions.get(name), candidate.versions.get(name)) for name in versions]
+    return [
+        f"The runs differ in {name}: {ours} for the reference, {theirs} for the candidate."
+        for name, ours, theirs in pairs
+        if ours != theirs
+    ]
 
 
-def integrity_warnings(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+def integrity_warnings(lines: Sequence[UnitLine]) -> list[str]:
     """Black, frozen, duplicate or pasted videos, and a candidate that equals the reference."""
     found = []
     for measure, words in (("black_frames", "black"), ("frozen_frames", "frozen")):
-        for role in ("reference", "candidate"):
-            hit = [line["unit"] for line in lines if line[role][measure]]
+        for role in ROLES:
+            counts = {line.unit: line.of(role).get(measure) or 0 for line in lines}
+            hit = [unit for unit, count in counts.items() if count]
             if hit:
-                frames = int(sum(line[role][measure] for line in lines))
+                frames = int(sum(counts.values()))
                 found.append(f"The {role} has {frames} {words} frames in {len(hit)} videos, for example {hit[0]}.")
-    for role in ("reference", "candidate"):
+    for role in ROLES:
         repeated = duplicates(lines, role)
         if repeated:
             found.append(
                 f"The {role} shows the same pixels for different units: {', '.join(repeated[0][:3])}{f' and {len(repeated) - 1} more groups' if len(repeated) > 1 else ''}."
             )
-        copied = [line["unit"] for line in lines if line[role].get("first_frame_copied")]
+        copied = [line.unit for line in lines if line.of(role).get("first_frame_copied")]
         if copied:
             found.append(
                 f"The first frame of {len(copied)} {role} videos is a copy of the input image (for example {copied[0]}): it was pasted, not generated."
             )
-    equal = sum(line["hashes"]["reference"] == line["hashes"]["candidate"] for line in lines)
+    equal = sum(line.hashes is not None and line.hashes.reference == line.hashes.candidate for line in lines)
     if equal:
         found.append(f"{equal} of {len(lines)} candidate videos equal the reference's pixel for pixel.")
     return found
 
 
-def duplicates(lines: Iterable[Mapping[str, Any]], role: str) -> list[list[str]]:
+def duplicates(lines: Iterable[UnitLine], role: str) -> list[list[str]]:
     """Groups of two or more units of one run whose frames are identical."""
     groups: dict[str, list[str]] = {}
     for line in lines:
-        groups.setdefault(line["hashes"][role], []).append(line["unit"])
+        if line.hashes is not None:
+            groups.setdefault(getattr(line.hashes, role), []).append(line.unit)
     return [units for units in groups.values() if len(units) > 1]
 
 
-def gate_warnings(comparison: statistics.Comparison, limit: float, verdict: str, gate: str) -> list[str]:
+def gate_warnings(comparison: statistics.Comparison, limit: float | None, verdict: str | None, gate: str) -> list[str]:
     """Few prompts, undefined dimensions, and a pass that comes from cancellation."""
     found = []
     if comparison.prompts < FEW_PROMPTS:
@@ -82,10 +87,12 @@ def gate_warnings(comparison: statistics.Comparison, limit: float, verdict: str,
             f"Only {comparison.prompts} prompts: bootstrap intervals from fewer than {FEW_PROMPTS} are too narrow. Evaluate more prompts before relying on the verdict."
         )
     deciding = comparison.aggregates.get(gate)
-    if verdict == statistics.INCONCLUSIVE and deciding is not None:
+    if limit is not None and verdict == statistics.INCONCLUSIVE and deciding is not None:
         found.append(_what_would_decide(deciding, limit, comparison.prompts))
     for name in comparison.undefined:
         found.append(f"{name} scores 0 or less in the reference: it has no relative loss and is not in the aggregates.")
+    if limit is None:
+        return [*found, "The challenge has no limit for this format: there is no verdict."]
     over = statistics.cancels(comparison, limit)
     if over and gate == "mean_signed" and verdict != statistics.FAIL:
         positive = comparison.aggregates["mean_positive"].value
@@ -95,7 +102,7 @@ def gate_warnings(comparison: statistics.Comparison, limit: float, verdict: str,
     return found
 
 
-def _what_would_decide(estimate: statistics.Estimate, limit: float, prompts: int) -> str:
+def _what_would_decide(estimate: Estimate, limit: float, prompts: int) -> str:
     """Intervals shrink with the square root of the number of prompts: how many would move the limit out of this one."""
     distance = abs(limit - estimate.value)
     if estimate.low is None or estimate.high is None or distance == 0:

@@ -23,6 +23,7 @@ from ptq.errors import DamagedFileError, PtqError
 from ptq.evaluation import measures
 from ptq.evaluation.runs import Unit
 from ptq.prompts import MediaRef, fit_image, load_image
+from ptq.store.run_manifest import ImageSource
 
 SAVED, VIDEO = "saved frames", "decoded video"
 COPY_PSNR_IN_VIDEO = 42.0
@@ -48,8 +49,8 @@ def frames_of(unit: Unit, source: str) -> Iterator[np.ndarray]:
     for frame in iterate_saved(path) if source == SAVED else iterate_video(path):
         count += 1
         yield frame
-    expected = unit.record.get("frames")
-    if count == 0 or (expected is not None and count != int(expected)):
+    expected = unit.line.frames
+    if count == 0 or count != expected:
         raise DamagedFileError(f"{path} holds {count} frames; the manifest of unit {unit.name} says {expected}.")
 
 
@@ -118,17 +119,16 @@ def input_image(unit: Unit, height: int, width: int) -> np.ndarray | None:
 
     The manifest's `image_sha256` is over these pixels: an image that comes out differently is not used (None).
     """
-    named, source = Path(str(unit.record["image"])), unit.record.get("image_source") or {}
+    named, source = Path(str(unit.line.image)), unit.line.image_source or ImageSource()
     path = named if named.is_absolute() else unit.directory / named
     if not path.is_file():
         return None
-    crop = tuple(source["crop"]) if source.get("crop") else None
-    media = MediaRef(source.get("kind", "image"), str(named), source.get("frame", 0), crop, path)
+    media = MediaRef(source.kind, str(named), source.frame, source.crop, path)
     try:
         image = fit_image(load_image(media), height, width)
     except PtqError:
         return None
-    same = hashlib.sha256(image.tobytes()).hexdigest() == unit.record.get("image_sha256")
+    same = hashlib.sha256(image.tobytes()).hexdigest() == unit.line.image_sha256
     return image if same else None
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ptq.errors import DamagedFileError, PtqError
-from ptq.store.files import read_json, read_jsonl, sha256_file
+from ptq.store.evaluation import RunSide
+from ptq.store.files import sha256_file
+from ptq.store.run_info import RunInfo, read_run_info
+from ptq.store.run_manifest import ManifestLine, read_lines
 
-#: Manifest keys that must be equal in both runs for a unit to be a pair, with the words of the message.
 PAIRED_KEYS: Mapping[str, str] = {
     "seed": "the seed",
     "latent_sha256": "the initial noise",
@@ -31,26 +32,27 @@ PAIRED_KEYS: Mapping[str, str] = {
     "guidance_scale": "the guidance scale",
     "guidance_scale_2": "the guidance scale of the second expert",
 }
-#: Settings of run.json that are no part of a manifest line and must be equal too.
+"""Fields of a manifest line that must be equal in both runs for a unit to be a pair, with the words of the message."""
 PAIRED_SETTINGS = ("negative_prompt", "max_sequence_length")
-_DONE_KEYS = (
-    *("sample_id", "k", "prompt", "score_prompt", "seed", "latent_sha256"),
-    *("width", "height", "frames", "video", "video_sha256"),
-)
+"""Settings of run.json that are no part of a manifest line and must be equal too."""
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One finished video: `name` is dataset/sample_id/k, `record` its manifest line, `directory` the run's."""
+    """One finished video: its manifest line, and the directory of its run."""
 
-    name: str
-    record: Mapping[str, Any]
+    line: ManifestLine
     directory: Path
 
     @property
+    def name(self) -> str:
+        """dataset/sample_id/k."""
+        return self.line.unit
+
+    @property
     def video(self) -> Path:
-        return self.directory / str(self.record["video"])
+        return self.directory / str(self.line.video)
 
     @property
     def cluster(self) -> str:
@@ -59,7 +61,7 @@ class Unit:
 
     @property
     def score_prompt(self) -> str:
-        return str(self.record["score_prompt"])
+        return str(self.line.score_prompt)
 
     def optional_file(self, key: str) -> Path | None:
         """Path of an optional artifact (`final_latents`, `saved_frames`); None when the run did not keep it.
@@ -67,7 +69,7 @@ class Unit:
         Raises:
             DamagedFileError: the manifest names the file but it is gone.
         """
-        value = self.record.get(key)
+        value = getattr(self.line, key)
         if not value:
             return None
         path = self.directory / str(value)
@@ -83,44 +85,25 @@ class Run:
     """A generation directory: `units` are finished and on disk; `unusable` maps the others to the reason."""
 
     directory: Path
-    info: Mapping[str, Any]
+    info: RunInfo
     units: Mapping[str, Unit]
     unusable: Mapping[str, str]
 
-    def checkpoint_info(self) -> Mapping[str, Any]:
-        """The run's checkpoint entry ({} for an unquantized model)."""
-        value = self.info.get("checkpoint")
-        return value if isinstance(value, Mapping) else {}
-
     def not_started(self) -> int:
         """How many planned units have no manifest line: the run was stopped before it reached them."""
-        plan = self.info.get("plan") or {}
-        return max(0, int(plan.get("units", 0)) - len(self.units) - len(self.unusable))
+        return max(0, self.info.plan.units - len(self.units) - len(self.unusable))
 
-    def format(self) -> str | None:
-        """Number format of the checkpoint that made the run, or None for an unquantized model."""
-        value = self.checkpoint_info().get("format") or self.info.get("format")
-        return None if value is None else str(value)
-
-    def checkpoint_digest(self) -> str | None:
-        """Digest of the checkpoint, from run.json or, where all units agree, from the manifest."""
-        value = self.checkpoint_info().get("digest") or self.info.get("checkpoint_digest")
-        if value:
-            return str(value)
-        digests = {unit.record.get("checkpoint_digest") for unit in self.units.values()}
-        return str(next(iter(digests))) if len(digests) == 1 and None not in digests else None
-
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> RunSide:
         """What evaluation.json keeps of the run."""
-        return {
-            "directory": str(self.directory),
-            "run_digest": self.info.get("digest"),
-            "checkpoint_digest": self.checkpoint_digest(),
-            "format": self.format(),
-            "model": self.info.get("model"),
-            "settings": self.info.get("settings"),
-            "versions": self.info.get("versions"),
-        }
+        return RunSide(
+            directory=str(self.directory),
+            run_digest=self.info.digest,
+            checkpoint_digest=self.info.checkpoint.digest,
+            format=self.info.checkpoint.format,
+            model=self.info.model,
+            settings=dict(self.info.settings),
+            versions=self.info.versions,
+        )
 
 
 @dataclass(frozen=True)
@@ -132,58 +115,28 @@ class Pairing:
 
 
 def read_run(directory: str | Path) -> Run:
-    """Read `run.json` and every `manifest-*.jsonl` of a generation directory.
-
-    The last line of a unit wins within one manifest; over several shards a finished line wins over a failed one.
+    """Read `run.json` and the manifests of a generation directory.
 
     Raises:
         PtqError: not a generation directory, or it has no finished unit.
-        DamagedFileError: a manifest line lacks a required key or names a file outside the directory.
+        DamagedFileError: run.json or a manifest line is damaged, or names a file outside the directory.
     """
     directory = Path(directory)
-    if not (directory / "run.json").is_file():
-        raise PtqError(
-            f"{directory} is not a generation directory: it has no run.json. Give the --out directory of `ptq generate`."
-        )
-    info = read_json(directory / "run.json")
-    if not isinstance(info, dict):
-        raise DamagedFileError(f"{directory / 'run.json'} does not hold a JSON object.")
-    lines: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for path in sorted(directory.glob("manifest-*.jsonl"), key=lambda p: (p.stat().st_mtime, p.name)):
-        latest: dict[str, dict[str, Any]] = {}
-        for number, line in enumerate(read_jsonl(path), 1):
-            if not isinstance(line.get("unit"), str):
-                raise DamagedFileError(f"{path}, record {number} has no `unit`.")
-            latest[line["unit"]] = line
-        for name, line in latest.items():
-            if name not in lines or line.get("status") == "done" or lines[name][1].get("status") != "done":
-                lines[name] = (path, line)
+    info = read_run_info(directory)
     units, unusable = {}, {}
-    for name, (path, line) in lines.items():
-        if line.get("status") != "done":
-            unusable[name] = f"failed: {line.get('error') or 'no reason recorded'}"
-            continue
-        unit = _finished_unit(directory, path, name, line)
-        if unit.video.is_file():
+    for name, line in read_lines(directory).items():
+        unit = Unit(line, directory)
+        if not line.is_done:
+            unusable[name] = f"failed: {line.error or 'no reason recorded'}"
+        elif unit.video.is_file():
             units[name] = unit
         else:
-            unusable[name] = f"its video {unit.record['video']} is missing"
+            unusable[name] = f"its video {line.video} is missing"
     if not units:
         raise PtqError(
             f"{directory} has no finished unit ({len(unusable)} failed or missing). Finish `ptq generate` there first."
         )
     return Run(directory, info, units, unusable)
-
-
-def _finished_unit(directory: Path, manifest: Path, name: str, line: dict[str, Any]) -> Unit:
-    missing = [key for key in _DONE_KEYS if line.get(key) is None]
-    if missing:
-        raise DamagedFileError(f"{manifest}: the finished unit {name} has no {', '.join(missing)}.")
-    for key in ("video", "final_latents", "saved_frames"):
-        value = line.get(key)
-        if value and not (directory / str(value)).resolve().is_relative_to(directory.resolve()):
-            raise DamagedFileError(f"{manifest}: {key} of unit {name} points outside the run directory ({value}).")
-    return Unit(name, line, directory)
 
 
 def pair_runs(reference: Run, candidate: Run, *, allow_missing: bool = False) -> Pairing:
@@ -212,7 +165,7 @@ def pair_runs(reference: Run, candidate: Run, *, allow_missing: bool = False) ->
         raise PtqError(
             f"{reference.directory} and {candidate.directory} have no unit in common: they were made from different prompts."
         )
-    ours, theirs = (run.info.get("settings") or {} for run in (reference, candidate))
+    ours, theirs = reference.info.settings, candidate.info.settings
     for key in PAIRED_SETTINGS:
         if ours.get(key) != theirs.get(key):
             raise PtqError(
@@ -225,13 +178,14 @@ def pair_runs(reference: Run, candidate: Run, *, allow_missing: bool = False) ->
 def _refuse_other_conditions(reference: Run, candidate: Run, common: list[str]) -> None:
     differing: dict[str, list[str]] = {}
     for name in common:
-        ours, theirs = reference.units[name].record, candidate.units[name].record
+        ours, theirs = reference.units[name].line, candidate.units[name].line
         for key in PAIRED_KEYS:
-            if ours.get(key) != theirs.get(key):
+            if getattr(ours, key) != getattr(theirs, key):
                 differing.setdefault(key, []).append(name)
     if differing:
         key, names = next(iter(differing.items()))
-        example = f"{reference.units[names[0]].record.get(key)!r} and {candidate.units[names[0]].record.get(key)!r}"
+        values = [getattr(run.units[names[0]].line, key) for run in (reference, candidate)]
+        example = f"{values[0]!r} and {values[1]!r}"
         raise PtqError(
             f"The runs are not paired: {', '.join(PAIRED_KEYS[k] for k in differing)} differ. For {key} that is {len(names)} of {len(common)} units, for example {names[0]} with {example}. Only the weights may differ: generate both runs with the same prompts, seed and settings."
         )
@@ -243,7 +197,7 @@ def verify_video(unit: Unit) -> None:
     Raises:
         DamagedFileError: the file was changed after it was generated.
     """
-    if sha256_file(unit.video) != unit.record["video_sha256"]:
+    if sha256_file(unit.video) != unit.line.video_sha256:
         raise DamagedFileError(
             f"{unit.video} is not the video that `ptq generate` wrote for unit {unit.name}: its sha256 differs from the manifest. Restore it, or delete it and run `ptq generate` again into that directory."
         )

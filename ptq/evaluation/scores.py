@@ -14,6 +14,7 @@ import numpy as np
 
 from ptq.errors import PtqError
 from ptq.evaluation import statistics
+from ptq.store.evaluation_units import UnitLine
 
 _SHOWN = 3
 
@@ -45,24 +46,24 @@ class Scores:
         )
 
 
-def scores_from_units(lines: Iterable[Mapping[str, Any]], dimensions: Iterable[str]) -> Scores:
+def scores_from_units(lines: Iterable[UnitLine], dimensions: Iterable[str]) -> Scores:
     """Scores of built-in dimensions from lines of units.jsonl.
 
     A dimension that is undefined for some unit (temporal measures of one-frame clips) is left out as a whole, with a
     warning: averaging different units for different dimensions would hide it.
     """
     lines = list(lines)
-    scores = Scores({}, {}, {line["unit"]: line["unit"].rsplit("/", 1)[0] for line in lines})
+    scores = Scores({}, {}, {line.unit: line.unit.rsplit("/", 1)[0] for line in lines})
     for name in dimensions:
-        values = [(line["unit"], line["reference"].get(name), line["candidate"].get(name)) for line in lines]
-        absent = [unit for unit, ours, theirs in values if ours is None or theirs is None]
+        ours = {line.unit: value for line in lines if (value := line.reference.get(name)) is not None}
+        theirs = {line.unit: value for line in lines if (value := line.candidate.get(name)) is not None}
+        absent = [line.unit for line in lines if line.unit not in ours or line.unit not in theirs]
         if absent:
             scores.warnings.append(
-                f"{name} is undefined for {len(absent)} of {len(values)} units ({', '.join(absent[:_SHOWN])}) and is left out."
+                f"{name} is undefined for {len(absent)} of {len(lines)} units ({', '.join(absent[:_SHOWN])}) and is left out."
             )
             continue
-        scores.reference[name] = {unit: ours for unit, ours, _ in values}
-        scores.candidate[name] = {unit: theirs for unit, _, theirs in values}
+        scores.reference[name], scores.candidate[name] = ours, theirs
     return scores
 
 

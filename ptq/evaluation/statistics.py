@@ -17,37 +17,18 @@ from typing import Any
 
 import numpy as np
 
+from ptq.store.evaluation import FAIL, INCONCLUSIVE, PASS, Dimension, Estimate, Verdict
+
 CONFIDENCE = 0.95
-#: Highest accepted mean loss of each format (challenge rules).
-LIMITS: Mapping[str, float] = {"mxfp4": 0.01, "hif4": 0.005}
-PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
+"""Of the intervals."""
 AGGREGATES: Mapping[str, str] = {
     "mean_signed": "mean signed relative loss",
     "mean_absolute": "mean absolute relative loss",
     "mean_positive": "mean of the positive parts",
     "mean_score": "loss of the mean score",
 }
+"""Name of an average over the dimensions, any of which may be the gate -> its words."""
 _CHUNK = 4096
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value and its 95 % interval; `low` and `high` are None where the data cannot bound it."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class Dimension:
-    """One dimension: means of both runs, relative loss, loss in points (100 x difference of scores), units."""
-
-    reference: float
-    candidate: float
-    relative_loss: Estimate | None
-    points: Estimate
-    units: int
 
 
 @dataclass(frozen=True)
@@ -60,8 +41,6 @@ class Comparison:
     aggregates: dict[str, Estimate]
     undefined: list[str]
     prompts: int
-    resamples: int
-    seed: int
 
 
 def compare(
@@ -95,7 +74,7 @@ def compare(
         np.add.at(counts[:, column], rows, 1.0)
     means = sums.sum(1) / counts.sum(0)
     drawn = _resampled_means(sums, counts, resamples, seed) if size > 1 else None
-    return _summarize(names, means, drawn, counts.sum(0), size, resamples, seed)
+    return _summarize(names, means, drawn, counts.sum(0), size)
 
 
 def _check(names: list[str], reference: Any, candidate: Any, clusters: Any) -> None:
@@ -143,10 +122,10 @@ def aggregate(reference: np.ndarray, candidate: np.ndarray) -> dict[str, np.ndar
 def _estimate(value: float | np.ndarray, drawn: np.ndarray | None) -> Estimate:
     """The 95 % percentile interval of resampled values; none when any resample leaves the value undefined."""
     if drawn is None or np.isnan(drawn).any():
-        return Estimate(float(value), None, None)
+        return Estimate(value=float(value), low=None, high=None)
     tail = (1.0 - CONFIDENCE) / 2.0
     low, high = np.quantile(drawn, [tail, 1.0 - tail])
-    return Estimate(float(value), float(low), float(high))
+    return Estimate(value=float(value), low=float(low), high=float(high))
 
 
 def _summarize(
@@ -155,8 +134,6 @@ def _summarize(
     drawn: np.ndarray | None,
     units: np.ndarray,
     prompts: int,
-    resamples: int,
-    seed: int,
 ) -> Comparison:
     losses = relative_loss(means[0], means[1])
     drawn_losses = None if drawn is None else relative_loss(drawn[0], drawn[1])
@@ -168,7 +145,13 @@ def _summarize(
         points = _estimate(
             100.0 * (means[0, d] - means[1, d]), None if drawn is None else 100.0 * (drawn[0, :, d] - drawn[1, :, d])
         )
-        dimensions[name] = Dimension(float(means[0, d]), float(means[1, d]), loss, points, int(units[d]))
+        dimensions[name] = Dimension(
+            reference=float(means[0, d]),
+            candidate=float(means[1, d]),
+            relative_loss=loss,
+            points=points,
+            units=int(units[d]),
+        )
     defined = [d for d in range(len(names)) if not np.isnan(losses[d])]
     aggregates: dict[str, Estimate] = {}
     if defined:
@@ -176,10 +159,10 @@ def _summarize(
         spread = None if drawn is None else aggregate(drawn[0][:, defined], drawn[1][:, defined])
         aggregates = {key: _estimate(values[key], None if spread is None else spread[key]) for key in AGGREGATES}
     undefined = [name for d, name in enumerate(names) if d not in defined]
-    return Comparison(dimensions, aggregates, undefined, prompts, resamples, seed)
+    return Comparison(dimensions, aggregates, undefined, prompts)
 
 
-def verdict(estimate: Estimate | None, limit: float) -> str:
+def verdict(estimate: Estimate | None, limit: float) -> Verdict:
     """PASS when the whole interval is below the limit, FAIL when all of it is at or above, else INCONCLUSIVE."""
     if estimate is None or estimate.low is None or estimate.high is None:
         return INCONCLUSIVE

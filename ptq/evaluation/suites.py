@@ -17,7 +17,6 @@ from importlib import resources
 
 from ptq.errors import UsageError
 
-#: Informative dimensions of every run, with the words of the tables.
 RUN_DIMENSIONS: Mapping[str, str] = {
     "temporal_flickering": "temporal flickering (VBench; blur raises it)",
     "motion_energy": "motion energy, mean squared frame difference",
@@ -26,6 +25,7 @@ RUN_DIMENSIONS: Mapping[str, str] = {
     "frozen_frames": "frozen frames per video",
     "black_frames": "black frames per video",
 }
+"""Informative dimensions of every run, with the words of the tables."""
 PAIRED_MEASURES: Mapping[str, str] = {
     "psnr": "PSNR of frames that differ (dB)",
     "identical_frames": "identical frames per video",
@@ -38,10 +38,10 @@ PAIRED_MEASURES: Mapping[str, str] = {
     "latent_snr_db": "final latents, SNR (dB)",
 }
 ADHERENCE = ("colour", "shape", "direction")
-#: Share of units whose detected colour, shape or direction is the asked-for one; shown beside the soft scores.
 HITS = tuple(f"{name}_hit" for name in ADHERENCE)
-#: Image-to-video only, per run: closeness of frame 0 to the input image (dB), and whether it is a copy of it.
+"""Share of units whose detected colour, shape or direction is the asked-for one; shown beside the soft scores."""
 FIRST_FRAME = ("first_frame_to_image_psnr", "first_frame_copied")
+"""Image-to-video only, per run: closeness of frame 0 to the input image (dB), and whether it is a copy of it."""
 DRIFT_NOTE = "PSNR, SSIM and latent errors between two samples measure drift: sampling trajectories diverge even at FP8. They do not measure quality and never decide the verdict."
 
 

@@ -3,11 +3,12 @@
 Importing this package loads neither torch nor diffusers; they come with the first unit that has to be made.
 """
 
-from ptq.generation.plan import Plan, plan_run
+from ptq.generation.dry_run import Plan, plan_run
 from ptq.generation.prepare import make_videos, read_samples, resolve_settings
 from ptq.generation.run import Summary, run_generation
-from ptq.generation.settings import ModelIdentity, Settings, identify_model
+from ptq.generation.settings import Settings
 from ptq.generation.status import RunStatus, read_status
+from ptq.wan.identity import ModelIdentity, identify_model
 
 __all__ = [
     "ModelIdentity",

@@ -8,27 +8,27 @@ from pathlib import Path
 
 from ptq import ui
 from ptq.errors import PtqError
-from ptq.generation.manifest import FILE_KEYS, Line, Manifests
 from ptq.generation.units import Unit
 from ptq.store.files import sha256_file
+from ptq.store.run_manifest import FILE_KEYS, ManifestLine, Manifests
 
 
-def find_damage(root: Path, line: Line) -> str | None:
+def find_damage(root: Path, line: ManifestLine) -> str | None:
     """What is wrong with the files of a finished unit (missing, truncated, changed), or None."""
     for key in FILE_KEYS:
-        name = line.get(key)
+        name = getattr(line, key)
         if not name:
             continue
         path = root / name
         if not path.is_file():
             return f"{name} is missing"
-        expected = line.get(f"{key}_sha256")
+        expected = getattr(line, f"{key}_sha256")
         if expected and sha256_file(path) != expected:
             return f"{name} is truncated or was changed"
     return None
 
 
-def refuse_other_sample(root: Path, line: Line, unit: Unit, image_to_video: bool) -> None:
+def refuse_other_sample(root: Path, line: ManifestLine, unit: Unit, image_to_video: bool) -> None:
     """A finished unit must come from the same prompt and image.
 
     Raises:
@@ -41,9 +41,9 @@ def refuse_other_sample(root: Path, line: Line, unit: Unit, image_to_video: bool
         "image": media.path if media is not None else None,
     }
     for key, value in wanted.items():
-        if line.get(key) != value:
+        if getattr(line, key) != value:
             raise PtqError(
-                f"{root} holds unit {unit.name}, made with {key} {_short(line.get(key))}, but the sample of that id now has {_short(value)}. Videos of two prompt files are never mixed: choose another --out, or pass --fresh to delete the run and start over."
+                f"{root} holds unit {unit.name}, made with {key} {_short(getattr(line, key))}, but the sample of that id now has {_short(value)}. Videos of two prompt files are never mixed: choose another --out, or pass --fresh to delete the run and start over."
             )
 
 
@@ -55,7 +55,7 @@ def select_pending(root: Path, manifests: Manifests, units: Sequence[Unit], *, i
     Raises:
         PtqError: a finished unit comes from another prompt or image.
     """
-    finished = [(unit, line) for unit in units if (line := manifests.get(unit.name)) and line["status"] == "done"]
+    finished = [(unit, line) for unit in units if (line := manifests.get(unit.name)) and line.is_done]
     whole: set[str] = set()
     with ui.progress("Checking finished videos", len(finished)) if finished else nullcontext() as bar:
         for unit, line in finished:

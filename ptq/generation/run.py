@@ -15,22 +15,24 @@ from typing import TYPE_CHECKING, Any
 from ptq import ui
 from ptq.errors import PtqError
 from ptq.generation.claims import Claims
+from ptq.generation.directory import GenerationDirectory, comparable, describe_run
+from ptq.generation.dry_run import unit_bytes
 from ptq.generation.integrity import select_pending
-from ptq.generation.manifest import Manifests
-from ptq.generation.plan import unit_bytes
-from ptq.generation.rundir import RunDirectory, describe_run
-from ptq.generation.settings import ModelIdentity, Settings
+from ptq.generation.settings import Settings
 from ptq.generation.units import Unit, make_units
 from ptq.prompts.sample import Sample
+from ptq.store.run_info import RunPlan
+from ptq.store.run_manifest import Manifests
 from ptq.store.sharding import Shard
 from ptq.ui.progress import Progress, format_seconds
+from ptq.wan.identity import ModelIdentity
 
 if TYPE_CHECKING:
     from ptq.generation.sampling import Sampler
     from ptq.generation.worker import Result, Worker
 
-#: So many failures one after another mean that the cause is not in the units.
 MAX_FAILURES_IN_A_ROW = 5
+"""So many mean that the cause is not in the units."""
 _POLL_SECONDS = 2.0
 
 
@@ -119,22 +121,17 @@ def run_generation(
     shard, started = shard or Shard(), time.monotonic()
     units = make_units(samples, samples_per_prompt)
     own = shard.select(units)
-    directory, manifests = RunDirectory(out), Manifests(Path(out), shard)
-    info = describe_run(settings, model, units[0].sample.dataset)
-    plan = {
-        "units": len(units),
-        "samples_per_prompt": samples_per_prompt,
-        "shards": shard.count,
-        "prompts": prompts,
-    }
+    plan = RunPlan(units=len(units), samples_per_prompt=samples_per_prompt, shards=shard.count, prompts=prompts)
+    info = describe_run(settings, model, units[0].sample.dataset, plan)
+    directory, manifests = GenerationDirectory(out, info, shard, own), Manifests(Path(out), shard)
     summary = Summary(shard)
     with (
-        directory.open_shard(shard, info, plan, own, fresh=fresh),
+        directory.hold(comparable(info), fresh=fresh),
         Claims(directory.state, shard, stale_minutes * 60) as claims,
     ):
         manifests.drop_torn_line()
         manifests.refresh()
-        pending = select_pending(directory.root, manifests, own, image_to_video=settings.image_to_video)
+        pending = select_pending(directory.path, manifests, own, image_to_video=settings.image_to_video)
         summary.kept = len(own) - len(pending)
         _warn_about_disk(directory, len(pending) * unit_bytes(settings))
         others = [unit for i, unit in enumerate(units) if i % shard.count != shard.index] if take_over else []
@@ -151,7 +148,7 @@ def run_generation(
 def _make_worker(
     pipe_loader: Callable[[], Any],
     settings: Settings,
-    directory: RunDirectory,
+    directory: GenerationDirectory,
     manifests: Manifests,
     claims: Claims,
     model: ModelIdentity,
@@ -224,7 +221,7 @@ class _Loop:
             bar.advance(self._steps - reached, f"{label} {result}")
         if result in ("failed", "broken"):
             line = self._worker.manifests.by_shard[self._summary.shard.tag][unit.name]
-            self._summary.failed[unit.name] = str(line["error"])
+            self._summary.failed[unit.name] = str(line.error)
             self._in_a_row += 1
         else:
             self._summary.failed.pop(unit.name, None)
@@ -260,9 +257,9 @@ class _Loop:
                 raise PtqError(f"{self._in_a_row} units failed one after another; stopped taking over units.")
 
 
-def _warn_about_disk(directory: RunDirectory, needed: int) -> None:
+def _warn_about_disk(directory: GenerationDirectory, needed: int) -> None:
     free = directory.free_bytes()
     if needed > free:
         ui.warn(
-            f"The videos of this shard need about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free where {directory.root} lies. The run stops cleanly when the disk is full, and continues when there is room."
+            f"The videos of this shard need about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free where {directory.path} lies. The run stops cleanly when the disk is full, and continues when there is room."
         )

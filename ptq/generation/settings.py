@@ -1,24 +1,15 @@
-"""What every unit of a run shares: sampler settings, and which weights made it.
+"""What every unit of a run shares besides its weights: the sampler's settings.
 
-Plain values only; nothing here loads a model. The digest of a run (`rundir.py`) is taken over these.
+Plain values only; nothing here loads a model. The digest of a run (`directory.py`) is taken over these.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from ptq.errors import PtqError, UsageError
-from ptq.store.files import files_below
-from ptq.wan.variants import EXPERTS
-
-_WHOLE_FILE_BYTES = 16 << 20
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
-_WEIGHT_SUFFIXES = (".safetensors", ".json", ".model", ".txt")
-_PROVENANCE = ("ptq_manifest.json", "ptq_preset.json")  # run times and defaults: no part of the weights
+from ptq.errors import DamagedFileError, UsageError
 
 
 @dataclass(frozen=True)
@@ -64,62 +55,14 @@ class Settings:
         """The fields as a JSON object."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Settings:
+        """The settings of a run.json.
 
-@dataclass(frozen=True)
-class ModelIdentity:
-    """Which weights a run uses. model: as the user named it. digest: hex SHA-256, see `identify_model`.
-
-    format: "hif4" or "mxfp4" for a packed checkpoint, None for an unquantized model. weight_bytes: size on disk.
-    """
-
-    model: str
-    digest: str
-    format: str | None = None
-    weight_bytes: int = 0
-
-
-def identify_model(model: str, directory: str | Path) -> ModelIdentity:
-    """Digest of a diffusers pipeline directory, the same wherever the directory lies.
-
-    Files up to 16 MiB are hashed whole; of larger ones (weight shards, up to 60 GB together) the size, the header and
-    64 evenly spaced pieces of 4 KiB: seconds instead of minutes, and any two checkpoints that were rounded, tuned or
-    trained differently differ in nearly every piece.
-
-    Raises:
-        PtqError: not a diffusers pipeline directory.
-    """
-    directory = Path(directory)
-    if not (directory / "model_index.json").is_file():
-        raise PtqError(f"{directory} is not a diffusers pipeline directory: it has no model_index.json.")
-    total, parts = 0, []
-    for path in files_below(directory):
-        relative = path.relative_to(directory)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or path.suffix not in _WEIGHT_SUFFIXES or path.name in _PROVENANCE:
-            continue
-        size = path.stat().st_size
-        total += size
-        parts.append(f"{relative.as_posix()} {size} {_file_digest(path, size)}")
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return ModelIdentity(model, digest, _checkpoint_format(directory), total)
-
-
-def _file_digest(path: Path, size: int) -> str:
-    with open(path, "rb") as handle:
-        if size <= _WHOLE_FILE_BYTES:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
-        result = hashlib.sha256()
-        header = int.from_bytes(handle.read(8), "little") if path.suffix == ".safetensors" else 0
-        result.update(handle.read(min(header, _WHOLE_FILE_BYTES)))
-        for index in range(_SAMPLES):
-            handle.seek((size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
-            result.update(handle.read(_SAMPLE_BYTES))
-        return result.hexdigest()
-
-
-def _checkpoint_format(directory: Path) -> str | None:
-    config = directory / EXPERTS[0] / "config.json"
-    if not config.is_file():
-        return None
-    quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}
-    return quantization.get("format")
+        Raises:
+            DamagedFileError: a field is unknown or missing.
+        """
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise DamagedFileError(f"The settings of the run are not those of this version ({error}).") from error

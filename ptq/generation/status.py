@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ptq.generation.claims import units_in_work
-from ptq.generation.manifest import Line, Manifests
-from ptq.generation.rundir import RunDirectory
+from ptq.generation.directory import GenerationDirectory
 from ptq.store.locks import live_shards
+from ptq.store.run_info import read_run_info
+from ptq.store.run_manifest import ManifestLine, Manifests
 from ptq.store.sharding import Shard
 
 
@@ -84,25 +85,23 @@ def read_status(path: str | Path) -> RunStatus:
     Raises:
         PtqError: not a generation directory. DamagedFileError: `run.json` or a manifest line is damaged.
     """
-    directory = RunDirectory(path)
-    info = directory.read_info()
-    plan = info.get("plan") or {}
-    manifests = Manifests(directory.root)
+    directory = GenerationDirectory(path)
+    info = read_run_info(directory.path)
+    manifests = Manifests(directory.path)
     manifests.refresh()
     lines = list(manifests)
-    total = max(int(plan.get("units", 0)), len(lines))
-    count = int(plan.get("shards", 1))
+    total, count = max(info.plan.units, len(lines)), info.plan.shards
     live, current = set(live_shards(directory.state)), units_in_work(directory.state)
     tags = sorted({*manifests.by_shard, *live, *(Shard(i, count).tag for i in range(count))}, key=_tag_order)
     shards = [_read_shard(tag, count, total, manifests.by_shard.get(tag, {}), tag in live, current) for tag in tags]
-    done = sum(line["status"] == "done" for line in lines)
+    done = sum(line.is_done for line in lines)
     return RunStatus(
-        directory=directory.root,
-        model=str(info.get("model")),
-        digest=info["digest"],
+        directory=directory.path,
+        model=str(info.model),
+        digest=info.digest,
         units=total,
         done=done,
-        failed={line["unit"]: str(line.get("error")) for line in lines if line["status"] == "failed"},
+        failed={line.unit: str(line.error) for line in lines if not line.is_done},
         shards=shards,
         seconds_left=_seconds_left(shards, total - done),
     )
@@ -114,11 +113,11 @@ def _tag_order(tag: str) -> tuple[int, int]:
 
 
 def _read_shard(
-    tag: str, count: int, total: int, lines: dict[str, Line], running: bool, current: dict[str, str]
+    tag: str, count: int, total: int, lines: dict[str, ManifestLine], running: bool, current: dict[str, str]
 ) -> ShardStatus:
     index, shards = (int(part) for part in tag.split("of"))
-    done = [line for line in lines.values() if line["status"] == "done"]
-    seconds = [float(line["seconds"]) for line in done]
+    done = [line for line in lines.values() if line.is_done]
+    seconds = [line.seconds for line in done if line.seconds is not None]
     return ShardStatus(
         tag=tag,
         share=Shard(index, count).size(total) if shards == count else None,
@@ -127,7 +126,7 @@ def _read_shard(
         seconds_per_unit=sum(seconds) / len(seconds) if seconds else None,
         running=running,
         current=current.get(tag) if running else None,
-        last_finished=max((str(line.get("finished")) for line in done), default=None),
+        last_finished=max((line.finished for line in done if line.finished), default=None),
     )
 
 

@@ -12,7 +12,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,24 +21,26 @@ from safetensors.torch import save
 from ptq import ui
 from ptq.errors import DamagedFileError, PtqError
 from ptq.generation.claims import Claims
+from ptq.generation.directory import GenerationDirectory
 from ptq.generation.group import LostGroupError
-from ptq.generation.manifest import Line, Manifests
-from ptq.generation.rundir import RunDirectory
 from ptq.generation.sampling import BrokenOutputError, Sampled, Sampler, StepCallback
-from ptq.generation.settings import ModelIdentity
 from ptq.generation.units import Unit
 from ptq.generation.video import encode_video, write_frames, write_video
 from ptq.prompts.images import RESIZE_POLICY, fit_image, load_image
 from ptq.store.files import sha256_file, write_bytes
+from ptq.store.run_manifest import ManifestLine, Manifests
+from ptq.wan.identity import ModelIdentity
 
 Result = Literal["done", "failed", "broken", "elsewhere"]
+Draft = dict[str, Any]
+"""Fields of a `ManifestLine` while its unit is made."""
 
 
 @dataclass
 class Worker:
     """Makes units of one run in this process. `load_pipeline` is called at the first unit."""
 
-    directory: RunDirectory
+    directory: GenerationDirectory
     manifests: Manifests
     claims: Claims
     model: ModelIdentity
@@ -62,7 +64,7 @@ class Worker:
         try:
             self.manifests.refresh()
             now = self.manifests.get(unit.name)
-            if now is not None and now is not seen and now["status"] == "done":
+            if now is not None and now is not seen and now.is_done:
                 return "elsewhere"
             if self._sampler is None:
                 self._sampler = self.load_sampler()
@@ -91,10 +93,10 @@ class Worker:
             return "failed"
         line["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device) if cuda else _peak_process_bytes()
         line["seconds"] = round(time.monotonic() - started, 3)
-        self.manifests.append({**line, "finished": _now(), "status": "done", "error": None})
+        self.manifests.append(ManifestLine(**line, finished=_now(), status="done", error=None))
         return "done"
 
-    def _describe(self, unit: Unit, sampler: Sampler, seed: int) -> Line:
+    def _describe(self, unit: Unit, sampler: Sampler, seed: int) -> Draft:
         settings, sample = sampler.settings, unit.sample
         return {
             "unit": unit.name,
@@ -126,7 +128,7 @@ class Worker:
             "saved_frames": None,
         }
 
-    def _image(self, unit: Unit, sampler: Sampler, line: Line) -> np.ndarray | None:
+    def _image(self, unit: Unit, sampler: Sampler, line: Draft) -> np.ndarray | None:
         """The sample's image as the model gets it; its digest is over those pixels, uint8 [height, width, 3]."""
         if not sampler.settings.image_to_video:
             return None
@@ -136,10 +138,15 @@ class Worker:
         image = fit_image(load_image(media), sampler.settings.height, sampler.settings.width)
         line["image"] = media.path
         line["image_sha256"] = hashlib.sha256(image.tobytes()).hexdigest()
-        line["image_source"] = {"kind": media.kind, "frame": media.frame, "crop": media.crop, "resize": RESIZE_POLICY}
+        line["image_source"] = {
+            "kind": media.kind,
+            "frame": media.frame,
+            "crop": media.crop,
+            "resize": RESIZE_POLICY,
+        }
         return image
 
-    def _save(self, unit: Unit, sampled: Sampled, video: bytes, line: Line, sampler: Sampler) -> None:
+    def _save(self, unit: Unit, sampled: Sampled, video: bytes, line: Draft, sampler: Sampler) -> None:
         """Write the unit's files, the video last; a file that cannot be written takes the others with it."""
         directory, settings = self.directory, sampler.settings
         paths = {folder: directory.file(folder, unit.stem) for folder in ("latents", "frames", "videos")}
@@ -148,7 +155,7 @@ class Worker:
             write_bytes(paths["latents"], latents)
             if settings.save_frames:
                 write_frames(paths["frames"], sampled.frames)
-                line["saved_frames"] = str(paths["frames"].relative_to(directory.root))
+                line["saved_frames"] = str(paths["frames"].relative_to(directory.path))
                 line["saved_frames_sha256"] = sha256_file(paths["frames"])
             write_video(paths["videos"], video, settings.num_frames, settings.height, settings.width)
         except PtqError:
@@ -156,17 +163,17 @@ class Worker:
                 path.unlink(missing_ok=True)
             raise
         line["latent_sha256"] = sampled.initial_sha256
-        line["final_latents"] = str(paths["latents"].relative_to(directory.root))
+        line["final_latents"] = str(paths["latents"].relative_to(directory.path))
         line["final_latents_sha256"] = hashlib.sha256(latents).hexdigest()
-        line["video"] = str(paths["videos"].relative_to(directory.root))
+        line["video"] = str(paths["videos"].relative_to(directory.path))
         line["video_sha256"] = hashlib.sha256(video).hexdigest()
 
-    def _record_failure(self, unit: Unit, line: Line, error: Exception, started: float) -> None:
+    def _record_failure(self, unit: Unit, line: Draft, error: Exception, started: float) -> None:
         text = str(error).strip() or type(error).__name__
         if not isinstance(error, PtqError):
             text = f"{type(error).__name__}: {text}"
         line["seconds"] = round(time.monotonic() - started, 3)
-        self.manifests.append({**line, "finished": _now(), "status": "failed", "error": text})
+        self.manifests.append(ManifestLine(**line, finished=_now(), status="failed", error=text))
         self.manifests.refresh()
         ui.warn(f"Unit {unit.name} failed: {text}")
         if isinstance(error, LostGroupError):

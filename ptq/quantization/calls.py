@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ptq.calibration.records import CalibrationSet, Record
 from ptq.errors import PtqError
 from ptq.quantization.streams import Stream
+from ptq.store.calibration import CalibrationSet
+from ptq.store.records import Record
 from ptq.wan.block import DenoiserCall
 from ptq.wan.replay import BlockContext, ExpertReplay
 

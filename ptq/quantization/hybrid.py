@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from ptq import ui
-from ptq.calibration.records import CalibrationSet
 from ptq.quantization.block import forward_stream
 from ptq.quantization.calls import ExpertCalls
 from ptq.quantization.streams import Stream
+from ptq.store.calibration import CalibrationSet
 from ptq.wan.replay import ExpertReplay
 
 KEEP_BLOCKS_BYTES = 2 * 2**30

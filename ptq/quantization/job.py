@@ -15,15 +15,16 @@ from typing import Any
 import psutil
 import torch
 
-from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.manifest import Coverage, package_versions
 from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet
 from ptq.errors import UsageError
 from ptq.quantization.calls import ExpertCalls, spread
 from ptq.quantization.processes import ALONE, Processes
-from ptq.quantization.settings import QuantizeSettings, check_budget
+from ptq.quantization.settings import QuantizeSettings
+from ptq.rules import check_budget
 from ptq.scheme import FormatError
+from ptq.store.calibration import CalibrationSet
 from ptq.store.files import digest, files_below
 from ptq.ui.progress import format_seconds
 from ptq.wan.block import block_prefix, rows_outside, video_tokens
@@ -118,11 +119,11 @@ class Job:
         layout, calibration = self.layout, self.calibration
         if layout.is_packed:
             raise UsageError(f"{layout.path} is already a packed checkpoint; quantize the original model instead.")
-        if calibration.settings.get("experts") != {name: digest(config) for name, config in layout.experts.items()}:
+        if calibration.info.experts != {name: digest(config) for name, config in layout.experts.items()}:
             raise UsageError(
                 f"{calibration.directory} was recorded from another model than {layout.path} (experts or their config.json differ). Record this model with `ptq calibrate` first."
             )
-        recorded_as = calibration.settings.get("variant")
+        recorded_as = calibration.info.variant
         if recorded_as != layout.variant.name:
             raise UsageError(
                 f"{calibration.directory} was recorded from {layout.variant.title} taken for {recorded_as}, with the flow shift and steps of that. Record this model again with `ptq calibrate`, into another --out."

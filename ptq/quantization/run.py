@@ -21,7 +21,7 @@ from ptq.quantization.processes import Processes
 from ptq.quantization.sensitivity import protect_blocks, with_protection
 from ptq.quantization.workdir import RUN_FILES, STREAMS_DIR, WorkDir
 from ptq.store.files import digest, free_space_hint
-from ptq.store.locks import exclusive
+from ptq.store.run_directory import hold_whole
 from ptq.version import __version__
 from ptq.wan.replay import state_names
 
@@ -42,8 +42,7 @@ def quantize(job: Job) -> Manifest:
     job.calibration.verify()
     _ = job.signature  # damaged weights stop here, before anything is written
     job = replace(job, processes=Processes.from_environment())
-    lock = exclusive(job.out.with_name(f".{job.out.name}.lock"), str(job.out))
-    with lock if job.processes.first else contextlib.nullcontext():
+    with hold_whole(job.out) if job.processes.first else contextlib.nullcontext():
         return _quantize(job, start)
 
 
@@ -117,8 +116,8 @@ def _manifest(job: Job, signature: dict[str, Any], results: list[ExpertResult], 
         recipe=settings.recipe,
         calibration={
             "digest": calibration.digest,
-            "prompts": calibration.settings["prompts"],
-            "samples": calibration.settings["samples"],
+            "prompts": calibration.info.prompts,
+            "samples": [sample.as_json() for sample in calibration.info.samples],
             "records": len(calibration.records),
         },
         high_precision=[f"{name}:{index}" for name, blocks in settings.high_precision.items() for index in blocks],

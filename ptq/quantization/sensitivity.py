@@ -10,31 +10,30 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ptq import ui
 from ptq.checkpoint.shards import ShardSet
 from ptq.quantization.hybrid import HybridExpert
 from ptq.quantization.job import Job
-from ptq.quantization.settings import BUDGET, QuantizeSettings
-from ptq.quantization.workdir import PROTECTION_FILE, WorkDir
-from ptq.store.files import read_json, write_json
+from ptq.quantization.settings import QuantizeSettings
+from ptq.quantization.workdir import WorkDir
+from ptq.rules import block_budget
+from ptq.store.files import read_json
+from ptq.store.sensitivity import (
+    PROTECTION_FILE,
+    BlockError,
+    Pick,
+    SensitivityTable,
+    read_protection,
+    write_protection,
+    write_sensitivity,
+)
 from ptq.wan.replay import ExpertReplay
 
-SENSITIVITY_FILE = "ptq_sensitivity.json"
 RANDOM_DRAWS = 16
 
 Choice = tuple[str, int]
-
-
-@dataclass(frozen=True)
-class Pick:
-    """One protected block and the model's error before and after protecting it."""
-
-    expert: str
-    block: int
-    before: float
-    after: float
 
 
 class Sensitivity:
@@ -84,7 +83,7 @@ class Sensitivity:
             (expert, block), after = min(gains.items(), key=lambda item: item[1])
             if after >= before:
                 return picks
-            picks.append(Pick(expert, block, before, after))
+            picks.append(Pick(expert=expert, block=block, before=before, after=after))
 
     def _gains(self, chosen: list[Choice], full: set[str], title: str) -> dict[Choice, float]:
         current = {name: self._expert_error(name, self._flags(name, chosen)) for name in self.experts}
@@ -126,12 +125,12 @@ class Sensitivity:
 def build_sensitivity(job: Job, packed: Mapping[str, ShardSet], packed_configs: Mapping[str, dict]) -> Sensitivity:
     """Hybrids of every expert from original and packed weights, with the experts' shares of the final error."""
     hybrids, importance = {}, {}
-    schedule = job.calibration.settings["schedule"]
+    schedule = job.calibration.info.schedule
     for name, config in job.layout.experts.items():
         original = ExpertReplay(job.shards[name], config, job.options.device)
         quantized = ExpertReplay(packed[name], packed_configs[name], job.options.device)
         hybrids[name] = HybridExpert(name, original, quantized, job.calibration)
-        d_sigmas = [step["d_sigma"] for step in schedule if step["expert"] == name]
+        d_sigmas = [step.d_sigma for step in schedule if step.expert == name]
         records = len(job.calibration.of_expert(name))
         importance[name] = sum(d**2 for d in d_sigmas) * hybrids[name].signal / records
     return Sensitivity(hybrids, importance)
@@ -142,36 +141,36 @@ def protect_blocks(job: Job, work: WorkDir) -> None:
 
     The fully quantized experts must lie in the work directory. A choice made before an interruption is kept.
     """
-    path = work.path / PROTECTION_FILE
-    if not path.exists():
+    if not (work.path / PROTECTION_FILE).exists():
         packed = {name: ShardSet(work.path / name) for name in job.layout.experts}
         configs = {name: read_json(work.path / name / "config.json") for name in job.layout.experts}
         measured = build_sensitivity(job, packed, configs)
-        budget = BUDGET[job.settings.format]
+        budget = block_budget(job.settings.format)
+        assert budget is not None  # `QuantizeSettings` refuses auto_protect without one
         picks = measured.greedy(budget, job.settings.budget_scope)
-        write_json(work.path / SENSITIVITY_FILE, sensitivity_table(measured, picks, budget))
-        write_json(path, [vars(pick) for pick in picks])
+        write_sensitivity(work.path, sensitivity_table(measured, picks, budget))
+        write_protection(work.path, picks)
 
 
 def with_protection(settings: QuantizeSettings, work: WorkDir, experts: Sequence[str]) -> QuantizeSettings:
     """The settings with the blocks that `protect_blocks` chose, and why each was chosen."""
     chosen: dict[str, dict[int, str]] = {name: {} for name in experts}
-    for number, pick in enumerate(read_json(work.path / PROTECTION_FILE), 1):
-        reason = f"greedy choice {number}: denoiser error {pick['before']:.3e} -> {pick['after']:.3e}"
-        chosen[pick["expert"]][pick["block"]] = reason
+    for number, pick in enumerate(read_protection(work.path), 1):
+        reason = f"greedy choice {number}: denoiser error {pick.before:.3e} -> {pick.after:.3e}"
+        chosen[pick.expert][pick.block] = reason
     return replace(settings, high_precision=chosen, auto_protect=False)
 
 
-def sensitivity_table(measured: Sensitivity, picks: Sequence[Pick], budget: int) -> dict:
-    """JSON-ready table: each block's own error, the picks, and what other choices under the same budget would give."""
+def sensitivity_table(measured: Sensitivity, picks: Sequence[Pick], budget: int) -> SensitivityTable:
+    """The table: each block's own error, the picks, and what other choices under the same budget would give."""
     chosen = [(pick.expert, pick.block) for pick in picks]
     comparison = {"none": measured.error([]), "auto": measured.error(chosen)}
     for name, draws in measured.priors(len(chosen) or budget).items():
         comparison[name] = sum(measured.error(draw) for draw in draws) / len(draws)
     one = measured.quantize_one()
-    return {
-        "metric": "squared denoiser-output error relative to the original, weighted by d_sigma^2, over all experts",
-        "quantize_one": [{"expert": e, "block": b, "error": error} for (e, b), error in one.items()],
-        "picks": [vars(pick) for pick in picks],
-        "comparison": comparison,
-    }
+    return SensitivityTable(
+        metric="squared denoiser-output error relative to the original, weighted by d_sigma^2, over all experts",
+        quantize_one=[BlockError(expert=e, block=b, error=error) for (e, b), error in one.items()],
+        picks=list(picks),
+        comparison=comparison,
+    )

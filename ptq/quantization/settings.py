@@ -1,4 +1,4 @@
-"""What one quantize run is asked to do, and the block budget of the challenge."""
+"""What one quantize run is asked to do."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from typing import Literal, get_args
 
 from ptq.config import Recipe
 from ptq.errors import UsageError
+from ptq.rules import block_budget
 from ptq.scheme import FormatError, Scheme, Smoothed
-
-BUDGET = {"mxfp4": 5, "hif4": 2}
-"""Transformer blocks that may stay in high precision (rules of the challenge)."""
 
 BudgetScope = Literal["total", "per-expert"]
 
@@ -38,6 +36,12 @@ class QuantizeSettings:
     auto_protect: bool = False
     budget_scope: BudgetScope = "total"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.auto_protect and block_budget(self.format) is None:
+            raise UsageError(
+                f"--high-precision auto chooses as many blocks as the challenge allows, and it has no rule for {self.format}. Name the blocks, or none."
+            )
 
     @functools.cached_property
     def scheme(self) -> Scheme:
@@ -118,19 +122,3 @@ def parse_high_precision(text: str, num_blocks: Mapping[str, int]) -> dict[str, 
             raise UsageError(f"{match[1]} has blocks 0 to {num_blocks[match[1]] - 1}; found {item.strip()}.")
         chosen[match[1]].add(int(match[2]))
     return {expert: dict.fromkeys(sorted(blocks), "named by --high-precision") for expert, blocks in chosen.items()}
-
-
-def check_budget(format_name: str, high_precision: Mapping[str, Mapping[int, str]], scope: str) -> None:
-    """Refuse more protected blocks than the challenge allows.
-
-    Raises:
-        UsageError: over the budget; says how many and how they are counted.
-    """
-    limit = BUDGET[format_name]
-    counts = {expert: len(blocks) for expert, blocks in high_precision.items()}
-    worst = sum(counts.values()) if scope == "total" else max(counts.values(), default=0)
-    if worst > limit:
-        raise UsageError(
-            f"{worst} blocks would stay in high precision, counted {scope.replace('-', ' ')}; {format_name} allows at most {limit}. Name fewer blocks in --high-precision."
-            + (" Counting per expert is possible with --budget-scope per-expert." if scope == "total" else "")
-        )

@@ -10,23 +10,33 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from ptq.calibration.records import save_atomic
-from ptq.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from ptq.checkpoint.manifest import MANIFEST_FILE, BlockEntry, LayerEntry, read_manifest
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header
 from ptq.errors import DamagedFileError, UsageError
-from ptq.store.files import PARTIAL_SUFFIX, digest, read_json, sync_directory, write_json
+from ptq.store.files import digest, read_json, sweep_partials, sync_directory, write_json, write_tensors
+from ptq.store.run_directory import Difference, RunDirectory, name_all
+from ptq.store.sensitivity import PROTECTION_FILE
 
 SIGNATURE_FILE = "run.json"
 BLOCKS_DIR = "blocks"
-PROTECTION_FILE = "protection.json"
 STREAMS_DIR = "streams"
 RUN_FILES = (SIGNATURE_FILE, PROTECTION_FILE, BLOCKS_DIR, STREAMS_DIR)
 """What only a running job needs; never part of the checkpoint."""
 
 
-class WorkDir:
+class FinishedBlock(BaseModel):
+    """`blocks/<expert>/<index>.json`: the manifest's rows of a block; it commits the tensors beside it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    block: BlockEntry
+    layers: list[LayerEntry]
+
+
+class WorkDir(RunDirectory):
     """Finished blocks of one run.
 
     Args:
@@ -38,25 +48,29 @@ class WorkDir:
         UsageError: `out` exists already, or an unfinished run with another signature is there (names the differences).
     """
 
+    kind, settings_file = "unfinished checkpoint", SIGNATURE_FILE
+
     def __init__(self, out: Path, signature: dict[str, Any], *, fresh: bool = False) -> None:
-        self.out = out
-        self.path = out.with_name(out.name + ".partial")
+        super().__init__(out.with_name(out.name + ".partial"))
+        self.out, self.signature = out, digest(signature)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UsageError(
                 f"{out} exists already and is not empty. Finished checkpoints are never overwritten: choose another --out, or delete it first."
             )
-        if fresh:
-            shutil.rmtree(self.path, ignore_errors=True)
-        found = read_json(self.path / SIGNATURE_FILE) if (self.path / SIGNATURE_FILE).exists() else None
-        if found is not None and found != signature:
-            keys = sorted(set(found) | set(signature))
-            different = [key for key in keys if found.get(key) != signature.get(key)]
-            raise UsageError(
-                f"{self.path} holds an unfinished run made from something else; different: {', '.join(different)}. Blocks of two runs are never mixed: use the earlier settings to finish it, choose another --out, or pass --fresh to start over."
-            )
-        self.signature = digest(signature)
-        if found is None and not self.is_complete:
-            write_json(self.path / SIGNATURE_FILE, signature)
+        if self.enter(signature, fresh=fresh) and not self.is_complete:
+            write_json(self.settings_path, signature)
+
+    def found(self) -> dict[str, Any] | None:
+        """The signature of the run that is there."""
+        return read_json(self.settings_path) if self.settings_path.exists() else None
+
+    def refusal(self, different: list[Difference]) -> UsageError:
+        return UsageError(
+            f"{self.path} holds an unfinished run made from something else; different: {name_all(different)}. Blocks of two runs are never mixed: use the earlier settings to finish it, choose another --out, or pass --fresh to start over."
+        )
+
+    def delete(self, *, own: bool) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
 
     @property
     def is_complete(self) -> bool:
@@ -68,10 +82,10 @@ class WorkDir:
         return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
 
     def save_block(self, expert: str, block: int, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-        """Store a finished block: its changed tensors (full names) and its statistics. The JSON file commits it."""
+        """Store a finished block: its changed tensors (full names), and its statistics as `FinishedBlock`."""
         weights, statistics = self._files(expert, block)
-        save_atomic(tensors, weights)
-        write_json(statistics, info)
+        write_tensors(weights, tensors)
+        write_json(statistics, FinishedBlock.model_validate(info).model_dump(mode="json"))
 
     def load_block(self, expert: str, block: int) -> tuple[dict[str, TensorEntry], dict[str, Any]] | None:
         """Entries and statistics of a finished block; None when it is not there or damaged (it is then made again)."""
@@ -79,14 +93,14 @@ class WorkDir:
         if not (weights.exists() and statistics.exists()):
             return None
         try:
-            return read_header(weights), read_json(statistics)
-        except DamagedFileError:
+            info = FinishedBlock.model_validate(read_json(statistics))
+            return read_header(weights), info.model_dump(mode="json")
+        except (DamagedFileError, ValidationError):
             return None
 
     def remove_leftovers(self) -> None:
         """Remove what killed processes were writing. Only while no other process writes."""
-        for leftover in self.path.rglob(f".*{PARTIAL_SUFFIX}"):
-            leftover.unlink()
+        sweep_partials(self.path)
 
     def finish(self) -> None:
         """Remove what only a running job needs and give the directory its final name."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ptq.report.schema import Estimate
+from ptq.store.evaluation import Estimate
 
 MINUS = "\u2212"
 NONE = "not measured"

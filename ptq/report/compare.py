@@ -17,7 +17,8 @@ from ptq.evaluation.suites import PAIRED_MEASURES
 from ptq.report.cells import Cell, Table, count, error, flatten, number, percent, share, size
 from ptq.report.facts import gather
 from ptq.report.locate import Sources
-from ptq.report.schema import EVALUATION_FILE, Dimension, Evaluation
+from ptq.store.evaluation import FILE as EVALUATION_FILE
+from ptq.store.evaluation import Dimension, Evaluation
 
 ABSENT = "not there"
 

@@ -14,16 +14,17 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ptq.checkpoint.manifest import Manifest, read_manifest
-from ptq.errors import DamagedFileError, PtqError
+from ptq.errors import PtqError
 from ptq.evaluation.runs import Run, Unit, read_run
 from ptq.prompts import caption_digest
 from ptq.report.locate import Sources, find_calibration, find_checkpoint, find_run
-from ptq.report.schema import UNITS_FILE, Evaluation, read_evaluation
-from ptq.store.files import read_json, read_jsonl
+from ptq.store.evaluation import ROLES, Evaluation, read_evaluation
+from ptq.store.evaluation_units import FILE as UNITS_FILE
+from ptq.store.evaluation_units import read_units
+from ptq.store.files import read_json
+from ptq.store.sensitivity import SENSITIVITY_FILE, read_sensitivity
 
 FORMAT_NAMES = {"hif4": "HiF4", "mxfp4": "MXFP4"}
-SENSITIVITY_FILE = "ptq_sensitivity.json"
-ROLES = ("reference", "candidate")
 
 
 class Ablation(BaseModel):
@@ -84,7 +85,7 @@ class Facts:
             return None
         known = {sample["caption_digest"] for sample in self.manifest.calibration["samples"]}
         evaluated = {line["unit"] for line in self.units}
-        prompts = {caption_digest(str(unit.record["prompt"])) for name, unit in run.units.items() if name in evaluated}
+        prompts = {caption_digest(str(unit.line.prompt)) for name, unit in run.units.items() if name in evaluated}
         return len(prompts & known)
 
 
@@ -133,10 +134,7 @@ def gather(sources: Sources) -> Facts:
 def _read_units(path: Path, omissions: list[str]) -> list[dict[str, Any]]:
     if not path.is_file():
         omissions.append(f"{path.name} is missing: scores of single videos are not in this report.")
-    lines = read_jsonl(path)
-    if any(not isinstance(line.get("unit"), str) for line in lines):
-        raise DamagedFileError(f"{path} has a line without `unit`. Run `ptq evaluate` again into that directory.")
-    return lines
+    return [line.as_json() for line in read_units(path.parent)]
 
 
 def _read_sensitivity(checkpoint: Path, omissions: list[str]) -> Mapping[str, Any] | None:
@@ -146,12 +144,7 @@ def _read_sensitivity(checkpoint: Path, omissions: list[str]) -> Mapping[str, An
             "The sensitivity of single blocks was not measured (ptq quantize --high-precision auto does): there is no chart."
         )
         return None
-    content = read_json(path)
-    if not isinstance(content, dict) or not {"metric", "quantize_one", "picks", "comparison"} <= set(content):
-        raise DamagedFileError(
-            f"{path} is damaged: it lacks metric, quantize_one, picks or comparison. Quantize again."
-        )
-    return content
+    return read_sensitivity(checkpoint).as_json()
 
 
 def _read_calibration(
@@ -159,13 +152,13 @@ def _read_calibration(
 ) -> Mapping[str, Any] | None:
     if manifest.calibration is None:
         return None
-    path = find_calibration(evaluation, checkpoint, manifest.calibration["digest"])
-    if path is None:
+    info = find_calibration(evaluation, checkpoint, manifest.calibration["digest"])
+    if info is None:
         omissions.append(
             "The calibration directory was not found beside the checkpoint: size and steps of the recorded runs are not in this report; their digest and prompts are."
         )
         return None
-    return read_json(path)
+    return info.as_json()
 
 
 def _read_run(sources: Sources, info: Any, role: str, omissions: list[str]) -> Run | None:

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ptq.evaluation.statistics import AGGREGATES
 from ptq.report.facts import Facts
-from ptq.report.schema import Estimate, Evaluation
+from ptq.store.evaluation import Estimate, Evaluation
 
 BLUE, ORANGE, GREY = "#1f4e79", "#c55a11", "#8a8a8a"
 WIDTH = 7.2

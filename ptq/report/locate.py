@@ -12,11 +12,12 @@ from pathlib import Path
 
 from ptq.checkpoint.manifest import MANIFEST_FILE
 from ptq.errors import DamagedFileError, PtqError, UsageError
-from ptq.generation import identify_model
-from ptq.report.schema import EVALUATION_FILE, Evaluation, RunInfo
-from ptq.store.files import read_json
-
-CALIBRATION_FILE = "calibration.json"
+from ptq.store.calibration import FILE as CALIBRATION_FILE
+from ptq.store.calibration import CalibrationInfo, read_calibration
+from ptq.store.evaluation import FILE as EVALUATION_FILE
+from ptq.store.evaluation import Evaluation, RunSide
+from ptq.store.run_info import read_run_info
+from ptq.wan.identity import identify_model
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def _require_checkpoint(directory: Path, recorded: str | None) -> None:
         )
 
 
-def find_run(sources: Sources, info: RunInfo, role: str) -> Path | None:
+def find_run(sources: Sources, info: RunSide, role: str) -> Path | None:
     """The generation directory of `role` ("reference" or "candidate"), or None.
 
     Raises:
@@ -98,21 +99,20 @@ def find_run(sources: Sources, info: RunInfo, role: str) -> Path | None:
 
 
 def _is_run(directory: Path, run_digest: str | None) -> bool:
-    path = directory / "run.json"
-    if not path.is_file():
-        return False
-    content = read_json(path)
-    return isinstance(content, dict) and content.get("digest") == run_digest
+    try:
+        return read_run_info(directory).digest == run_digest
+    except PtqError:
+        return False  # not there, or of something else
 
 
-def find_calibration(evaluation: Path, checkpoint: Path, calibration_digest: str) -> Path | None:
-    """calibration.json with that digest beside the checkpoint or in a demo directory, or None."""
+def find_calibration(evaluation: Path, checkpoint: Path, calibration_digest: str) -> CalibrationInfo | None:
+    """The calibration.json with that digest beside the checkpoint or in a demo directory, or None."""
     for folder in (checkpoint.resolve().parent, evaluation.resolve().parent.parent):
         for path in sorted(folder.glob(f"*/{CALIBRATION_FILE}")):
             try:
-                content = read_json(path)
+                info = read_calibration(path)
             except DamagedFileError:
                 continue  # somebody else's broken directory in the same folder: not the one that is looked for
-            if isinstance(content, dict) and content.get("digest") == calibration_digest:
-                return path
+            if info.digest == calibration_digest:
+                return info
     return None

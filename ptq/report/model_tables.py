@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ptq.checkpoint.manifest import LayerEntry, Manifest
-from ptq.quantization.settings import BUDGET
 from ptq.report.cells import Cell, Table, count, error, flatten, number, plain, share, size
 from ptq.report.facts import ROLES, Facts
-from ptq.report.schema import EVALUATION_FILE, UNITS_FILE
+from ptq.rules import block_budget
+from ptq.store.evaluation import FILE as EVALUATION_FILE
+from ptq.store.evaluation_units import FILE as UNITS_FILE
 from ptq.store.files import sha256_file
 from ptq.wan.variants import EXPERTS
 
@@ -61,6 +62,10 @@ def _size(manifest: Manifest, checkpoint: Path) -> Table:
     weights = [name for name in manifest.files if name.endswith(".safetensors") and name.partition("/")[0] in EXPERTS]
     on_disk = sum((checkpoint / name).stat().st_size for name in weights if (checkpoint / name).is_file())
     protected = ", ".join(manifest.high_precision) or "none"
+    budget, scope = (
+        block_budget(manifest.format),
+        "in each expert" if manifest.budget_scope == "per-expert" else "in total",
+    )
     rows: list[tuple[str, Cell | str]] = [
         ("quantized weight values", count(c.quantized_parameters)),
         ("share of Linear parameters in W4A4", share(c.parameter_share)),
@@ -72,10 +77,7 @@ def _size(manifest: Manifest, checkpoint: Path) -> Table:
         ("transformers, original weight files", size(c.original_bytes)),
         ("transformers, packed weight files", size(on_disk)),
         ("blocks kept in high precision", protected),
-        (
-            "allowed by the rules",
-            f"{BUDGET[manifest.format]} {'in each expert' if manifest.budget_scope == 'per-expert' else 'in total'}",
-        ),
+        ("allowed by the rules", "any: no rule for this format" if budget is None else f"{budget} {scope}"),
         ("quantization took", Cell(f"{manifest.seconds:.0f} s", (manifest.seconds,))),
         ("peak memory", size(manifest.peak_memory_bytes)),
     ]
@@ -181,13 +183,13 @@ def _runs(facts: Facts) -> Table:
         run = facts.runs.get(role)
         if run is None:
             continue
-        records = [unit.record for unit in run.units.values()]
-        seconds = [float(r["seconds"]) for r in records if r.get("seconds") is not None]
-        memory = [int(r["peak_memory_bytes"]) for r in records if r.get("peak_memory_bytes") is not None]
-        devices = sorted({str(r["device"]) for r in records if r.get("device")})
+        lines = [unit.line for unit in run.units.values()]
+        seconds = [line.seconds for line in lines if line.seconds is not None]
+        memory = [line.peak_memory_bytes for line in lines if line.peak_memory_bytes is not None]
+        devices = sorted({line.device for line in lines if line.device})
         rows.append((
             _ROLE_NAMES[role],
-            count(len(records)),
+            count(len(lines)),
             ", ".join(devices) or "not recorded",
             number(_mean(seconds) if seconds else None, 3),
             size(max(memory)) if memory else Cell("not recorded"),
@@ -239,7 +241,7 @@ def _hashes(facts: Facts) -> Table:
             prompts = facts.manifest.calibration["prompts"]
             rows.append((f"calibration prompts, {prompts['name']}", prompts["sha256"]))
     run = facts.runs.get("candidate")
-    prompts = ((run.info.get("plan") or {}).get("prompts") or {}) if run else {}
+    prompts = (run.info.plan.prompts or {}) if run else {}
     if prompts.get("file") and prompts.get("sha256"):
         rows.append((f"evaluation prompts, {Path(prompts['file']).name}", prompts["sha256"]))
     return Table.of("hashes", "Hashes (SHA-256)", ("of", "digest"), rows)

@@ -17,6 +17,7 @@ from ptq.checkpoint.manifest import Manifest
 from ptq.evaluation.suites import get_suite
 from ptq.report.facts import Facts
 from ptq.store.files import read_json
+from ptq.store.run_info import RunPlan
 from ptq.wan.presets import PRESET_FILE, load_preset
 
 RECIPE_FILE = "recipe.yaml"
@@ -119,22 +120,21 @@ def _option(name: str) -> str:
 def _prompts(facts: Facts) -> str | None:
     """Name of the prompt file; its digest is in the table of hashes."""
     run = facts.runs.get("candidate") or facts.runs.get("reference")
-    plan = (run.info.get("plan") or {}) if run else {}
-    source = plan.get("prompts") or {}
+    source = (run.info.plan.prompts or {}) if run else {}
     return Path(source["file"]).name if source.get("file") else None
 
 
 def _generate(model: str, prompts: str, out: str, settings: Mapping[str, Any], facts: Facts) -> str:
     run = facts.runs.get("candidate") or facts.runs.get("reference")
-    plan = (run.info.get("plan") or {}) if run else {}
+    plan = run.info.plan if run else RunPlan()
     flags: dict[str, str | int | float] = {
         _option(name): settings[name] for name in _GENERATE_OPTIONS if settings.get(name) is not None
     }
     if settings.get("negative_prompt") == _default_negative_prompt(facts):
         flags.pop("--negative-prompt", None)
-    if plan.get("samples_per_prompt", 1) != 1:
-        flags["--samples-per-prompt"] = plan["samples_per_prompt"]
-    samples = (plan.get("prompts") or {}).get("samples")
+    if plan.samples_per_prompt != 1:
+        flags["--samples-per-prompt"] = plan.samples_per_prompt
+    samples = (plan.prompts or {}).get("samples")
     if samples:
         flags["--num-prompts"] = samples
     switches = [_option(name) for name in ("save_frames", "image_to_video") if settings.get(name)]

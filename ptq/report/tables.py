@@ -9,8 +9,8 @@ from ptq.evaluation.statistics import AGGREGATES
 from ptq.evaluation.suites import PAIRED_MEASURES, RUN_DIMENSIONS
 from ptq.report.cells import Cell, Table, count, number, percent, points, signed
 from ptq.report.facts import Facts
-from ptq.report.schema import Evaluation
 from ptq.report.wording import DRIFT
+from ptq.store.evaluation import Evaluation
 
 SHOWN_UNITS = 12
 _PROMPT_CHARS = 90
@@ -100,7 +100,7 @@ def _worst_units(facts: Facts) -> Table:
         scored = [(r, c) for r, c in both if r is not None and c is not None]
         if scored:
             drops.append((sum(r - c for r, c in scored) / len(scored), line["unit"]))
-    prompts = {reference.name: str(reference.record["prompt"]) for reference, _ in facts.pairs}
+    prompts = {reference.name: str(reference.line.prompt) for reference, _ in facts.pairs}
     worst = sorted(drops, key=lambda item: (-item[0], item[1]))[:SHOWN_UNITS]
     rows = [(unit, _short(prompts.get(unit, "")), Cell(signed(drop, 4), (drop,))) for drop, unit in worst]
     title = f"The {len(rows)} videos with the largest loss"

@@ -109,17 +109,17 @@ def _ranked(lines: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
 def _clip(reference: Unit, candidate: Unit, drift: str, preview: bool) -> Clip:
     for unit in (reference, candidate):
         verify_video(unit)
-    record = reference.record
-    width, height, fps = int(record["width"]), int(record["height"]), float(record.get("fps") or 8)
+    line = reference.line
+    width, height, frames, fps = line.width or 0, line.height or 0, line.frames or 0, line.fps or 8
     shown = _preview_size(width, height) if preview else (width, height)
     movies = []
     for role, unit in (("original", reference), ("quantized", candidate)):
-        poster = _poster(frames_of(unit, VIDEO), int(record["frames"]), shown)
+        poster = _poster(frames_of(unit, VIDEO), frames, shown)
         data = encode(frames_of(unit, VIDEO), fps, shown) if preview else unit.video.read_bytes()
         movies.append(Movie(role, data, poster))
     data = encode(difference(reference, candidate), fps, shown)
-    movies.append(Movie("difference", data, _poster(difference(reference, candidate), int(record["frames"]), shown)))
-    return Clip(reference.name, str(record["prompt"]), drift, width, height, fps, tuple(movies), preview)
+    movies.append(Movie("difference", data, _poster(difference(reference, candidate), frames, shown)))
+    return Clip(reference.name, str(line.prompt), drift, width, height, fps, tuple(movies), preview)
 
 
 def difference(reference: Unit, candidate: Unit) -> Iterator[np.ndarray]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ptq.evaluation.statistics import AGGREGATES, FAIL, INCONCLUSIVE, PASS
 from ptq.report.cells import signed
 from ptq.report.facts import Facts
-from ptq.report.schema import Evaluation
+from ptq.store.evaluation import Evaluation
 
 NO_VERDICT = "NO VERDICT"
 MEANING = {

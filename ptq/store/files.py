@@ -10,13 +10,17 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptq.errors import DamagedFileError, PtqError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 PARTIAL_SUFFIX = ".part"
+"""Ends the temporary name `.<name>.<process id>.part`."""
 
 
 @contextlib.contextmanager
@@ -41,6 +45,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             temporary.unlink()
+
+
+def sweep_partials(directory: Path, targets: Container[Path] | None = None) -> None:
+    """Remove what killed processes left of files below `directory` that they were writing; nobody may be writing them now.
+
+    Args:
+        targets: only what was to become one of these; None: of every file.
+    """
+    for path in directory.rglob(f".*{PARTIAL_SUFFIX}"):
+        name = path.name.removeprefix(".").rsplit(".", 2)[0]
+        if targets is None or path.with_name(name) in targets:
+            path.unlink(missing_ok=True)
 
 
 def files_below(directory: Path) -> list[Path]:
@@ -95,6 +111,28 @@ def read_json(path: str | Path) -> Any:
         raise PtqError(f"{path} does not exist.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DamagedFileError(f"{path} is not valid JSON ({error}).") from error
+
+
+def write_jsonl(path: str | Path, records: Iterable[Any]) -> None:
+    """Write one JSON line for each record, atomically."""
+    lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+    write_bytes(path, "".join(lines).encode())
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically.
+
+    Raises:
+        PtqError: the disk is full or not writable.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(None, str(error)) from error
 
 
 def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:

@@ -23,7 +23,8 @@ from ptq.store.sharding import Shard
 
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _MUTEX, _LOCK_SUFFIX = "directory.lock", ".lock"
-_PROBE_RETRY_S = 1.0  # `ptq status` holds a shared lock for an instant
+_PROBE_RETRY_S = 1.0
+"""`ptq status` holds a shared lock for an instant."""
 
 
 def owner() -> dict[str, Any]:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ptq.checkpoint.manifest import Manifest
 from ptq.report.reproduce import Steps
+from ptq.store.evaluation import PASS, Evaluation
 from ptq.wan.variants import variant_title
 
 
-def readme(manifest: Manifest, verdict: dict[str, Any]) -> str:
+def readme(manifest: Manifest, judged: Evaluation) -> str:
     """What the archive is, how to check it in a minute, how to make it again."""
-    gate = verdict["aggregates"].get(verdict["gate"]) if verdict.get("gate") else None
-    loss = "not measured" if gate is None else f"{gate['value']:+.3%} [{gate['low']:+.3%}, {gate['high']:+.3%}]"
-    marked = "" if verdict["verdict"] == "PASS" else "\n**This archive was packed although its gate did not pass.**\n"
+    marked = "" if judged.verdict == PASS else "\n**This archive was packed although its gate did not pass.**\n"
     coverage = manifest.coverage
     return f"""# W4A4 {manifest.format.upper()} checkpoint of {variant_title(manifest.variant)}
 {marked}
-Verdict: **{verdict["verdict"]}**. Mean relative loss {loss} (95 % interval), limit {verdict["limit"]:.1%},
-over {verdict["units"]} paired videos, suite {verdict["suite"]}.
+Verdict: **{judged.verdict}**. Mean relative loss {_loss(judged)}, limit {"none" if judged.limit is None else f"{judged.limit:.1%}"},
+over {judged.units} paired videos, suite {judged.suite}.
 High-precision blocks: {", ".join(manifest.high_precision) or "none"}. W4A4 share of Linear parameters
 {coverage.parameter_share:.2%}, of Linear FLOPs {coverage.flop_share:.2%}; {coverage.bits_per_quantized_value} bits a value,
 {coverage.bits_with_basis:.2f} with what the layers store of their basis.
@@ -38,6 +35,15 @@ High-precision blocks: {", ".join(manifest.high_precision) or "none"}. W4A4 shar
 Check it: `pip install ./source`, then `ptq verify submission.tar.gz`.
 Use it: `import ptq; pipe = ptq.load_pipeline("weights")`.
 """
+
+
+def _loss(judged: Evaluation) -> str:
+    if judged.deciding is None:
+        return "not measured"
+    value, low, high = judged.deciding.value, judged.deciding.low, judged.deciding.high
+    if low is None or high is None:
+        return f"{value:+.3%} (no interval)"
+    return f"{value:+.3%} [{low:+.3%}, {high:+.3%}] (95 % interval)"
 
 
 def reproduce_script(steps: Steps, manifest: Manifest) -> str:

@@ -10,27 +10,31 @@ import hashlib
 import json
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from ptq.checkpoint.manifest import Manifest, verify_files
 from ptq.errors import PtqError, UsageError
-from ptq.generation import identify_model
-from ptq.quantization.settings import check_budget
 from ptq.report import Sources
 from ptq.report.facts import gather
 from ptq.report.reproduce import RECIPE_FILE, reproduction
-from ptq.store.files import files_below, read_json, read_jsonl, sha256_file
+from ptq.rules import check_budget
+from ptq.store.evaluation import FILE as EVALUATION_FILE
+from ptq.store.evaluation import PASS, ROLES, Evaluation, read_evaluation
+from ptq.store.evaluation_units import FILE as UNITS_FILE
+from ptq.store.files import files_below, sha256_file
+from ptq.store.run_info import FILE as RUN_FILE
+from ptq.store.run_manifest import PATTERN, read_lines
+from ptq.store.submission import FILE as SUBMISSION
+from ptq.store.submission import SubmissionInfo
 from ptq.submission.archive import write_archive
 from ptq.submission.instructions import readme, reproduce_script
+from ptq.wan.identity import identify_model
 
 CHECKSUMS = "SHA256SUMS"
-SUBMISSION = "submission.json"
 WEIGHTS = "weights"
 SOURCE_SUFFIXES = {".py", ".yaml", ".json", ".html", ".typ", ".css", ".js", ".safetensors", ".txt", ".md", ".model"}
 PROJECT_FILES = ("pyproject.toml", "constraints.txt", "LICENSE", "README.md", "Makefile")
-PASS = "PASS"
 
 
 def collect(
@@ -49,16 +53,16 @@ def collect(
         DamagedFileError: the checkpoint is not as its manifest says.
     """
     manifest = verify_files(checkpoint)
-    verdict = read_json(evaluation / "evaluation.json")
-    check_submittable(checkpoint, manifest, verdict, allow_failing=allow_failing)
-    runs = {role: _run_directory(verdict, role) for role in ("reference", "candidate")}
+    judged = read_evaluation(evaluation)
+    check_submittable(checkpoint, manifest, judged, allow_failing=allow_failing)
+    runs = {role: _run_directory(judged, role) for role in ROLES}
     members: dict[str, Path | bytes] = {
         f"{WEIGHTS}/{path.relative_to(checkpoint).as_posix()}": path for path in files_below(checkpoint)
     }
-    members |= {f"evaluation/{name}": evaluation / name for name in ("evaluation.json", "units.jsonl")}
+    members |= {f"evaluation/{name}": evaluation / name for name in (EVALUATION_FILE, UNITS_FILE)}
     for role, run in runs.items():
-        members[f"runs/{role}/run.json"] = run / "run.json"
-        members |= {f"runs/{role}/{path.name}": path for path in sorted(run.glob("manifest-*.jsonl"))}
+        members[f"runs/{role}/{RUN_FILE}"] = run / RUN_FILE
+        members |= {f"runs/{role}/{path.name}": path for path in sorted(run.glob(PATTERN))}
     members |= {f"source/{name}": path for name, path in source_files().items()}
     members["report/report.pdf"] = pdf
     members["report/report.html"] = html
@@ -66,10 +70,10 @@ def collect(
         manifest.recipe.model_dump(mode="json"), sort_keys=True, allow_unicode=True
     ).encode()
     members["prompts.jsonl"] = _prompts(runs["candidate"])
-    members["README.md"] = readme(manifest, verdict).encode()
+    members["README.md"] = readme(manifest, judged).encode()
     steps = reproduction(gather(Sources(evaluation, checkpoint, *runs.values())))
     members["reproduce.sh"] = reproduce_script(steps, manifest).encode()
-    members[SUBMISSION] = (json.dumps(_facts(manifest, verdict), indent=2, sort_keys=True) + "\n").encode()
+    members[SUBMISSION] = _facts(manifest, judged).as_bytes()
     members[CHECKSUMS] = _checksums(members)
     return members
 
@@ -88,7 +92,7 @@ def estimated_bytes(checkpoint: Path) -> int:
     return sum(path.stat().st_size for path in files_below(checkpoint))
 
 
-def check_submittable(checkpoint: Path, manifest: Manifest, verdict: dict[str, Any], *, allow_failing: bool) -> None:
+def check_submittable(checkpoint: Path, manifest: Manifest, judged: Evaluation, *, allow_failing: bool) -> None:
     """Refuse what the challenge, or honesty, does not allow.
 
     Raises:
@@ -100,14 +104,14 @@ def check_submittable(checkpoint: Path, manifest: Manifest, verdict: dict[str, A
         protected.setdefault(expert, {})[int(block)] = "from the manifest"
     check_budget(manifest.format, protected, manifest.budget_scope)
     digest = identify_model(str(checkpoint), checkpoint).digest
-    evaluated = verdict.get("candidate", {}).get("checkpoint_digest")
+    evaluated = judged.candidate.checkpoint_digest
     if evaluated != digest:
         raise UsageError(
             f"The evaluation judged a checkpoint with digest {str(evaluated)[:12]}, but {checkpoint} has {digest[:12]}. Generate and evaluate with this checkpoint, or pass the right --evaluation."
         )
-    if verdict.get("verdict") != PASS and not allow_failing:
+    if judged.verdict != PASS and not allow_failing:
         raise UsageError(
-            f"The evaluation's verdict is {verdict.get('verdict')}, not {PASS}. Improve the checkpoint or evaluate more units; --allow-failing-gate packs it all the same and marks the archive."
+            f"The evaluation's verdict is {judged.verdict}, not {PASS}. Improve the checkpoint or evaluate more units; --allow-failing-gate packs it all the same and marks the archive."
         )
 
 
@@ -129,8 +133,8 @@ def source_files() -> dict[str, Path]:
     return files
 
 
-def _run_directory(verdict: dict[str, Any], role: str) -> Path:
-    directory = verdict.get(role, {}).get("directory")
+def _run_directory(judged: Evaluation, role: str) -> Path:
+    directory = getattr(judged, role).directory
     if not directory or not Path(directory).is_dir():
         raise PtqError(
             f"The evaluation names {directory!r} as its {role} run, which is not here. Package on the machine that holds both generation directories, or evaluate them again from where they are now."
@@ -140,26 +144,25 @@ def _run_directory(verdict: dict[str, Any], role: str) -> Path:
 
 def _prompts(run: Path) -> bytes:
     """Prompts and seeds of every finished unit, one JSON line each, in unit order."""
-    lines: dict[str, dict[str, Any]] = {}
-    for path in sorted(run.glob("manifest-*.jsonl")):
-        lines |= {line["unit"]: line for line in read_jsonl(path) if line.get("status") == "done"}
+    lines = {unit: line for unit, line in read_lines(run).items() if line.is_done}
     keys = ("unit", "dataset", "sample_id", "k", "prompt", "score_prompt", "seed", "latent_sha256", "image_sha256")
-    text = [json.dumps({key: lines[unit].get(key) for key in keys}, ensure_ascii=False) for unit in sorted(lines)]
+    text = [json.dumps({key: getattr(lines[unit], key) for key in keys}, ensure_ascii=False) for unit in sorted(lines)]
     return ("\n".join(text) + "\n").encode()
 
 
-def _facts(manifest: Manifest, verdict: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "format": manifest.format,
-        "variant": manifest.variant,
-        "checkpoint_digest": verdict["candidate"]["checkpoint_digest"],
-        "verdict": verdict["verdict"],
-        "failing_gate_allowed": verdict["verdict"] != PASS,
-        "limit": verdict["limit"],
-        "high_precision": manifest.high_precision,
-        "budget_scope": manifest.budget_scope,
-    }
+def _facts(manifest: Manifest, judged: Evaluation) -> SubmissionInfo:
+    assert judged.candidate.checkpoint_digest is not None  # compared in `check_submittable`
+    return SubmissionInfo(
+        schema=1,
+        format=manifest.format,
+        variant=manifest.variant,
+        checkpoint_digest=judged.candidate.checkpoint_digest,
+        verdict=judged.verdict,
+        failing_gate_allowed=judged.verdict != PASS,
+        limit=judged.limit,
+        high_precision=manifest.high_precision,
+        budget_scope=manifest.budget_scope,
+    )
 
 
 def _checksums(members: dict[str, Path | bytes]) -> bytes:

@@ -11,18 +11,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from ptq.checkpoint.manifest import read_manifest, verify_files
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import DamagedFileError, PtqError
-from ptq.generation import Settings, identify_model, run_generation
+from ptq.evaluation.scores import scores_from_units
+from ptq.evaluation.statistics import verdict as judge
+from ptq.generation import Settings, run_generation
 from ptq.prompts import Sample
-from ptq.quantization.settings import check_budget
-from ptq.store.files import read_json, read_jsonl, sha256_file
+from ptq.rules import check_budget, loss_limit
+from ptq.store.evaluation import PASS, ROLES, read_evaluation
+from ptq.store.evaluation_units import read_units
+from ptq.store.files import sha256_file
+from ptq.store.run_info import RunInfo, read_run_info
+from ptq.store.run_manifest import ManifestLine, read_lines
+from ptq.store.submission import FILE as SUBMISSION
+from ptq.store.submission import read_submission
 from ptq.submission.archive import extract_archive
-from ptq.submission.package import CHECKSUMS, PASS, SUBMISSION, WEIGHTS
+from ptq.submission.package import CHECKSUMS, WEIGHTS
 from ptq.wan.block import block_prefix
+from ptq.wan.identity import identify_model
 from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
 
@@ -152,24 +160,22 @@ def check_evaluation(root: Path) -> None:
         DamagedFileError: names the two digests that differ.
     """
     digest = identify_model(WEIGHTS, root / WEIGHTS).digest
-    evaluation = read_json(root / "evaluation/evaluation.json")
-    run = read_json(root / "runs/candidate/run.json")
+    evaluation = read_evaluation(root / "evaluation")
     for what, value in (
-        ("the evaluation", evaluation["candidate"]["checkpoint_digest"]),
-        ("the candidate run", run["checkpoint"]["digest"]),
-        (SUBMISSION, read_json(root / SUBMISSION)["checkpoint_digest"]),
+        ("the evaluation", evaluation.candidate.checkpoint_digest),
+        ("the candidate run", read_run_info(root / "runs/candidate").checkpoint.digest),
+        (SUBMISSION, read_submission(root).checkpoint_digest),
     ):
         if value != digest:
             raise DamagedFileError(
-                f"{what} is of a checkpoint with digest {value[:12]}, the weights have {digest[:12]}"
+                f"{what} is of a checkpoint with digest {str(value)[:12]}, the weights have {digest[:12]}"
             )
-    for role in ("reference", "candidate"):
-        recorded = read_json(root / f"runs/{role}/run.json")["digest"]
-        if evaluation[role]["run_digest"] != recorded:
+    for role in ROLES:
+        if getattr(evaluation, role).run_digest != read_run_info(root / f"runs/{role}").digest:
             raise DamagedFileError(f"the evaluation's {role} run is another one than runs/{role}")
-    units = {line["unit"] for line in read_jsonl(root / "evaluation/units.jsonl")}
+    units = {line.unit for line in read_units(root / "evaluation")}
     done = set(_finished(root / "runs/candidate"))
-    if units != done and not evaluation["excluded"]:
+    if units != done and not evaluation.excluded:
         raise DamagedFileError(f"the evaluation scored {len(units)} units, the candidate run finished {len(done)}")
 
 
@@ -179,24 +185,20 @@ def check_verdict(root: Path) -> None:
     Raises:
         DamagedFileError: another loss or verdict than evaluation.json says, or a gate that did not pass.
     """
-    from ptq.evaluation import statistics
-    from ptq.evaluation.scores import scores_from_units
-
-    recorded = read_json(root / "evaluation/evaluation.json")
-    lines = read_jsonl(root / "evaluation/units.jsonl")
-    scores = scores_from_units(lines, recorded["dimensions"])
-    bootstrap = recorded["bootstrap"]
-    again = scores.compare(scores.reference, resamples=bootstrap["resamples"], seed=bootstrap["seed"])
-    estimate = again.aggregates[recorded["gate"]]
-    claimed = recorded["aggregates"][recorded["gate"]]
-    if abs(estimate.value - claimed["value"]) > TOLERANCE:
+    recorded = read_evaluation(root / "evaluation")
+    if recorded.gate is None or recorded.deciding is None:
+        raise DamagedFileError("evaluation.json has no gate: its suite counts no dimension")
+    scores = scores_from_units(read_units(root / "evaluation"), recorded.dimensions)
+    again = scores.compare(scores.reference, resamples=recorded.bootstrap.resamples, seed=recorded.bootstrap.seed)
+    estimate, claimed = again.aggregates[recorded.gate], recorded.deciding
+    if abs(estimate.value - claimed.value) > TOLERANCE:
         raise DamagedFileError(
-            f"evaluation.json says a loss of {claimed['value']:.6%}, its units give {estimate.value:.6%}"
+            f"evaluation.json says a loss of {claimed.value:.6%}, its units give {estimate.value:.6%}"
         )
-    limit = statistics.LIMITS[read_manifest(root / WEIGHTS).format]
-    verdict = statistics.verdict(estimate, limit)
-    if verdict != recorded["verdict"] or recorded["limit"] != limit:
-        raise DamagedFileError(f"evaluation.json says {recorded['verdict']}, its units give {verdict}")
+    limit = loss_limit(read_manifest(root / WEIGHTS).format)
+    verdict = None if limit is None else judge(estimate, limit)
+    if verdict != recorded.verdict or recorded.limit != limit:
+        raise DamagedFileError(f"evaluation.json says {recorded.verdict}, its units give {verdict}")
     if verdict != PASS:
         raise DamagedFileError(f"the gate did not pass ({verdict}); the archive was packed with --allow-failing-gate")
 
@@ -207,38 +209,37 @@ def check_unit(root: Path) -> None:
     Raises:
         DamagedFileError: other bytes; says whether machine and versions are the recorded ones.
     """
-    run = read_json(root / "runs/candidate/run.json")
+    run = read_run_info(root / "runs/candidate")
     finished = _finished(root / "runs/candidate")
-    candidates = [unit for unit in sorted(finished) if not finished[unit]["image_sha256"] and finished[unit]["k"] == 0]
+    candidates = [unit for unit in sorted(finished) if not finished[unit].image_sha256 and finished[unit].k == 0]
     if not candidates:
         raise DamagedFileError("no unit can be generated from the archive alone: all of them start from an image")
     line = finished[candidates[0]]
-    sample = Sample(line["dataset"], line["sample_id"], line["prompt"], line["score_prompt"])
+    sample = Sample(str(line.dataset), str(line.sample_id), str(line.prompt), str(line.score_prompt))
     with TemporaryDirectory(prefix="ptq-verify-unit-") as folder:
         out = Path(folder) / "run"
         model = identify_model(WEIGHTS, root / WEIGHTS)
-        settings = Settings(**run["settings"])
+        settings = Settings.from_json(run.settings)
         run_generation(lambda: load_pipeline(root / WEIGHTS), [sample], settings, out, model=model)
-        again = _finished(out)[line["unit"]]
+        again = _finished(out)[line.unit]
     keys = ("latent_sha256", "final_latents_sha256", "video_sha256")
-    different = [key for key in keys if again[key] != line[key]]
+    different = [key for key in keys if getattr(again, key) != getattr(line, key)]
     if different:
-        versions = "the same" if read_json_versions(run) else "other"
+        versions = "the same" if _has_versions_of(run) else "other"
         raise DamagedFileError(
-            f"{line['unit']}: {', '.join(different)} differ. Recorded on {line['device']}, here {again['device']}, with {versions} library versions; bit-equality is promised on the same hardware and versions only."
+            f"{line.unit}: {', '.join(different)} differ. Recorded on {line.device}, here {again.device}, with {versions} library versions; bit-equality is promised on the same hardware and versions only."
         )
 
 
-def read_json_versions(run: dict[str, Any]) -> bool:
+def _has_versions_of(run: RunInfo) -> bool:
     """Whether a run's recorded library versions are those installed here."""
     from importlib.metadata import version
 
-    return all(name == "ptq" or version(name) == value for name, value in run["versions"].items())
+    return all(name == "ptq" or version(name) == value for name, value in run.versions.items())
 
 
-def _finished(run: Path) -> dict[str, dict[str, Any]]:
-    lines = [line for path in sorted(run.glob("manifest-*.jsonl")) for line in read_jsonl(path)]
-    return {line["unit"]: line for line in lines if line.get("status") == "done"}
+def _finished(run: Path) -> dict[str, ManifestLine]:
+    return {unit: line for unit, line in read_lines(run).items() if line.is_done}
 
 
 def _check_manifest(root: Path) -> None:

@@ -7,10 +7,10 @@ from diffusers import UniPCMultistepScheduler
 from PIL import Image
 
 from ptq.calibration.recorder import record_prompt
-from ptq.calibration.records import CalibrationSet
 from ptq.calibration.run import calibrate
 from ptq.calibration.schedule import choose_steps, sampling_schedule
 from ptq.errors import PtqError
+from ptq.store.calibration import CalibrationSet
 from ptq.wan.pipeline import call_arguments
 
 VARIANTS = ("T2V-A14B", "I2V-A14B", "TI2V-5B")

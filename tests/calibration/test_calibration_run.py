@@ -12,11 +12,11 @@ from diffusers import UniPCMultistepScheduler
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from ptq.calibration.records import CalibrationSet
 from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.cli.main import app
 from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.prompts import read_prompts
+from ptq.store.calibration import CalibrationSet
 from ptq.store.sharding import Shard
 from ptq.wan.presets import load_preset
 
@@ -151,7 +151,7 @@ def test_another_model_is_refused_and_fresh_starts_over(pipelines, t2v, whole, c
         calibrate(plan, never, copy)
     assert calibrate(make_plan(t2v, 5, seed=3), lambda: load(str(t2v)), copy, fresh=True)["complete"]
     assert file_digests(copy) != file_digests(whole)
-    assert CalibrationSet(copy).settings["seed"] == 3
+    assert CalibrationSet(copy).info.seed == 3
 
 
 def test_without_guidance_there_is_one_branch_and_resuming_records_nothing(t2v, tmp_path):
@@ -184,7 +184,7 @@ def test_too_many_records_for_an_expert_stop_before_the_first_prompt(t2v, tmp_pa
 
 
 def test_a_full_disk_leaves_whole_files_only(t2v, whole, tmp_path, monkeypatch):
-    import ptq.calibration.records as module
+    import safetensors.torch as module
 
     def full(tensors, path, metadata=None):
         Path(path).write_bytes(b"half")

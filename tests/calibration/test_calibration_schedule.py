@@ -7,15 +7,19 @@ from calibration_helpers import load, make_plan
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq.calibration.schedule import Step, choose_steps, sampling_schedule
+from ptq.calibration.schedule import choose_steps, sampling_schedule
 from ptq.errors import UsageError
+from ptq.store.calibration import Step
 from ptq.wan.pipeline import call_arguments
 
 
 def schedule_of(*lengths: int) -> list[Step]:
     """A schedule whose expert i serves lengths[i] consecutive steps."""
     experts = [f"expert {i}" for i, length in enumerate(lengths) for _ in range(length)]
-    return [Step(index, 1000.0 - index, 0.5, 0.01, expert) for index, expert in enumerate(experts)]
+    return [
+        Step(index=index, timestep=1000.0 - index, sigma=0.5, d_sigma=0.01, expert=expert)
+        for index, expert in enumerate(experts)
+    ]
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=2), st.integers(1, 12), st.integers(0, 500))

@@ -6,18 +6,18 @@ import signal
 import subprocess
 
 import pytest
+import safetensors.torch as records_module
 from calibration_helpers import file_digests, load, make_plan, record, start_child
 from PIL import Image
 from typer.testing import CliRunner
 
-import ptq.calibration.records as records_module
-from ptq.calibration.directory import STATE_DIR
-from ptq.calibration.records import CalibrationSet
+from ptq.calibration.directory import read_status
 from ptq.calibration.run import calibrate
-from ptq.calibration.status import read_status
 from ptq.cli.main import app
 from ptq.errors import PtqError, UsageError
+from ptq.store.calibration import CalibrationSet
 from ptq.store.locks import ShardLock
+from ptq.store.run_directory import STATE_DIR
 from ptq.store.sharding import Shard
 
 
@@ -32,7 +32,7 @@ def test_processes_at_once_give_the_records_of_one(t2v, whole, tmp_path, count):
     for child in children:
         child.join(240)
         assert child.exitcode == 0
-    assert CalibrationSet(out).settings["complete"]
+    assert CalibrationSet(out).info.complete
     assert file_digests(out) == file_digests(whole)
 
 
@@ -65,7 +65,7 @@ def test_two_processes_cannot_have_the_same_part(t2v, whole, tmp_path):
             calibrate(make_plan(t2v, 5), never, out, shard=Shard(1, 2))
         with pytest.raises(PtqError, match="another number of shards than 3"):
             calibrate(make_plan(t2v, 5), never, out, shard=Shard(1, 3))
-        with pytest.raises(PtqError, match=r"Shard 1of2 is recording .* different: seed"):
+        with pytest.raises(PtqError, match=r"Shard 1of2 is at work .* different: seed"):
             calibrate(make_plan(t2v, 5, seed=4), never, out, shard=Shard(0, 2), fresh=True)
         assert read_status(out).running == ["1of2"]
         calibrate(make_plan(t2v, 5), never, out, shard=Shard(0, 2))  # the other part is free

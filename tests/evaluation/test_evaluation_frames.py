@@ -12,6 +12,7 @@ from ptq.errors import DamagedFileError
 from ptq.evaluation.frames import SAVED, VIDEO, choose_source, frames_of, iterate_saved, iterate_video
 from ptq.evaluation.runs import Unit
 from ptq.evaluation.streaming import measure_clips
+from ptq.store.run_manifest import ManifestLine
 
 CLIP = Path(__file__).parent / "data" / "drifting.mp4"
 #: SHA-256 of the clip's RGB frames as OpenCV 4.14.0 decodes them (BGR reversed).
@@ -61,7 +62,9 @@ def test_truncated_files_are_refused(tmp_path, keep):
 
 
 def unit(directory: Path, **record) -> Unit:
-    return Unit("d/x/0", {"video": "clip.mp4", "frames": 17, **record}, directory)
+    values = {**dict.fromkeys(("sample_id", "prompt", "score_prompt", "latent_sha256", "video_sha256"), "x"), "seed": 1}
+    values |= {"k": 0, "width": 96, "height": 64, "frames": 17, "video": "clip.mp4", **record}
+    return Unit(ManifestLine(unit="d/x/0", status="done", **values), directory)
 
 
 def test_both_runs_need_saved_frames_for_them_to_be_used(tmp_path):

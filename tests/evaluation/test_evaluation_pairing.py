@@ -35,7 +35,7 @@ def test_last_line_of_a_unit_wins(runs):
     first = json.loads(manifest.read_text().splitlines()[0])
     with open(manifest, "a") as handle:
         handle.write(json.dumps({**first, "seed": 77}) + "\n")
-    assert read_run(runs[0]).units[first["unit"]].record["seed"] == 77
+    assert read_run(runs[0]).units[first["unit"]].line.seed == 77
     with open(manifest, "a") as handle:
         handle.write(json.dumps({"unit": first["unit"], "status": "failed", "error": "NaN latents"}) + "\n")
     assert "NaN latents" in read_run(runs[0]).unusable[first["unit"]]
@@ -75,7 +75,10 @@ def test_units_that_failed_in_both_runs_are_refused_too(runs):
 @pytest.mark.parametrize("key", PAIRED_KEYS)
 @pytest.mark.parametrize("allow_missing", [False, True])
 def test_other_conditions_are_never_paired(runs, key, allow_missing):
-    edit_manifest(runs[1], lambda line: {**line, key: "other"} if line["unit"] == "set/a/1" else line)
+    def other(value):
+        return value + 2 if isinstance(value, int | float) else "other"
+
+    edit_manifest(runs[1], lambda line: {**line, key: other(line[key])} if line["unit"] == "set/a/1" else line)
     with pytest.raises(PtqError, match="not paired") as raised:
         pair(runs, allow_missing=allow_missing)
     assert key in str(raised.value) and "set/a/1" in str(raised.value)
@@ -98,7 +101,7 @@ def test_an_edited_video_is_noticed(runs):
 def test_other_directories_are_refused(tmp_path):
     with pytest.raises(PtqError, match=r"no run\.json"):
         read_run(tmp_path)
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").write_text('{"digest": "0"}')
     with pytest.raises(PtqError, match="no finished unit"):
         read_run(tmp_path)
 
@@ -119,9 +122,9 @@ def test_damaged_manifest_lines_are_refused(runs, change):
 
 def test_format_and_digest_come_from_run_json(tmp_path):
     run = read_run(make_run(tmp_path / "q", CLIPS, info={"checkpoint": {"format": "mxfp4", "digest": "abc"}}))
-    assert run.format() == "mxfp4" and run.checkpoint_digest() == "abc"
+    assert (run.info.checkpoint.format, run.info.checkpoint.digest) == ("mxfp4", "abc")
     plain = read_run(make_run(tmp_path / "p", CLIPS))
-    assert plain.format() is None and plain.checkpoint_digest() is None
+    assert (plain.info.checkpoint.format, plain.info.checkpoint.digest) == (None, None)
 
 
 def test_a_run_that_was_stopped_early_is_refused_although_both_have_the_same_units(tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ptq.evaluation import statistics as gate
 from ptq.evaluation.findings import gate_warnings
+from ptq.store.evaluation import Estimate
 
 
 def compare(reference, candidate, clusters=None, **options):
@@ -87,12 +88,12 @@ def test_constant_relative_loss_has_an_interval_of_no_width():
     [(0.0, 0.0049, "PASS"), (0.004, 0.006, "INCONCLUSIVE"), (0.0, 0.005, "INCONCLUSIVE"), (0.005, 0.01, "FAIL")],
 )
 def test_verdict_at_the_limit(low, high, expected):
-    assert gate.verdict(gate.Estimate((low + high) / 2, low, high), 0.005) == expected
+    assert gate.verdict(Estimate(value=(low + high) / 2, low=low, high=high), 0.005) == expected
 
 
 def test_verdict_needs_an_interval():
     assert gate.verdict(None, 0.01) == gate.INCONCLUSIVE
-    assert gate.verdict(gate.Estimate(0.0, None, None), 0.01) == gate.INCONCLUSIVE
+    assert gate.verdict(Estimate(value=0.0, low=None, high=None), 0.01) == gate.INCONCLUSIVE
 
 
 def test_one_prompt_has_no_interval_even_with_many_samples():

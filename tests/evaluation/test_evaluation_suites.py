@@ -11,7 +11,8 @@ from evaluation_runs import make_run, moving_noise, tiny_clips
 from PIL import Image
 
 from ptq.errors import DamagedFileError, PtqError, UsageError
-from ptq.evaluation import evaluate_runs, units
+from ptq.evaluation import evaluate_runs, pairs
+from ptq.store.evaluation import read_evaluation
 from ptq.store.files import read_json, read_jsonl
 
 COUNT = 24
@@ -51,6 +52,18 @@ def test_videos_of_other_prompts_fail(tiny, tmp_path):
     assert content["verdict"] == "FAIL" and content["format"] == "hif4"
     assert content["aggregates"]["mean_signed"]["low"] > 0.1
     assert content["informative"]["colour_hit"]["candidate"] < 0.5 < content["informative"]["colour_hit"]["reference"]
+
+
+def test_a_format_without_a_rule_is_measured_and_not_judged(tiny, tmp_path):
+    clips, prompts = tiny_clips(COUNT)
+    other = make_run(tmp_path / "int4", clips, prompts=prompts, info={"checkpoint": {"format": "int4"}})
+    content = evaluate_runs(tiny["original"], other, tmp_path / "out", suite="tiny", resamples=1000)
+    assert (content["format"], content["limit"], content["verdict"]) == ("int4", None, None)
+    assert content["aggregates"]["mean_signed"]["value"] == 0.0 and content["dimensions"]["colour"]["units"] == COUNT
+    assert any("no limit for this format" in warning for warning in content["warnings"])
+    assert read_evaluation(tmp_path / "out").verdict is None
+    with pytest.raises(UsageError, match="choose one of hif4, mxfp4"):
+        evaluate_runs(tiny["original"], tiny["again"], tmp_path / "out", suite="tiny", format="int4")
 
 
 def test_a_removed_video_is_refused_or_left_out_on_request(tiny, tmp_path):
@@ -96,8 +109,8 @@ def test_finished_units_are_not_measured_again(tiny, tmp_path, monkeypatch):
     torn = "\n".join(lines[:10]) + "\n" + lines[10][:50]
     (out / "units.jsonl").write_text(torn)
     measured = []
-    measure = units.measure_unit
-    monkeypatch.setattr(units, "measure_unit", lambda *args: measured.append(args[0].name) or measure(*args))
+    measure = pairs.measure_unit
+    monkeypatch.setattr(pairs, "measure_unit", lambda *args: measured.append(args[0].name) or measure(*args))
     assert evaluate_runs(tiny["original"], tiny["shuffled"], out, suite="tiny") == first
     assert len(measured) == COUNT - 10
     assert (out / "units.jsonl").read_text().splitlines() == lines
@@ -187,8 +200,8 @@ def test_a_looser_limit_than_the_checkpoints_is_refused(tiny, tmp_path):
 
 def test_out_may_not_be_a_run_or_hold_other_files(tiny, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    for out in (tiny["again"], tmp_path):
-        with pytest.raises(UsageError, match="holds other files"):
+    for out, message in ((tiny["again"], "is one of the two runs"), (tmp_path, "holds other files")):
+        with pytest.raises(UsageError, match=message):
             evaluate_runs(tiny["original"], tiny["again"], out)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

@@ -94,7 +94,7 @@ def test_the_evaluation_reader_accepts_the_directory(whole_run: Path):
 
     found = read_run(whole_run)
     assert len(pair_runs(found, found).pairs) == 4 and not found.unusable
-    assert found.checkpoint_digest() == "d" * 64
+    assert found.info.checkpoint.digest == "d" * 64
     for unit in found.units.values():
         verify_video(unit)
         assert len(list(iterate_video(unit.video))) == 5

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ptq.calibration.records import CalibrationSet
 from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.checkpoint.manifest import Manifest, read_manifest
 from ptq.config import load_recipe
@@ -21,6 +20,7 @@ from ptq.prompts import Sample
 from ptq.quantization.job import Job, QuantizeOptions
 from ptq.quantization.run import quantize
 from ptq.quantization.settings import QuantizeSettings
+from ptq.store.calibration import CalibrationSet
 from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
 

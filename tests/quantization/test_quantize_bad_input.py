@@ -17,10 +17,10 @@ from quantization_helpers import (
     start_child,
 )
 
-from ptq.calibration.records import CalibrationSet
 from ptq.errors import PtqError, UsageError
 from ptq.quantization.job import Job
 from ptq.quantization.settings import parse_high_precision
+from ptq.store.calibration import CalibrationSet
 from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
 from ptq.wan.random_model import make_random_pipeline

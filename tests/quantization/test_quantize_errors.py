@@ -9,12 +9,12 @@ import pytest
 from held_out import denoiser_errors, sweep
 from quantization_helpers import FULL, make_settings, run
 
-from ptq.calibration.records import CalibrationSet
 from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.checkpoint.manifest import read_manifest
 from ptq.errors import UsageError
 from ptq.prompts import Sample
-from ptq.quantization.settings import BUDGET
+from ptq.rules import RULES
+from ptq.store.calibration import CalibrationSet
 from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
 
@@ -22,9 +22,9 @@ from ptq.wan.loading import load_pipeline
 @pytest.fixture(scope="module")
 def held_out(model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> CalibrationSet:
     """Records of other prompts; their names are those of the calibration records."""
-    settings = CalibrationSet(records).settings
+    info = CalibrationSet(records).info
     layout = read_layout(model)
-    preset = layout.preset.model_validate(settings["preset"])
+    preset = layout.preset.model_validate(info.preset)
     samples = [Sample("held", f"h{i}", f"two dogs run on the beach {i}", f"dogs {i}") for i in range(2)]
     out = tmp_path_factory.mktemp("held") / "records"
     plan = CalibrationPlan(layout, preset, samples, 4, 0, {"name": "h.txt", "sha256": "1" * 64})
@@ -65,7 +65,7 @@ def test_chosen_blocks_beat_priors_and_no_choice(model, records, tmp_path, name)
     manifest = run(model, records, tmp_path / "out", make_settings(name, auto_protect=True))
     table = json.loads((tmp_path / "out/ptq_sensitivity.json").read_text())
     comparison = table["comparison"]
-    assert 1 <= len(manifest.high_precision) <= BUDGET[name]
+    assert 1 <= len(manifest.high_precision) <= RULES[name].blocks
     assert all(comparison["auto"] <= value for value in comparison.values())
     assert comparison["auto"] < comparison["none"]
     after = [pick["after"] for pick in table["picks"]]

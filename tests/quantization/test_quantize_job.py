@@ -3,9 +3,9 @@
 import pytest
 from quantization_helpers import FULL, make_settings
 
-from ptq.calibration.records import CalibrationSet
 from ptq.checkpoint.shards import ShardSet
 from ptq.quantization.job import LIBRARY_BYTES, Job, QuantizeOptions
+from ptq.store.calibration import CalibrationSet
 from ptq.wan.layout import read_layout
 
 

@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from quantization_helpers import FULL, file_digests, make_settings, run
 
-from ptq.calibration.records import CalibrationSet, Record
 from ptq.quantization.calls import spread
 from ptq.quantization.collect import COLUMNS, InputCollector
+from ptq.store.calibration import CalibrationSet
+from ptq.store.records import Record
 
 
 @pytest.mark.parametrize("k", [64, COLUMNS, COLUMNS + 64, 2 * COLUMNS + 192])
@@ -59,7 +60,17 @@ def test_the_manifest_states_the_tokens(single, single_records, tmp_path):
 
 
 def record(index: int, sigma: float) -> Record:
-    return Record(f"{index}", "f", "p", "transformer", index, 1000 * sigma, sigma, 0.1, "cond")
+    return Record(
+        record=f"{index}",
+        file="f",
+        sample_id="p",
+        expert="transformer",
+        step=index,
+        timestep=1000 * sigma,
+        sigma=sigma,
+        d_sigma=0.1,
+        branch="cond",
+    )
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.integers(1, 40))

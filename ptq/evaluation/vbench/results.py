@@ -142,7 +142,7 @@ def _unit_names(units: Sequence[Unit]) -> dict[str, str]:
 
 def standard_name(unit: Unit) -> str:
     """The file name VBench's standard mode expects: `<prompt>-<k>.mp4`."""
-    return f"{unit.score_prompt}-{unit.record['k']}.mp4"
+    return f"{unit.score_prompt}-{unit.line.k}.mp4"
 
 
 def _by_unit(rows: dict[str, float], names: dict[str, str] | None, dimension: str) -> dict[str, float]:

@@ -147,7 +147,7 @@ def _score(job: _Job, suite: Suite, settings: VBenchSettings, installation: Inst
     """Rows of one dimension: the kept result when its inputs are the same, else a run of the driver."""
     inputs = digest([
         job.dimension, suite.mode, suite.vbench, installation.describe(), DRIVER_VERSION, settings.device,
-        sorted((name, unit.record["video_sha256"], unit.score_prompt) for name, unit in job.units.items()),
+        sorted((name, unit.line.video_sha256, unit.score_prompt) for name, unit in job.units.items()),
     ])  # fmt: skip
     kept = job.folder / "result.json"
     if kept.is_file():
@@ -182,7 +182,7 @@ def _run_driver(job: _Job, suite: Suite, settings: VBenchSettings, installation:
     for name, unit in job.units.items():
         (staging / name).symlink_to(unit.video.resolve())
     unit = next(iter(job.units.values()))
-    ratio = float(unit.record["width"]) / float(unit.record["height"])
+    ratio = (unit.line.width or 0) / (unit.line.height or 1)
     write_json(job.folder / "job.json", {
         "package": suite.vbench,
         "root": str(settings.root.resolve()) if settings.root else None,

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ptq.calibration.records import prompt_file
 from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.prompts import PromptSet, require_media
+from ptq.store.records import prompt_file
 from ptq.store.sharding import Shard
 from ptq.ui.progress import format_seconds
 from ptq.wan.estimates import EFFICIENCY, call_size, forward_flops, measure_rate, sampling_memory

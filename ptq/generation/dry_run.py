@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptq.generation.manifest import Manifests
-from ptq.generation.rundir import RunDirectory
+from ptq.generation.directory import GenerationDirectory
 from ptq.generation.settings import Settings
 from ptq.generation.units import make_units
 from ptq.prompts.sample import Sample
+from ptq.store.run_manifest import read_lines
 from ptq.store.sharding import Shard
 
-# Of a pixel, in bytes: H.264 at CRF 14 of ordinary footage, and deflated frames. Rough, and on the safe side.
 _VIDEO_BYTES, _FRAME_BYTES = 0.12, 2.0
-_LATENT_CHANNELS, _STRIDE_T, _STRIDE = 16, 4, 8  # A14B; TI2V-5B needs a quarter less
+"""Of a pixel: H.264 at CRF 14 of ordinary footage, and deflated frames. Rough, and on the safe side."""
+_LATENT_CHANNELS, _STRIDE_T, _STRIDE = 16, 4, 8
+"""Of A14B; TI2V-5B needs a quarter less."""
 
 
 @dataclass(frozen=True)
@@ -86,21 +87,18 @@ def plan_run(
         UsageError: see `make_units`. DamagedFileError: a manifest line is damaged.
     """
     shard = shard or Shard()
-    directory = RunDirectory(out)
     units = make_units(samples, samples_per_prompt)
     own = shard.select(units)
-    manifests = Manifests(directory.root)
-    if not fresh:
-        manifests.refresh()
-    lines = [line for unit in own if (line := manifests.get(unit.name)) is not None]
-    seconds = [float(line["seconds"]) for line in manifests if line["status"] == "done"]
+    known = {} if fresh else read_lines(Path(out))
+    lines = [known[unit.name] for unit in own if unit.name in known]
+    seconds = [line.seconds for line in known.values() if line.is_done and line.seconds is not None]
     return Plan(
         shard=shard,
         units=len(units),
         own=len(own),
-        done=sum(line["status"] == "done" for line in lines),
-        failed=sum(line["status"] == "failed" for line in lines),
+        done=sum(line.is_done for line in lines),
+        failed=sum(not line.is_done for line in lines),
         bytes_per_unit=unit_bytes(settings),
         seconds_per_unit=sum(seconds) / len(seconds) if seconds else None,
-        free_bytes=directory.free_bytes(),
+        free_bytes=GenerationDirectory(out).free_bytes(),
     )

@@ -1,13 +1,13 @@
 """Measure every pair of units and keep the results as lines of units.jsonl, so that a stopped evaluation resumes.
 
 Each line carries a digest of what it was measured from (both videos, saved frames, latents, stride, suite); a line is
-reused only when that digest is the same. `finish` rewrites the file with exactly the evaluated units, in order.
+reused only when that digest is the same. What it will take is estimated here too.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,53 +17,62 @@ from ptq import ui
 from ptq.errors import DamagedFileError, PtqError
 from ptq.evaluation import measures
 from ptq.evaluation.frames import choose_source, first_frame_measures, frames_of, input_image
-from ptq.evaluation.runs import Unit, verify_video
+from ptq.evaluation.runs import Unit, pair_runs, read_run, verify_video
 from ptq.evaluation.streaming import measure_clips
 from ptq.evaluation.suites import ADHERENCE, FIRST_FRAME, HITS, RUN_DIMENSIONS, Suite
-from ptq.store.files import append_jsonl, digest, read_jsonl, write_bytes
+from ptq.store.evaluation import ROLES
+from ptq.store.evaluation_units import Hashes, UnitLine, append_unit, read_units, write_units
+from ptq.store.files import digest
 
-#: Raise it when a measure changes its meaning: results kept by an older version are then measured again.
 MEASURE_VERSION = 1
-FILE_NAME = "units.jsonl"
+"""Raise it when a measure changes its meaning: results kept by an older version are then measured again."""
+SECONDS_PER_MEGAPIXEL = 0.25
+"""Core-seconds for one million pixels of a frame pair, all measures (61 frames of 720p take 11.5, two thirds in SSIM)."""
+_BYTES_PER_PIXEL, _BASE_BYTES, _BYTES_PER_LINE = 60, 150e6, 2500
 
 
-def measure_units(
-    pairs: list[tuple[Unit, Unit]], out: Path, suite: Suite, *, stride: int, fresh: bool = False
-) -> list[dict[str, Any]]:
-    """Measure all pairs; results already in `out` are reused unless `fresh`. Returns the lines of units.jsonl, in
-    order.
+def plan(reference: Path, candidate: Path, *, allow_missing: bool = False) -> dict[str, Any]:
+    """Units that would be measured and an estimate: {units, excluded, seconds, memory_bytes, disk_bytes}.
+
+    Raises:
+        PtqError: as `evaluate_runs` would, for unpaired or incomplete runs.
     """
-    path = out / FILE_NAME
-    known = {} if fresh else {line.get("inputs"): _measured_only(line) for line in read_jsonl(path, skip_damaged=True)}
-    if fresh:
-        path.unlink(missing_ok=True)
+    pairing = pair_runs(read_run(reference), read_run(candidate), allow_missing=allow_missing)
+    lines = [unit.line for unit, _ in pairing.pairs]
+    pixels = [(line.width or 0) * (line.height or 0) for line in lines]
+    pixels_of_all = sum(size * (line.frames or 0) for size, line in zip(pixels, lines, strict=True))
+    cores = min(4, len(os.sched_getaffinity(0)))
+    return {
+        "units": len(pairing.pairs),
+        "excluded": len(pairing.excluded),
+        "seconds": pixels_of_all / 1e6 * SECONDS_PER_MEGAPIXEL / cores,
+        "memory_bytes": _BASE_BYTES + _BYTES_PER_PIXEL * max(pixels),
+        "disk_bytes": float(_BYTES_PER_LINE * len(pairing.pairs)),
+    }
+
+
+def measure_units(pairs: Sequence[tuple[Unit, Unit]], out: Path, suite: Suite, *, stride: int) -> list[UnitLine]:
+    """Measure all pairs; results already in `out` are reused. Returns the lines of units.jsonl, in order."""
+    known = {line.inputs: _measured_only(line) for line in read_units(out, skip_damaged=True) if line.inputs}
     lines = []
     with ui.progress("Measuring videos", len(pairs)) as bar:
         for reference, candidate in pairs:
             inputs = _inputs_digest(reference, candidate, suite, stride)
             line = known.get(inputs)
             if line is None:
-                line = {"unit": reference.name, "inputs": inputs, **measure_unit(reference, candidate, suite, stride)}
-                append_jsonl(path, line)
+                line = measure_unit(reference, candidate, suite, stride, inputs)
+                append_unit(out, line)
             lines.append(line)
             bar.advance(note=reference.name)
-    finish(path, lines)
+    write_units(out, lines)
     return lines
 
 
-def _measured_only(line: dict[str, Any]) -> dict[str, Any]:
+def _measured_only(line: UnitLine) -> UnitLine:
     """A kept line without the scores that another suite merged into it."""
     own = {*RUN_DIMENSIONS, *ADHERENCE, *HITS, *FIRST_FRAME}
-    values = {
-        role: {name: value for name, value in line.get(role, {}).items() if name in own}
-        for role in ("reference", "candidate")
-    }
-    return {**line, **values}
-
-
-def finish(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Rewrite units.jsonl atomically with these lines only."""
-    write_bytes(path, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines).encode())
+    values = {role: {name: value for name, value in line.of(role).items() if name in own} for role in ROLES}
+    return line.model_copy(update=values)
 
 
 def _inputs_digest(reference: Unit, candidate: Unit, suite: Suite, stride: int) -> str:
@@ -71,21 +80,21 @@ def _inputs_digest(reference: Unit, candidate: Unit, suite: Suite, stride: int) 
         verify_video(unit)
         kept = [unit.optional_file(key) for key in ("saved_frames", "final_latents")]
         sizes = [[path.stat().st_size, path.stat().st_mtime_ns] if path else None for path in kept]
-        return [unit.record["video_sha256"], sizes, unit.score_prompt, unit.record.get("image_sha256")]
+        return [unit.line.video_sha256, sizes, unit.score_prompt, unit.line.image_sha256]
 
     scored = suite.name if suite.name == "tiny" else "core"
     return digest([MEASURE_VERSION, scored, stride, artifacts(reference), artifacts(candidate), reference.name])
 
 
-def measure_unit(reference: Unit, candidate: Unit, suite: Suite, stride: int) -> dict[str, Any]:
-    """All measures of one pair: {source, reference, candidate, paired, hashes}; missing values are None."""
+def measure_unit(reference: Unit, candidate: Unit, suite: Suite, stride: int, inputs: str) -> UnitLine:
+    """All measures of one pair; missing values are None."""
     source = choose_source(reference, candidate)
     clips = measure_clips(
         frames_of(reference, source), frames_of(candidate, source), stride=stride, name=f"unit {reference.name}"
     )
     values = {"reference": clips.reference, "candidate": clips.candidate, "paired": clips.paired}
     values["paired"].update(_latents(reference, candidate))
-    if reference.record.get("image"):
+    if reference.line.image:
         mse, _ = measures.mean_square_and_abs(clips.first_frames[1].astype(np.int16) - clips.first_frames[0])
         values["paired"]["first_frame_psnr"] = measures.psnr_from_mse(mse) if mse > 0 else None
         image = input_image(reference, *clips.first_frames[0].shape[:2])
@@ -95,7 +104,8 @@ def measure_unit(reference: Unit, candidate: Unit, suite: Suite, stride: int) ->
     if suite.name == "tiny":
         for role, unit in (("reference", reference), ("candidate", candidate)):
             values[role].update(_adherence(unit, source))
-    return {"source": source, **values, "hashes": {"reference": clips.hashes[0], "candidate": clips.hashes[1]}}
+    hashes = Hashes(reference=clips.hashes[0], candidate=clips.hashes[1])
+    return UnitLine(unit=reference.name, inputs=inputs, source=source, **values, hashes=hashes)
 
 
 def _adherence(unit: Unit, source: str) -> dict[str, float]:

@@ -1,0 +1,61 @@
+"""units.jsonl of an evaluation directory: one line a unit, its scores in both runs and how far the two are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from ptq.store.files import append_jsonl, write_jsonl
+from ptq.store.schema import Number, Schema, parse_lines
+
+FILE = "units.jsonl"
+
+
+class Hashes(Schema):
+    """SHA-256 over the pixels of both videos."""
+
+    reference: str
+    candidate: str
+
+
+class UnitLine(Schema):
+    """One unit. Values are None where a measure is undefined.
+
+    inputs: digest of what was measured, and how. source: saved frames or decoded video. These and `hashes` are absent
+    where only VBench results were read.
+    """
+
+    unit: str
+    inputs: str | None = None
+    source: str | None = None
+    reference: dict[str, Number | None]
+    candidate: dict[str, Number | None]
+    paired: dict[str, Number | None]
+    hashes: Hashes | None = None
+
+    def of(self, role: str) -> dict[str, int | float | None]:
+        """Scores of one run: dimension -> value."""
+        return self.reference if role == "reference" else self.candidate
+
+
+def read_units(directory: Path, *, skip_damaged: bool = False) -> list[UnitLine]:
+    """All lines; [] where there is no file.
+
+    Args:
+        skip_damaged: leave damaged lines out instead of refusing the file.
+
+    Raises:
+        DamagedFileError: names the line and what is wrong with it.
+    """
+    advice = "Run `ptq evaluate` again into that directory."
+    return parse_lines(UnitLine, directory / FILE, advice, skip_damaged=skip_damaged)
+
+
+def append_unit(directory: Path, line: UnitLine) -> None:
+    """Add one line and flush it to disk."""
+    append_jsonl(directory / FILE, line.as_json())
+
+
+def write_units(directory: Path, lines: Iterable[UnitLine]) -> None:
+    """Rewrite the file atomically with these lines only."""
+    write_jsonl(directory / FILE, (line.as_json() for line in lines))
