@@ -56,7 +56,7 @@ class QuantizeSettings:
             raise UsageError(f"Recipe {self.recipe_name}: {error}") from error
         if self.recipe.solver.clip_search and scheme.format.searched_scales is None:
             raise UsageError(
-                f"Recipe {self.recipe_name}: {scheme.format.title} has no search of weight scales; set solver.clip_search to false."
+                f"Recipe {self.recipe_name}: {scheme.format.title} has no search of weight scales: set solver.clip_search to false."
             )
         rule = self.recipe.solver.weight_rule
         if rule is not None and rule not in scheme.format.scale_rules:
