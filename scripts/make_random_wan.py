@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 
+from random_model import make_random_pipeline
+
 from ptq.errors import PtqError
-from ptq.wan.random_model import make_random_pipeline
 from ptq.wan.variants import VARIANTS
 
 

@@ -43,7 +43,7 @@ class RandomPipelines(dict[str, Path]):
         self._root = root
 
     def __missing__(self, variant: str) -> Path:
-        from ptq.wan.random_model import make_random_pipeline
+        from random_model import make_random_pipeline
 
         self[variant] = make_random_pipeline(self._root / variant, variant, max_shard_bytes=600_000)
         return self[variant]

@@ -38,7 +38,6 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DTYPE_ORDER = {name: rank for rank, name in enumerate(DTYPES)}
 MAX_HEADER_BYTES = 100_000_000
 COPY_CHUNK = 8 * 2**20

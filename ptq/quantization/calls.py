@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ptq.errors import PtqError
 from ptq.quantization.streams import Stream
-from ptq.store.calibration import CalibrationSet
+from ptq.store.calibration import CalibrationSet, DenoiserCall
 from ptq.store.records import Record
-from ptq.wan.block import DenoiserCall
 from ptq.wan.replay import BlockContext, ExpertReplay
 
 
@@ -117,7 +116,7 @@ class ExpertCalls:
         return f"{self._calibration.digest}/{record.record}"
 
     def _call(self, record: Record) -> DenoiserCall:
-        return DenoiserCall(**vars(self._calibration.load(record)))
+        return self._calibration.load(record)
 
     def _context_of(self, record: Record) -> Callable[[], BlockContext]:
         return lambda: self._replay.context(self._name(record), lambda: self._call(record))

@@ -134,17 +134,10 @@ def _accurate() -> bool:
     return os.environ.get(ACCURATE_VARIABLE, "0") == "1"
 
 
-DOT_SCALED = register_backend(
-    Backend(
-        "dot-scaled", "cuda", "block-scaled tensor cores multiply the packed codes", _dot_scaled_obstacle, _dot_scaled
-    )
-)
-TRITON_FP8 = register_backend(
-    Backend("triton-fp8", "cuda", "every value is exact in FP8", _triton_fp8_obstacle, _triton_fp8)
-)
-SCALED_MM = register_backend(
-    Backend("scaled-mm", "cuda", "every value is exact in FP8", _scaled_mm_obstacle, _scaled_mm)
-)
-BF16_DECODE = register_backend(
-    Backend("bf16-decode", "cuda", "exact in bfloat16", _bf16_decode_obstacle, _bf16_decode, few_rows=True)
-)
+for backend in (
+    Backend("dot-scaled", "cuda", "block-scaled tensor cores multiply the codes", _dot_scaled_obstacle, _dot_scaled),
+    Backend("triton-fp8", "cuda", "every value is exact in FP8", _triton_fp8_obstacle, _triton_fp8),
+    Backend("scaled-mm", "cuda", "every value is exact in FP8", _scaled_mm_obstacle, _scaled_mm),
+    Backend("bf16-decode", "cuda", "exact in bfloat16", _bf16_decode_obstacle, _bf16_decode, few_rows=True),
+):
+    register_backend(backend)

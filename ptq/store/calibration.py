@@ -77,9 +77,12 @@ def write_calibration(directory: Path, info: CalibrationInfo) -> None:
     write_json(directory / FILE, info.as_json())
 
 
-class RecordTensors(NamedTuple):
-    """Inputs of one call with batch dimension: hidden_states [1, C, T, H, W], timestep [1] or [1, tokens],
-    encoder_hidden_states [1, L, D], and encoder_hidden_states_image [1, L', D'] where the model takes it."""
+class DenoiserCall(NamedTuple):
+    """What the denoiser is called with, under its own argument names and with batch dimension.
+
+    hidden_states [1, C, T, H, W]; timestep [1] or [1, tokens]; encoder_hidden_states [1, L, D] of the text encoder;
+    encoder_hidden_states_image [1, L', D'] of the image encoder, for the models that take it.
+    """
 
     hidden_states: Tensor
     timestep: Tensor
@@ -118,11 +121,6 @@ class CalibrationSet:
             )
         return parse_lines(Record, index, "Run the same `ptq calibrate` command again; it writes the index anew.")
 
-    @property
-    def sample_ids(self) -> list[str]:
-        """Prompts in the set, in order."""
-        return list(dict.fromkeys(record.sample_id for record in self.records))
-
     def of_expert(self, expert: str) -> list[Record]:
         """The records of one expert."""
         return [record for record in self.records if record.expert == expert]
@@ -158,7 +156,7 @@ class CalibrationSet:
                     f"{path} is missing or was changed since recording finished. Run the same `ptq calibrate` command again; it records what is missing or damaged."
                 )
 
-    def load(self, record: Record) -> RecordTensors:
+    def load(self, record: Record) -> DenoiserCall:
         """Read one record's tensors (stored dtypes, CPU).
 
         Raises:
@@ -178,7 +176,7 @@ class CalibrationSet:
         embeds = read_embeds(embeds_path)
         if embeds is None:
             raise self._unreadable(record, embeds_path, "its text embedding is missing or damaged")
-        return RecordTensors(hidden.unsqueeze(0), timestep, embeds.unsqueeze(0), image)
+        return DenoiserCall(hidden.unsqueeze(0), timestep, embeds.unsqueeze(0), image)
 
     @staticmethod
     def _unreadable(record: Record, path: Path, error: object) -> DamagedFileError:

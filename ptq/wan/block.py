@@ -1,4 +1,4 @@
-"""Names inside a WanTransformer3DModel: the Linears of a block, the distinct inputs they read, and what a call is.
+"""Names inside a WanTransformer3DModel: the Linears of a block and the distinct inputs they read.
 
 Ten Linears read seven inputs; where each block also reads image tokens (Wan 2.1 I2V), twelve read eight.
 """
@@ -8,10 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any, Literal
 
 BLOCKS = "blocks"
 """Name of the block list in the expert."""
@@ -41,20 +38,6 @@ class BlockInput:
     n: int
     k: int
     rows: Rows = "video"
-
-
-@dataclass(frozen=True)
-class DenoiserCall:
-    """What the denoiser is called with, under its own argument names and with batch dimension.
-
-    hidden_states [1, C, T, H, W]; timestep [1] or [1, tokens]; encoder_hidden_states [1, L, D] of the text encoder;
-    encoder_hidden_states_image [1, L', D'] of the image encoder, for the models that take it.
-    """
-
-    hidden_states: Tensor
-    timestep: Tensor
-    encoder_hidden_states: Tensor
-    encoder_hidden_states_image: Tensor | None = None
 
 
 def block_prefix(index: int) -> str:

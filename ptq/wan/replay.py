@@ -21,7 +21,8 @@ from ptq.checkpoint.layers import replace_linears
 from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import PtqError
-from ptq.wan.block import DenoiserCall, block_prefix
+from ptq.store.calibration import DenoiserCall
+from ptq.wan.block import block_prefix
 
 CACHED_CONTEXT_BYTES = 512 * 2**20
 """Contexts kept over all records of an expert; the others are computed again (a head costs far less than a block)."""

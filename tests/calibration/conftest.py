@@ -5,8 +5,7 @@ import pytest
 import torch
 from calibration_helpers import record
 from PIL import Image
-
-from ptq.wan.random_model import make_random_pipeline
+from random_model import make_random_pipeline
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,7 @@ from pathlib import Path
 
 import pytest
 from generation_helpers import make_samples, run
-
-from ptq.wan.random_model import make_random_pipeline
+from random_model import make_random_pipeline
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def start_child(pipe_dir: Path, out: Path, samples: list[Sample], shard: Shard |
     context.set_forkserver_preload(
         [
             "ptq.generation.worker",
-            "ptq.wan.random_model",
+            "random_model",
             "diffusers.pipelines.wan.pipeline_wan",
             "ptq.checkpoint.shards",
         ]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from generation_helpers import file_digests, lines
+from random_model import make_random_pipeline
 from typer.testing import CliRunner
 
 from ptq.cli.main import app
 from ptq.errors import PtqError, UsageError
 from ptq.prompts import unit_seed
-from ptq.wan.random_model import make_random_pipeline
 
 SMALL = ["--height", "32", "--width", "32", "--num-frames", "5", "--steps", "2", "--device", "cpu"]
 

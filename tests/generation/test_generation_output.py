@@ -15,12 +15,12 @@ import pytest
 import torch
 from generation_helpers import SETTINGS, file_digests, lines, load, make_samples, run
 from PIL import Image
+from random_model import make_random_pipeline
 from safetensors.numpy import load_file
 
 from ptq.errors import DamagedFileError, UsageError
 from ptq.generation.video import encode_video, verify_video, write_video
 from ptq.prompts import MediaRef, Sample, unit_seed
-from ptq.wan.random_model import make_random_pipeline
 
 
 def call_pipeline(pipe, prompt: str, seed: int, settings=SETTINGS, **arguments):

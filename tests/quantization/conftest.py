@@ -3,8 +3,7 @@ from pathlib import Path
 
 import pytest
 from quantization_helpers import FULL, make_records, make_settings, run
-
-from ptq.wan.random_model import make_random_pipeline
+from random_model import make_random_pipeline
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from quantization_helpers import (
     run_with_small_files,
     start_child,
 )
+from random_model import make_random_pipeline
 
 from ptq.errors import PtqError, UsageError
 from ptq.quantization.job import Job
@@ -23,7 +24,6 @@ from ptq.quantization.settings import parse_high_precision
 from ptq.store.calibration import CalibrationSet
 from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
-from ptq.wan.random_model import make_random_pipeline
 
 RTN = make_settings("mxfp4")
 FULL_HIF4 = make_settings("hif4", *FULL)

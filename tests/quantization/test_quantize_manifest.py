@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from quantization_helpers import ALL_TOKENS, FULL, file_digests, make_records, make_settings, run
+from random_model import make_random_pipeline
 
 from ptq import formats
 from ptq.checkpoint.manifest import read_manifest, verify_files
@@ -14,7 +15,6 @@ from ptq.checkpoint.shards import ShardSet
 from ptq.runtime import QuantLinear
 from ptq.store.calibration import CalibrationSet
 from ptq.wan.loading import load_pipeline
-from ptq.wan.random_model import make_random_pipeline
 from ptq.wan.replay import ExpertReplay
 
 EXACT = pytest.approx

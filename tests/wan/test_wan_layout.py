@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
+from random_model import make_random_pipeline
 from torch import nn
 
 import ptq
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.quantization.shared_inputs import find_shared_inputs
-from ptq.wan.block import DenoiserCall
+from ptq.store.calibration import DenoiserCall
 from ptq.wan.layout import read_layout
 from ptq.wan.loading import resolve_model
-from ptq.wan.random_model import make_random_pipeline
 from ptq.wan.replay import ExpertReplay, run_block
 from ptq.wan.variants import VARIANTS, recognise
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import ptq  # noqa: F401  (registers the packed format)
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import PtqError
-from ptq.wan.block import DenoiserCall
+from ptq.store.calibration import DenoiserCall
 from ptq.wan.layout import read_layout
 from ptq.wan.replay import ExpertReplay, run_block, state_names
 from ptq.wan.variants import VARIANTS

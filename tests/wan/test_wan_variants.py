@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_model import make_random_pipeline
 
 import ptq.wan.presets
 from ptq.checkpoint.shards import ShardSet
-from ptq.wan.block import DenoiserCall
+from ptq.store.calibration import DenoiserCall
 from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
 from ptq.wan.presets import load_preset
-from ptq.wan.random_model import make_random_pipeline
 from ptq.wan.replay import ExpertReplay, run_block
 from ptq.wan.variants import VARIANTS, Variant
 
