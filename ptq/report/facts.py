@@ -24,8 +24,6 @@ from ptq.store.evaluation_units import read_units
 from ptq.store.files import read_json
 from ptq.store.sensitivity import SENSITIVITY_FILE, read_sensitivity
 
-FORMAT_NAMES = {"hif4": "HiF4", "mxfp4": "MXFP4"}
-
 
 class Ablation(BaseModel):
     """A table of recipes that the user measured: --ablation FILE, a JSON object with these keys."""
@@ -63,8 +61,10 @@ class Facts:
     @property
     def format_name(self) -> str:
         """The format as people write it."""
+        from ptq.scheme import FORMATS
+
         name = self.evaluation.format or (self.manifest.format if self.manifest else None)
-        return FORMAT_NAMES.get(name, name) if name else "The candidate"
+        return FORMATS[name].title if name in FORMATS else name or "The candidate"
 
     @property
     def pairs(self) -> list[tuple[Unit, Unit]]:
