@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ptq.errors import DamagedFileError, PtqError
 from ptq.store.files import read_json, sha256_file, write_json
@@ -77,7 +78,8 @@ def write_calibration(directory: Path, info: CalibrationInfo) -> None:
     write_json(directory / FILE, info.as_json())
 
 
-class RecordTensors(NamedTuple):
+@dataclass(frozen=True)
+class RecordTensors:
     """Inputs of one call with batch dimension: hidden_states [1, C, T, H, W], timestep [1] or [1, tokens],
     encoder_hidden_states [1, L, D], and encoder_hidden_states_image [1, L', D'] where the model takes it."""
 
