@@ -64,7 +64,7 @@ class DemoJob:
         return write_prompt_file(self.out / "prompts", name, prompts, images=self.from_image)
 
     def _calibrate(self, prompts: Path) -> CalibrationSet:
-        from ptq.calibration.dry_run import make_plan, record_plan
+        from ptq.calibration.prepare import make_plan, record_plan
         from ptq.prompts import read_prompts
         from ptq.store.calibration import CalibrationSet
 

@@ -142,7 +142,7 @@ def test_identity_sees_linked_components(pipe_dir: Path, tmp_path: Path):
 
 
 def test_identity_of_large_files_sees_header_and_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("ptq.generation.settings._WHOLE_FILE_BYTES", 1 << 16)
+    monkeypatch.setattr("ptq.wan.identity._WHOLE_FILE_BYTES", 1 << 16)
     (tmp_path / "transformer").mkdir()
     (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "transformer" / "config.json").write_text('{"quantization_config": {"format": "hif4"}}')
