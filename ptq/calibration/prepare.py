@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ptq import ui
 from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.prompts import PromptSet, require_media
 from ptq.store.records import prompt_file
 from ptq.store.sharding import Shard
-from ptq.ui.progress import format_seconds
 from ptq.wan.estimates import EFFICIENCY, call_size, forward_flops, measure_rate, sampling_memory
 from ptq.wan.layout import ModelLayout
 from ptq.wan.loading import load_pipeline
 from ptq.wan.pipeline import check_offload, place_pipeline
-from ptq.wan.preflight import Needs, gigabytes, preflight
+from ptq.wan.preflight import Needs, preflight
 
 RECORDS_PER_PROMPT = 8
 """Denoiser calls kept of each prompt unless the user says otherwise, both branches."""
@@ -115,10 +115,10 @@ def describe_plan(plan: CalibrationPlan, out: Path, shard: Shard, device: str, o
         "video": f"{preset.width}x{preset.height}, {preset.num_frames} frames, {preset.steps} steps",
         "records": f"{plan.record_count} ({plan.steps_per_prompt} steps of each prompt, {' and '.join(plan.branches)})",
         "tokens of a call": f"{size.tokens}",
-        "disk, estimated": gigabytes(needs.disk),
-        "RAM, estimated": gigabytes(needs.ram),
+        "disk, estimated": ui.format_bytes(needs.disk),
+        "RAM, estimated": ui.format_bytes(needs.ram),
     }
     if device != "cpu":
-        rows["GPU memory, estimated"] = f"{gigabytes(needs.vram)} on {device}, --offload {offload}"
-    rows["time, estimated"] = f"at most {format_seconds(estimate_seconds(plan, out, shard, device))} on {device}"
+        rows["GPU memory, estimated"] = f"{ui.format_bytes(needs.vram)} on {device}, --offload {offload}"
+    rows["time, estimated"] = f"at most {ui.format_seconds(estimate_seconds(plan, out, shard, device))} on {device}"
     return rows

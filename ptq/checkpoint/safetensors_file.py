@@ -20,7 +20,6 @@ import torch
 from ptq.errors import DamagedFileError, PtqError
 from ptq.store.files import atomic_path
 
-# The library stores wide dtypes first (so that data stay aligned), then sorts by name.
 DTYPES: dict[str, torch.dtype] = {
     "U64": torch.uint64,
     "I64": torch.int64,
@@ -38,6 +37,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""Name in a header -> dtype. The library stores wide dtypes first (so that data stay aligned), then sorts by name."""
 DTYPE_ORDER = {name: rank for rank, name in enumerate(DTYPES)}
 MAX_HEADER_BYTES = 100_000_000
 COPY_CHUNK = 8 * 2**20

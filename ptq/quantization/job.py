@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 
+from ptq import ui
 from ptq.checkpoint.manifest import Coverage, package_versions
 from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet
@@ -26,7 +27,6 @@ from ptq.rules import check_budget
 from ptq.scheme import FormatError
 from ptq.store.calibration import CalibrationSet
 from ptq.store.files import digest, files_below
-from ptq.ui.progress import format_seconds
 from ptq.wan.block import block_prefix, rows_outside, video_tokens
 from ptq.wan.estimates import (
     EFFICIENCY,
@@ -38,7 +38,7 @@ from ptq.wan.estimates import (
     solve_flops,
 )
 from ptq.wan.layout import ModelLayout
-from ptq.wan.preflight import Needs, gigabytes
+from ptq.wan.preflight import Needs
 from ptq.wan.replay import ExpertReplay
 
 STREAM_BYTES = 4
@@ -296,7 +296,7 @@ class Job:
             records, recorded = self.used_records(expert), len(self.calibration.of_expert(expert))
             tokens, used = self.call_size(expert).tokens, settings.recipe.records
             plan[expert] = (
-                f"{self.layout.num_blocks(expert)} blocks, {records} of {recorded} records of {tokens} tokens, hidden states {gigabytes(self.stream_bytes(expert))}"
+                f"{self.layout.num_blocks(expert)} blocks, {records} of {recorded} records of {tokens} tokens, hidden states {ui.format_bytes(self.stream_bytes(expert))}"
             )
             if settings.needs_hessian:
                 hessian = min(tokens, used.hessian_tokens or tokens)
@@ -304,15 +304,15 @@ class Job:
                     f"{records * hessian} in each Hessian, {records * min(tokens, used.tokens_per_record)} in the searches"
                 )
         plan["recipe"] = f"{settings.recipe_name}: {settings.recipe.description}"
-        plan["experts before"] = gigabytes(coverage.original_bytes)
-        plan["experts after"] = gigabytes(self.packed_bytes())
+        plan["experts before"] = ui.format_bytes(coverage.original_bytes)
+        plan["experts after"] = ui.format_bytes(self.packed_bytes())
         plan["W4A4 share of Linear parameters"] = f"{coverage.parameter_share:.2%}"
-        plan["disk while it runs, estimated"] = gigabytes(needs.disk)
-        plan["RAM, estimated"] = gigabytes(needs.ram)
+        plan["disk while it runs, estimated"] = ui.format_bytes(needs.disk)
+        plan["RAM, estimated"] = ui.format_bytes(needs.ram)
         if self.options.device != "cpu":
-            plan["GPU memory, estimated"] = gigabytes(needs.vram)
+            plan["GPU memory, estimated"] = ui.format_bytes(needs.vram)
         auto = ", without the search of --high-precision auto" if settings.auto_protect else ""
-        plan["time, estimated"] = f"{format_seconds(self.seconds())} on {self.options.device}{auto}"
+        plan["time, estimated"] = f"{ui.format_seconds(self.seconds())} on {self.options.device}{auto}"
         return plan
 
 

@@ -18,7 +18,8 @@ f32, i32, u32 = np.float32, np.int32, np.uint32
 SIGN, INFINITY, NAN = u32(0x80000000), i32(0x7F800000), u32(0x7FC00000)
 NAN_SCALE = u32(255)
 SCALE_MIN, SCALE_MAX, BF16_ONE_SEVENTH = f32(2.0**-48), f32(49152.0), f32(0.142578125)
-ROUND_TO_INTEGER = f32(2.0**23)  # added and subtracted again
+ROUND_TO_INTEGER = f32(2.0**23)
+"""Added and subtracted again."""
 EXPONENT_BIAS = i32(127 - 48)
 MSE_BYTES, MSE_LARGEST = 3, f32(128.0)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from ptq import ui
 from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import PtqError, UsageError
@@ -107,12 +108,12 @@ def check_room(needs: Needs, out: Path) -> list[str]:
     free = shutil.disk_usage(folder).free
     if needs.disk > free:
         problems.append(
-            f"About {gigabytes(needs.disk)} will be written to {out}, and {gigabytes(free)} are free there. Free some space or choose another --out."
+            f"About {ui.format_bytes(needs.disk)} will be written to {out}, and {ui.format_bytes(free)} are free there. Free some space or choose another --out."
         )
     available = psutil.virtual_memory().available
     if needs.ram > available:
         problems.append(
-            f"About {gigabytes(needs.ram)} of RAM are needed, and {gigabytes(available)} are available. Close other programs, start fewer processes on this machine, or use one with more memory."
+            f"About {ui.format_bytes(needs.ram)} of RAM are needed, and {ui.format_bytes(available)} are available. Close other programs, start fewer processes on this machine, or use one with more memory."
         )
     return problems
 
@@ -123,15 +124,10 @@ def check_gpu(needs: Needs, device: str) -> list[str]:
     if needs.vram <= free:
         return []
     return [
-        f"About {gigabytes(needs.vram)} of GPU memory are needed on {device}, and {gigabytes(free)} of {gigabytes(total)} are free. Choose --offload model or --offload sequential, a smaller --height, --width or --num-frames, or another GPU."
+        f"About {ui.format_bytes(needs.vram)} of GPU memory are needed on {device}, and {ui.format_bytes(free)} of {ui.format_bytes(total)} are free. Choose --offload model or --offload sequential, a smaller --height, --width or --num-frames, or another GPU."
     ]
 
 
 def existing_parent(path: Path) -> Path:
     """The path itself, or its nearest ancestor that exists."""
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
-
-
-def gigabytes(count: float) -> str:
-    """Bytes as "12.3 GB"."""
-    return f"{count / 1e9:.1f} GB"

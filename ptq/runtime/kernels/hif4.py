@@ -13,7 +13,8 @@ from ptq.scheme import hif4
 
 BF16_ONE_SEVENTH = tl.constexpr(hif4.BF16_ONE_SEVENTH)
 MSE_BYTES = tl.constexpr(hif4.MSE_BYTES)
-NEAREST_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: its ulp is 1
+NEAREST_INTEGER = tl.constexpr(12582912.0)
+"""1.5 * 2^23: its ulp is 1."""
 
 
 @triton.jit
