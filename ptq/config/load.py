@@ -44,7 +44,18 @@ def validate(model: type[Model], value: dict[str, Any], where: str) -> Model:
         problems = "; ".join(
             f"{'.'.join(map(str, e['loc'])) or 'the whole'}: {e['msg']} (found {e['input']!r})" for e in error.errors()
         )
-        raise UsageError(f"{where}: {problems}. Known keys: {', '.join(model.model_fields)}.") from error
+        raise UsageError(f"{where}: {problems}. Known keys: {', '.join(_keys_beside(model, error.errors()[0]['loc']))}.") from error
+
+
+def _keys_beside(model: type[BaseModel], where: tuple[int | str, ...]) -> list[str]:
+    """Keys of the group that holds the offending one."""
+    for part in where[:-1]:
+        field = model.model_fields.get(str(part))
+        inner = None if field is None else field.annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        model = inner
+    return list(model.model_fields)
 
 
 def list_configs(kind: str) -> list[str]:
