@@ -48,8 +48,12 @@ def quantize(job: Job) -> Manifest:
 
 def _quantize(job: Job, start: float) -> Manifest:
     processes = job.processes
+    late = job.options.fresh and not processes.first
+    if late:
+        processes.wait()  # the first one throws an earlier run away
     work = WorkDir(job.out, job.signature, fresh=job.options.fresh and processes.first)
-    processes.wait()
+    if not late:
+        processes.wait()
     if not work.is_complete:
         chosen, results = job, _run_experts(job, work)
         if job.settings.auto_protect:
