@@ -44,7 +44,9 @@ def validate(model: type[Model], value: dict[str, Any], where: str) -> Model:
         problems = "; ".join(
             f"{'.'.join(map(str, e['loc'])) or 'the whole'}: {e['msg']} (found {e['input']!r})" for e in error.errors()
         )
-        raise UsageError(f"{where}: {problems}. Known keys: {', '.join(_keys_beside(model, error.errors()[0]['loc']))}.") from error
+        raise UsageError(
+            f"{where}: {problems}. Known keys: {', '.join(_keys_beside(model, error.errors()[0]['loc']))}."
+        ) from error
 
 
 def _keys_beside(model: type[BaseModel], where: tuple[int | str, ...]) -> list[str]:

@@ -75,7 +75,7 @@ class Sensitivity:
         while True:
             chosen = [(pick.expert, pick.block) for pick in picks]
             counts = Counter(expert for expert, _ in chosen)
-            full = {name for name in self.experts if counts[name] >= budget}
+            full = {name for name, hybrid in self.experts.items() if counts[name] >= min(budget, hybrid.num_blocks)}
             if (scope == "total" and len(picks) >= budget) or len(full) == len(self.experts):
                 return picks
             before = self.error(chosen)

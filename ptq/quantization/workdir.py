@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ptq.checkpoint.manifest import MANIFEST_FILE, BlockEntry, LayerEntry, read_manifest
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header
+from ptq.config.recipe import Recipe, translate
 from ptq.errors import DamagedFileError, UsageError
 from ptq.store.files import digest, read_json, sweep_partials, sync_directory, write_json, write_tensors
 from ptq.store.run_directory import Difference, RunDirectory, name_all
@@ -61,10 +62,23 @@ class WorkDir(RunDirectory):
             write_json(self.settings_path, signature)
 
     def found(self) -> dict[str, Any] | None:
-        """The signature of the run that is there."""
-        return read_json(self.settings_path) if self.settings_path.exists() else None
+        """The signature of the run that is there; a recipe of an earlier version as today's where that says the same."""
+        if not self.settings_path.exists():
+            return None
+        signature = read_json(self.settings_path)
+        recipe, lost = translate(signature["recipe"])
+        if recipe != signature["recipe"] and not lost:
+            today = Recipe.model_validate(recipe).model_dump(mode="json", exclude={"description"})
+            signature = {**signature, "recipe": today}
+        return signature
 
     def refusal(self, different: list[Difference]) -> UsageError:
+        lost = translate(next((one.before for one in different if one.name == "recipe"), {}))[1]
+        if lost:
+            keys = ", ".join(f"{key} = {value}" for key, value in lost.items())
+            return UsageError(
+                f"{self.path} holds an unfinished run of an earlier version with recipe keys that are gone ({keys}). Finish it with that version, choose another --out, or pass --fresh to start over."
+            )
         return UsageError(
             f"{self.path} holds an unfinished run made from something else; different: {name_all(different)}. Blocks of two runs are never mixed: use the earlier settings to finish it, choose another --out, or pass --fresh to start over."
         )

@@ -49,6 +49,11 @@ def reproduction(facts: Facts) -> Steps:
     if facts.manifest is None:
         missing.append("Without the checkpoint's manifest, its calibration and recipe cannot be listed.")
     elif model is not None:
+        if facts.manifest.earlier_keys:
+            keys = ", ".join(f"{key} = {value}" for key, value in facts.manifest.earlier_keys.items())
+            missing.append(
+                f"The checkpoint was made by an earlier version with recipe keys that are gone ({keys}): the recipe below leaves them out, so quantizing again gives other codes."
+            )
         recipe = yaml.safe_dump(_plain_recipe(facts.manifest), sort_keys=True, allow_unicode=True)
         _quantize(facts, facts.manifest, model, checkpoint, commands, missing)
     settings = facts.evaluation.candidate.settings

@@ -191,8 +191,8 @@ class _Config(_Strict):
         if inputs.ties not in fmt.ties_options:
             problems.append(f"the ties option {inputs.ties!r}")
         elif inputs.ties != fmt.ties_options[0]:
-            problems.append(
-                f"inputs with ties rounded {inputs.ties} (layers round {fmt.ties_options[0]}; quantize the model again)"
+            raise PtqError(
+                f"{where} asks for inputs whose ties are rounded {inputs.ties}; layers of this version round them {fmt.ties_options[0]}. Quantize the model again, or run the checkpoint with the version that made it."
             )
         if transform.smooth and transform.type not in (UNCHANGED.kind, Hadamard.kind):
             problems.append(f"a transform of type {transform.type} with a smoothing vector beside it")

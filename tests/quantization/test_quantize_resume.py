@@ -20,6 +20,7 @@ from quantization_helpers import (
 
 from ptq.errors import UsageError
 from ptq.quantization import expert as expert_module
+from ptq.store.files import read_json, write_json
 
 SETTINGS = {"rtn": make_settings("mxfp4"), "full": make_settings("hif4", *FULL)}
 
@@ -138,3 +139,49 @@ def test_only_the_final_rename_was_missing(model, records, uninterrupted, tmp_pa
     monkeypatch.setattr(expert_module.ExpertRun, "run", None)  # nothing may be replayed
     run(model, records, tmp_path / "out", SETTINGS["full"])
     assert file_digests(tmp_path / "out") == file_digests(uninterrupted["full"])
+
+
+EARLIER = {
+    "format": None,
+    "rounding": "rtn",
+    "rotation": 0,
+    "smoothing": [],
+    "learned_transform": False,
+    "clip_search": False,
+    "bias_correction": False,
+    "weight_scale_rule": None,
+    "gptq": {"damping": 0.03, "act_order": True, "precision": "float32"},
+    "activations": {"scale_rule": None, "ties": None},
+    "records": {
+        "weighting": "uniform",
+        "inputs": "original",
+        "tokens_per_record": 128,
+        "hessian_tokens": None,
+        "for_report": 2,
+    },
+}
+"""The recipe `rtn` as run.json of 0.1 holds it."""
+
+
+def unfinished_by_the_earlier_version(model: Path, records: Path, out: Path, **changes) -> None:
+    """A killed run whose recipe is written as 0.1 wrote it."""
+    child = start_child(run_and_die, 5, model, records, out, SETTINGS["rtn"])
+    child.join(120)
+    signature = out.with_name("out.partial") / "run.json"
+    write_json(signature, {**read_json(signature), "recipe": EARLIER | changes})
+
+
+def test_a_run_begun_with_an_earlier_recipe_goes_on_where_it_says_the_same(model, records, uninterrupted, tmp_path):
+    out = tmp_path / "out"
+    unfinished_by_the_earlier_version(model, records, out)
+    assert blocks_done(out) == 1
+    run(model, records, out, SETTINGS["rtn"])
+    assert file_digests(out) == file_digests(uninterrupted["rtn"])
+
+
+def test_a_run_begun_with_keys_that_are_gone_is_refused_by_their_names(model, records, tmp_path):
+    out = tmp_path / "out"
+    unfinished_by_the_earlier_version(model, records, out, bias_correction=True)
+    with pytest.raises(UsageError, match=r"recipe keys that are gone \(bias_correction = True\).*--fresh"):
+        run(model, records, out, SETTINGS["rtn"])
+    assert blocks_done(out) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import shutil
 
@@ -66,3 +67,10 @@ def test_what_was_not_recorded_is_said(copy_job):
     steps = reproduction(gather(Sources(copy_job.evaluation)))
     assert any("ptq calibrate" in text for text in steps.missing)
     assert not any(line.startswith("ptq calibrate") for line in steps.commands)
+
+
+def test_recipe_keys_that_are_gone_are_said_to_be_left_out(job):
+    facts = gather(Sources(job.evaluation))
+    manifest = facts.manifest.model_copy(update={"earlier_keys": {"bias_correction": True}})
+    steps = reproduction(dataclasses.replace(facts, manifest=manifest))
+    assert any("recipe keys that are gone (bias_correction = True)" in text for text in steps.missing)

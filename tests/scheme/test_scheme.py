@@ -125,7 +125,10 @@ def test_config_of_mxfp4_is_what_earlier_versions_wrote() -> None:
         ({"input_activations__format": "mxfp4"}, "inputs in mxfp4 with weights in hif4.*cannot run"),
         ({"input_activations__scale_rule": "even"}, "the scale rule 'even'"),
         ({"input_activations__ties": "up"}, "the ties option 'up'"),
-        ({"input_activations__ties": "even"}, r"ties rounded even \(layers round away; quantize the model again\)"),
+        (
+            {"input_activations__ties": "even"},
+            r"ties are rounded even; layers of this version round them away\. Quantize the model again",
+        ),
         ({"transform__type": "awq"}, "Unknown transform 'awq'; choose one of none, hadamard, smoothed, learned"),
         ({"transform__type": "none"}, "a transform of type none with block size 64"),
         ({"transform__type": "smoothed"}, "a transform of type smoothed"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +37,7 @@ def call(variant: str, seed: int = 0) -> DenoiserCall:
 
 def run_model(model: WanTransformer3DModel, call: DenoiserCall, dtype: torch.dtype = torch.float32) -> Tensor:
     """The real model on a call."""
-    tensors = {name: value for name, value in vars(call).items() if value is not None}
+    tensors = {name: value for name, value in call._asdict().items() if value is not None}
     with torch.no_grad():
         tensors = {name: value if name == "timestep" else value.to(dtype) for name, value in tensors.items()}
         return model(**tensors, return_dict=False)[0]
@@ -94,7 +93,7 @@ def test_packed_model(packed, random_pipelines, format_name: str, variant: str, 
 
 def test_a_call_without_image_tokens_is_refused(random_pipelines) -> None:
     replay = open_replay(random_pipelines["I2V-14B"])
-    old = replace(call("I2V-14B"), encoder_hidden_states_image=None)
+    old = call("I2V-14B")._replace(encoder_hidden_states_image=None)
     with pytest.raises(PtqError, match="recorded without them"):
         replay.head("record", old)
 

@@ -47,4 +47,4 @@ def test_an_entry_and_a_preset_make_a_variant(configs: None, tmp_path: Path) -> 
     hidden, context = replay.head("call", call)
     found = replay.tail(run_block(replay.load_block(0), hidden, context), call)
     with torch.no_grad():
-        assert torch.equal(found, load_pipeline(path).transformer_2(**vars(call), return_dict=False)[0])
+        assert torch.equal(found, load_pipeline(path).transformer_2(**call._asdict(), return_dict=False)[0])
