@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ptq import ui
 from ptq.cli import options
+from ptq.cli.common import print_json, quiet_libraries
+from ptq.errors import UsageError
 
 
 def package(
@@ -23,7 +26,6 @@ def package(
 
     Example: ptq package tiny-hif4 --evaluation evaluation --out submission.tar.gz
     """
-    from ptq import ui
     from ptq.checkpoint.manifest import read_manifest
     from ptq.report import Sources, render
     from ptq.store.evaluation import read_evaluation
@@ -57,9 +59,6 @@ def verify(
 
     Example: ptq verify submission.tar.gz
     """
-    from ptq import ui
-    from ptq.cli.common import print_json, quiet_libraries
-    from ptq.errors import UsageError
     from ptq.submission.verify import verify as run
 
     if not archive.is_file():

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ptq import ui
 from ptq.cli import options
+from ptq.cli.common import print_json
 
 if TYPE_CHECKING:
     from ptq.prompts import Survey
@@ -29,8 +31,6 @@ def prompts(
 
     Example: ptq prompts OpenS2V-5M_to_mm.json --media-root /data/OpenS2V-5M
     """
-    from ptq import ui
-    from ptq.cli.common import print_json
     from ptq.prompts import PromptScan, survey
 
     scan = PromptScan(file, prompt_format=prompt_format, limit=limit, exclude=exclude, media_root=media_root or ())
@@ -71,8 +71,6 @@ def _facts(result: Survey) -> list[tuple[str, object]]:
 def _show_preview(result: Survey) -> None:
     from rich.markup import escape
     from rich.table import Table
-
-    from ptq import ui
 
     preview = Table(title=f"First {len(result.preview)} prompts", title_justify="left")
     for column in ("id", "picture", "prompt"):

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ptq import ui
 from ptq.cli import options
+from ptq.cli.common import print_json
 
 if TYPE_CHECKING:
     from ptq.generation import RunStatus
@@ -24,8 +26,6 @@ def status(
 
     Example: ptq status runs/hif4
     """
-    from ptq import ui
-    from ptq.cli.common import print_json
     from ptq.generation import read_status
 
     if (directory / "calibration.json").is_file():
@@ -45,9 +45,7 @@ def status(
 
 
 def _show_calibration(directory: Path, as_json: bool) -> None:
-    from ptq import ui
     from ptq.calibration.directory import read_status
-    from ptq.cli.common import print_json
 
     state = read_status(directory)
     if as_json:
@@ -70,7 +68,6 @@ def _row(shard: ShardStatus) -> tuple[object, ...]:
 
 
 def _sentence(state: RunStatus) -> str:
-    from ptq import ui
 
     text = f"{state.done} of {state.units} units done, {len(state.failed)} failed, {state.remaining} remaining"
     if state.remaining == 0:
