@@ -93,7 +93,7 @@ def evaluate_runs(
     vbench: VBenchSettings | None = None,
     dimensions: Sequence[str] | None = None,
     fresh: bool = False,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Compare two generation directories and write `out`/evaluation.json and `out`/units.jsonl.
 
     Args:
@@ -103,9 +103,6 @@ def evaluate_runs(
         stride: take SSIM, sharpness and saturation on every stride-th frame.
         dimensions: a subset of a VBench suite's dimensions; the evaluation then says which are missing.
         fresh: measure again instead of reusing results already in `out`.
-
-    Returns:
-        The content of evaluation.json.
 
     Raises:
         UsageError: contradictory options. PtqError: unpaired or incomplete runs. DamagedFileError: a damaged artifact.
@@ -155,7 +152,7 @@ def evaluate_imported(
     seed: int = 0,
     gate: str = "mean_signed",
     dimensions: Sequence[str] | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Judge two VBench result files without the videos: units are paired by video file name.
 
     Args and errors as `evaluate_runs`; nothing proves here that the videos started from the same noise, and the
@@ -234,8 +231,8 @@ def _conclude(
     scores: Scores,
     lines: list[UnitLine] | None,
     extra: list[str],
-) -> dict[str, Any]:
-    """Compare, judge, and write both files; returns the content of evaluation.json."""
+) -> Evaluation:
+    """Compare, judge, and write both files."""
     warnings = [*extra, *scores.warnings]
     gated = informative = None
     content.update(dimensions={}, aggregates={}, verdict=None, prompts=len(set(scores.clusters.values())))
@@ -258,7 +255,7 @@ def _conclude(
     evaluation = Evaluation(**content, warnings=warnings)
     write_units(out, _with_scores(lines, scores))
     write_evaluation(out, evaluation)
-    return evaluation.as_json()
+    return evaluation
 
 
 def _summarize_paired(lines: list[UnitLine]) -> dict[str, Summary]:

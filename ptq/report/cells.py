@@ -96,23 +96,14 @@ def error(value: float | None) -> Cell:
 
 def percent(estimate: Estimate | None, *, sign: int = 1) -> Cell:
     """An estimate as percent with its interval; `sign` -1 turns a loss into a change."""
-    return _interval(estimate, 100.0 * sign, " %")
-
-
-def points(estimate: Estimate | None) -> Cell:
-    """Difference of scores in points with its interval."""
-    return _interval(estimate, 1.0, "")
-
-
-def _interval(estimate: Estimate | None, scale: float, unit: str) -> Cell:
     if estimate is None:
         return Cell("no ratio to 0")
-    value = scale * estimate.value
+    scale = 100.0 * sign
+    value = f"{signed(scale * estimate.value, 2)} %"
     if estimate.low is None or estimate.high is None:
-        return Cell(f"{signed(value, 2)}{unit} [no interval]", (estimate.value,))
+        return Cell(f"{value} [no interval]", (estimate.value,))
     low, high = sorted((scale * estimate.low, scale * estimate.high))
-    text = f"{signed(value, 2)}{unit} [{signed(low, 2)}, {signed(high, 2)}]"
-    return Cell(text, (estimate.value, estimate.low, estimate.high))
+    return Cell(f"{value} [{signed(low, 2)}, {signed(high, 2)}]", (estimate.value, estimate.low, estimate.high))
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

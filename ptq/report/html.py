@@ -20,7 +20,7 @@ from ptq.report.figures import Figure, draw_figures
 from ptq.report.method import describe_method
 from ptq.report.model_tables import checkpoint_tables, provenance_tables
 from ptq.report.reproduce import reproduction
-from ptq.report.tables import evaluation_tables
+from ptq.report.tables import evaluation_tables, worst_units
 from ptq.report.videos import AMPLIFY, Clip
 from ptq.report.wording import headline, limitations, meaning, verdict_word
 from ptq.version import __version__
@@ -29,7 +29,9 @@ from ptq.wan.variants import variant_title
 
 def all_tables(facts: Facts) -> dict[str, Table]:
     """Every table of a report, by key, in reading order."""
-    found = [*evaluation_tables(facts), *checkpoint_tables(facts), *provenance_tables(facts)]
+    found = [*evaluation_tables(facts.evaluation), *checkpoint_tables(facts), *provenance_tables(facts)]
+    if facts.evaluation.dimensions and facts.units:
+        found.append(worst_units(facts))
     return {table.key: table for table in found}
 
 

@@ -43,8 +43,8 @@ def evaluated(packed, tmp_path_factory) -> tuple[Path, Path]:
     for run in runs:
         identity = identify_model("packed", checkpoint)
         run_generation(lambda: load_pipeline(checkpoint), samples, settings, run, model=identity)
-    content = evaluate_runs(*runs, root / "evaluation", suite="tiny", resamples=1000)
-    assert content["verdict"] == "PASS"
+    judged = evaluate_runs(*runs, root / "evaluation", suite="tiny", resamples=1000)
+    assert judged.verdict == "PASS"
     return checkpoint, root / "evaluation"
 
 
