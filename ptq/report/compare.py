@@ -14,9 +14,10 @@ from ptq.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from ptq.errors import UsageError
 from ptq.evaluation.statistics import AGGREGATES
 from ptq.evaluation.suites import PAIRED_MEASURES
-from ptq.report.cells import Cell, Table, count, error, flatten, number, percent, share, size
+from ptq.report.cells import Cell, Table, count, error, flatten, number, percent, share
 from ptq.report.facts import gather
 from ptq.report.locate import Sources
+from ptq.report.model_tables import size_rows
 from ptq.store.evaluation import FILE as EVALUATION_FILE
 from ptq.store.evaluation import Dimension, Evaluation
 
@@ -63,7 +64,8 @@ def compare_sides(a: Side, b: Side) -> list[Table]:
         tables += _evaluations(a.evaluation, b.evaluation)
     tables.append(_settings(a, b))
     if a.manifest is not None and b.manifest is not None:
-        tables += [_sizes(a.manifest, b.manifest), _errors(a.manifest, b.manifest)]
+        sizes = _union(size_rows(a.manifest), size_rows(b.manifest), lambda cell: cell)
+        tables += [Table.of("sizes", "Size and coverage", ("", "A", "B"), sizes), _errors(a.manifest, b.manifest)]
     return [table for table in tables if table.rows]
 
 
@@ -131,23 +133,6 @@ def _described(side: Side) -> dict[str, str]:
             "versions": manifest.versions,
         }
     return flatten(values)
-
-
-def _sizes(a: Manifest, b: Manifest) -> Table:
-    rows: list[tuple[str, Cell, Cell]] = []
-    for name, cell, field in (
-        ("bits per quantized value", number, "bits_per_quantized_value"),
-        ("quantized values, packed", size, "quantized_bytes"),
-        ("smoothing vectors or learned blocks", size, "basis_bytes"),
-        ("original weights", size, "original_bytes"),
-        ("W4A4 share of Linear parameters", share, "parameter_share"),
-        ("W4A4 share of Linear FLOPs", share, "flop_share"),
-    ):
-        ours, theirs = (getattr(m.coverage, field) for m in (a, b))
-        rows.append((name, cell(ours), cell(theirs)))
-    rows.append(("quantization, seconds", number(a.seconds), number(b.seconds)))
-    rows.append(("peak memory", size(a.peak_memory_bytes), size(b.peak_memory_bytes)))
-    return Table.of("sizes", "Size and coverage", ("", "A", "B"), rows)
 
 
 def _errors(a: Manifest, b: Manifest) -> Table:

@@ -10,9 +10,11 @@ from ptq.checkpoint.manifest import LayerEntry, Manifest
 from ptq.report.cells import Cell, Table, count, error, flatten, number, plain, share, size
 from ptq.report.facts import ROLES, Facts
 from ptq.rules import block_budget
+from ptq.store.calibration import CalibrationInfo
 from ptq.store.evaluation import FILE as EVALUATION_FILE
 from ptq.store.evaluation_units import FILE as UNITS_FILE
 from ptq.store.files import sha256_file
+from ptq.store.sensitivity import SensitivityTable
 from ptq.wan.variants import EXPERTS
 
 SHOWN_LAYERS = 10
@@ -57,29 +59,33 @@ def provenance_tables(facts: Facts) -> Iterable[Table]:
     yield _hashes(facts)
 
 
+def size_rows(manifest: Manifest) -> dict[str, Cell]:
+    """Size, coverage and cost, as the report and `ptq compare` name them."""
+    coverage = manifest.coverage
+    return {
+        "quantized weight values": count(coverage.quantized_parameters),
+        "share of Linear parameters in W4A4": share(coverage.parameter_share),
+        "share of Linear FLOPs in W4A4": share(coverage.flop_share),
+        "bits per quantized value, scales included": number(coverage.bits_per_quantized_value),
+        "these values in bfloat16": size(2 * coverage.quantized_parameters),
+        "these values packed": size(coverage.quantized_bytes),
+        "smoothing vectors or learned blocks beside them": size(coverage.basis_bytes),
+        "transformers, original weight files": size(coverage.original_bytes),
+        "quantization took": Cell(f"{manifest.seconds:.0f} s", (manifest.seconds,)),
+        "peak memory": size(manifest.peak_memory_bytes),
+    }
+
+
 def _size(manifest: Manifest, checkpoint: Path) -> Table:
-    c = manifest.coverage
     weights = [name for name in manifest.files if name.endswith(".safetensors") and name.partition("/")[0] in EXPERTS]
     on_disk = sum((checkpoint / name).stat().st_size for name in weights if (checkpoint / name).is_file())
-    protected = ", ".join(manifest.high_precision) or "none"
-    budget, scope = (
-        block_budget(manifest.format),
-        "in each expert" if manifest.budget_scope == "per-expert" else "in total",
-    )
+    budget = block_budget(manifest.format)
+    scope = "in each expert" if manifest.budget_scope == "per-expert" else "in total"
     rows: list[tuple[str, Cell | str]] = [
-        ("quantized weight values", count(c.quantized_parameters)),
-        ("share of Linear parameters in W4A4", share(c.parameter_share)),
-        ("share of Linear FLOPs in W4A4", share(c.flop_share)),
-        ("bits per quantized value, scales included", number(c.bits_per_quantized_value)),
-        ("these values in bfloat16", size(2 * c.quantized_parameters)),
-        ("these values packed", size(c.quantized_bytes)),
-        ("smoothing vectors or learned blocks beside them", size(c.basis_bytes)),
-        ("transformers, original weight files", size(c.original_bytes)),
+        *size_rows(manifest).items(),
         ("transformers, packed weight files", size(on_disk)),
-        ("blocks kept in high precision", protected),
+        ("blocks kept in high precision", ", ".join(manifest.high_precision) or "none"),
         ("allowed by the rules", "any: no rule for this format" if budget is None else f"{budget} {scope}"),
-        ("quantization took", Cell(f"{manifest.seconds:.0f} s", (manifest.seconds,))),
-        ("peak memory", size(manifest.peak_memory_bytes)),
     ]
     return Table.of("size", "Size and coverage", ("", "value"), rows)
 
@@ -142,13 +148,13 @@ def _blocks(manifest: Manifest) -> Table:
     return Table.of("blocks", "Error after each block", ("block", "stream error", "precision", "why"), rows, note)
 
 
-def _choices(sensitivity: Any) -> Table:
-    rows = [(name, error(value)) for name, value in sensitivity["comparison"].items()]
+def _choices(sensitivity: SensitivityTable) -> Table:
+    rows = [(name, error(value)) for name, value in sensitivity.comparison.items()]
     return Table.of("choices", "Which blocks to protect: error of each choice", ("choice", "denoiser error"), rows)
 
 
-def _picks(sensitivity: Any) -> Table:
-    rows = [(f"{p['expert']}:{p['block']}", error(p["before"]), error(p["after"])) for p in sensitivity["picks"]]
+def _picks(sensitivity: SensitivityTable) -> Table:
+    rows = [(f"{pick.expert}:{pick.block}", error(pick.before), error(pick.after)) for pick in sensitivity.picks]
     note = "" if rows else "No block was worth protecting."
     return Table.of(
         "picks", "Protected blocks, in the order chosen", ("block", "error before", "error after"), rows, note
@@ -167,13 +173,13 @@ def _ablation_cell(value: str | int | float) -> Cell:
     return Cell(value) if isinstance(value, str) else Cell(plain(value, 6), (float(value),))
 
 
-def _calibration(calibration: Any) -> list[tuple[str, str]]:
-    preset = calibration["preset"]
+def _calibration(calibration: CalibrationInfo) -> list[tuple[str, str]]:
+    preset = calibration.preset
     return [
-        ("prompts", f"{len(calibration['samples'])} of {calibration['prompts']['name']}"),
-        ("records per prompt", str(calibration["records_per_prompt"])),
+        ("prompts", f"{len(calibration.samples)} of {calibration.prompts['name']}"),
+        ("records per prompt", str(calibration.records_per_prompt)),
         ("video", f"{preset['width']} x {preset['height']}, {preset['num_frames']} frames, {preset['steps']} steps"),
-        ("seed", str(calibration["seed"])),
+        ("seed", str(calibration.seed)),
     ]
 
 

@@ -101,10 +101,10 @@ def worst_units(facts: Facts) -> Table:
     names = list(facts.evaluation.dimensions)
     drops = []
     for line in facts.units:
-        both = [(line["reference"].get(n), line["candidate"].get(n)) for n in names]
+        both = [(line.reference.get(n), line.candidate.get(n)) for n in names]
         scored = [(r, c) for r, c in both if r is not None and c is not None]
         if scored:
-            drops.append((sum(r - c for r, c in scored) / len(scored), line["unit"]))
+            drops.append((sum(r - c for r, c in scored) / len(scored), line.unit))
     prompts = {reference.name: str(reference.line.prompt) for reference, _ in facts.pairs}
     worst = sorted(drops, key=lambda item: (-item[0], item[1]))[:SHOWN_UNITS]
     rows = [(unit, _short(prompts.get(unit, "")), Cell(signed(drop, 4), (drop,))) for drop, unit in worst]
