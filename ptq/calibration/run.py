@@ -11,7 +11,6 @@ from ptq import ui
 from ptq.calibration.directory import CalibrationDirectory
 from ptq.calibration.recorder import Capture, record_prompt
 from ptq.calibration.schedule import choose_steps, sampling_schedule
-from ptq.errors import PtqError
 from ptq.prompts import RESIZE_POLICY, Sample, caption_digest, fit_image, load_image, unit_seed
 from ptq.store.calibration import FILE, CalibrationInfo, RecordedSample, Step, read_calibration, write_calibration
 from ptq.store.files import digest, sha256_file, write_tensors
@@ -116,7 +115,6 @@ def calibrate(
     with directory.hold(plan.info().decisive(), fresh=fresh):
         todo = _missing(plan, out, own)
         if todo:
-            _require_images(plan)
             _record(plan, load(), todo, out)
         with directory_mutex(directory.state):
             return _finish(plan, out).as_json()
@@ -149,16 +147,6 @@ def _missing(plan: CalibrationPlan, out: Path, indices: Sequence[int]) -> list[i
         if not intact(negative) or read_embeds(negative) is None:
             return [indices[0]]
     return missing
-
-
-def _require_images(plan: CalibrationPlan) -> None:
-    if not plan.layout.needs_image:
-        return
-    missing = [s.id for s in plan.samples if s.media is None or s.media.resolved is None]
-    if missing:
-        raise PtqError(
-            f"{len(missing)} of {len(plan.samples)} prompts have no image, which this image-to-video model needs: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}. Pass --media-root with the folder that holds the clips or images, or --skip-missing."
-        )
 
 
 def _record_one(plan: CalibrationPlan, pipeline: Any, schedule: list[Step], index: int, out: Path) -> Capture:

@@ -126,5 +126,5 @@ class DemoJob:
         write_bytes(results / "report.html", report.html)
         write_bytes(results / "report.pdf", report.pdf)
         target = results / "submission.tar.gz"
-        package(checkpoint, evaluation, target, pdf=report.pdf, html=report.html, allow_failing=verdict != PASS)
+        package(checkpoint, evaluation, target, report, allow_failing=verdict != PASS)
         return results

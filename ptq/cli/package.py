@@ -38,14 +38,7 @@ def package(
     if dry_run:
         return
     report = render(Sources(evaluation, checkpoint))
-    size = run(
-        checkpoint,
-        evaluation,
-        out,
-        pdf=report.pdf,
-        html=report.html,
-        allow_failing=allow_failing_gate,
-    )
+    size = run(checkpoint, evaluation, out, report, allow_failing=allow_failing_gate)
     ui.info(f"{out}: {ui.format_bytes(size)}. Check it with `ptq verify {out}`.")
 
 
