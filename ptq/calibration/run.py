@@ -12,7 +12,7 @@ from ptq.calibration.directory import CalibrationDirectory
 from ptq.calibration.recorder import Capture, record_prompt
 from ptq.calibration.schedule import choose_steps, sampling_schedule
 from ptq.prompts import RESIZE_POLICY, Sample, caption_digest, fit_image, load_image, unit_seed
-from ptq.store.calibration import FILE, CalibrationInfo, RecordedSample, Step, read_calibration, write_calibration
+from ptq.store.calibration import FILE, CalibrationInfo, RecordedSample, Step, read_calibration
 from ptq.store.files import digest, sha256_file, write_tensors
 from ptq.store.locks import directory_mutex
 from ptq.store.records import (
@@ -124,7 +124,7 @@ def _record(plan: CalibrationPlan, pipeline: Any, todo: Sequence[int], out: Path
     pipeline.set_progress_bar_config(disable=True)
     set_flow_shift(pipeline, plan.preset.flow_shift)
     schedule = sampling_schedule(pipeline, plan.preset.steps)
-    write_calibration(out, plan.info().model_copy(update={"schedule": schedule}))
+    plan.info().model_copy(update={"schedule": schedule}).write(out / FILE)
     with ui.progress("Recording prompts", len(todo)) as bar:
         for index in todo:
             capture = _record_one(plan, pipeline, schedule, index, out)
@@ -188,5 +188,5 @@ def _finish(plan: CalibrationPlan, out: Path) -> CalibrationInfo:
     hashes |= {name: sha256_file(out / name) for name in others}
     whole = digest({"settings": plan.info().decisive(), "files": hashes})
     info = info.model_copy(update={"complete": True, "files": hashes, "digest": whole})
-    write_calibration(out, info)
+    info.write(out / FILE)
     return info

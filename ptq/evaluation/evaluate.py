@@ -26,7 +26,7 @@ from ptq.evaluation.vbench.results import imported_scores
 from ptq.evaluation.vbench.run import VBenchSettings, run_vbench
 from ptq.evaluation.vbench.totals import published_totals
 from ptq.rules import LIMITS_IN_WORDS, RULES, loss_limit
-from ptq.store.evaluation import FILE, ROLES, Bootstrap, Evaluation, RunSide, Summary, write_evaluation
+from ptq.store.evaluation import FILE, ROLES, Bootstrap, Evaluation, RunSide, Summary
 from ptq.store.evaluation_units import FILE as UNITS_FILE
 from ptq.store.evaluation_units import UnitLine, write_units
 from ptq.store.files import sweep_partials
@@ -107,7 +107,7 @@ def evaluate_runs(
     Raises:
         UsageError: contradictory options. PtqError: unpaired or incomplete runs. DamagedFileError: a damaged artifact.
     """
-    chosen = _narrow(get_suite(suite), dimensions)
+    chosen = get_suite(suite).narrowed(dimensions)
     if stride < 1:
         raise UsageError(f"--stride is {stride}; it must be 1 or more.")
     if chosen.is_vbench and (import_vbench is None) == (vbench is None):
@@ -158,7 +158,7 @@ def evaluate_imported(
     Args and errors as `evaluate_runs`; nothing proves here that the videos started from the same noise, and the
     evaluation says so.
     """
-    chosen = _narrow(get_suite(suite), dimensions)
+    chosen = get_suite(suite).narrowed(dimensions)
     if not chosen.is_vbench:
         raise UsageError(f"Suite {suite} is not made of VBench dimensions; choose icme2026, vbench-i2v or vbench.")
     judgement = Judgement(_known(format), gate, resamples, seed)
@@ -173,17 +173,6 @@ def evaluate_imported(
         }
         extra = ["Only VBench results were read: videos are paired by file name, and no manifest proves equal seeds."]
         return _conclude(out, content, chosen, judgement, scores, None, extra)
-
-
-def _narrow(suite: Suite, dimensions: Sequence[str] | None) -> Suite:
-    if not dimensions:
-        return suite
-    unknown = [name for name in dimensions if name not in suite.gate]
-    if unknown or not suite.is_vbench:
-        raise UsageError(
-            f"Suite {suite.name} has no dimension {', '.join(unknown or dimensions)}; it has {', '.join(suite.gate) or 'no gate dimensions'}."
-        )
-    return suite.narrowed(dimensions)
 
 
 def _resolve_format(given: str | None, candidate: Run, suite: Suite) -> str | None:
@@ -254,7 +243,7 @@ def _conclude(
         warnings += findings.integrity_warnings(lines) + findings.blur_warnings(gated, informative)
     evaluation = Evaluation(**content, warnings=warnings)
     write_units(out, _with_scores(lines, scores))
-    write_evaluation(out, evaluation)
+    evaluation.write(out / FILE)
     return evaluation
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptq.store.evaluation import Estimate
+from ptq.ui import format_bytes
 
 MINUS = "\u2212"
 NONE = "not measured"
@@ -79,10 +80,7 @@ def share(value: float) -> Cell:
 
 def size(value: float) -> Cell:
     """Bytes as GB, MB or KB (powers of ten)."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if value >= scale:
-            return Cell(f"{value / scale:.2f} {unit}", (float(value),))
-    return Cell(f"{int(value)} B", (float(value),))
+    return Cell(format_bytes(value, digits=2), (float(value),))
 
 
 def error(value: float | None) -> Cell:

@@ -122,9 +122,7 @@ def _described(side: Side) -> dict[str, str]:
             "format": manifest.format,
             "variant": manifest.variant,
             "model files": manifest.base_model.get("configs", {}),
-            "recipe": {
-                k: v for k, v in manifest.recipe.model_dump(mode="json").items() if k not in ("description", "format")
-            },
+            "recipe": manifest.recipe.model_dump(mode="json", exclude={"description", "format"}),
             "recipe name": manifest.recipe_name,
             "calibration": (manifest.calibration or {}).get("digest"),
             "calibration records": (manifest.calibration or {}).get("records"),

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from ptq.checkpoint.manifest import Manifest, read_manifest
 from ptq.errors import PtqError
 from ptq.evaluation.runs import Run, Unit, read_run
@@ -22,13 +20,12 @@ from ptq.store.evaluation import ROLES, Evaluation, RunSide, read_evaluation
 from ptq.store.evaluation_units import FILE as UNITS_FILE
 from ptq.store.evaluation_units import UnitLine, read_units
 from ptq.store.files import read_json
+from ptq.store.schema import Schema, parse
 from ptq.store.sensitivity import SENSITIVITY_FILE, SensitivityTable, read_sensitivity
 
 
-class Ablation(BaseModel):
+class Ablation(Schema):
     """A table of recipes that the user measured: --ablation FILE, a JSON object with these keys."""
-
-    model_config = ConfigDict(extra="forbid")
 
     title: str
     columns: list[str]
@@ -167,13 +164,8 @@ def _read_run(sources: Sources, info: RunSide, role: str, omissions: list[str]) 
 def _read_ablation(path: Path | None) -> Ablation | None:
     if path is None:
         return None
-    try:
-        table = Ablation.model_validate(read_json(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise PtqError(
-            f"{path} is not an ablation table ({'.'.join(map(str, first['loc']))}: {first['msg']}). Expected a JSON object with title, columns, rows (lists of texts and numbers) and optionally note."
-        ) from error
+    advice = "Expected a JSON object with title, columns, rows (lists of texts and numbers) and optionally note."
+    table = parse(Ablation, read_json(path), path, advice)
     if any(len(row) != len(table.columns) for row in table.rows):
         raise PtqError(f"{path}: every row needs {len(table.columns)} cells, one for each column.")
     return table

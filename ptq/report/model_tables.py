@@ -40,9 +40,9 @@ def checkpoint_tables(facts: Facts) -> Iterable[Table]:
 def provenance_tables(facts: Facts) -> Iterable[Table]:
     """How it was made: recipe, generation settings, runs, environment, hashes."""
     if facts.manifest is not None:
-        yield Table.of(
-            "recipe", f"Recipe {facts.manifest.recipe_name}, as resolved", ("key", "value"), _recipe(facts.manifest)
-        )
+        recipe = flatten(facts.manifest.recipe.model_dump(mode="json", exclude={"description", "format"}))
+        title = f"Recipe {facts.manifest.recipe_name}, as resolved"
+        yield Table.of("recipe", title, ("key", "value"), recipe.items())
     if facts.ablation is not None:
         rows = [[_ablation_cell(value) for value in row] for row in facts.ablation.rows]
         yield Table.of("ablation", facts.ablation.title, facts.ablation.columns, rows, facts.ablation.note)
@@ -159,14 +159,6 @@ def _picks(sensitivity: SensitivityTable) -> Table:
     return Table.of(
         "picks", "Protected blocks, in the order chosen", ("block", "error before", "error after"), rows, note
     )
-
-
-def _recipe(manifest: Manifest) -> list[tuple[str, str]]:
-    return [
-        (key, value)
-        for key, value in flatten(manifest.recipe.model_dump(mode="json")).items()
-        if key not in ("description", "format")
-    ]
 
 
 def _ablation_cell(value: str | int | float) -> Cell:

@@ -49,7 +49,8 @@ def reproduction(facts: Facts) -> Steps:
     if facts.manifest is None:
         missing.append("Without the checkpoint's manifest, its calibration and recipe cannot be listed.")
     elif model is not None:
-        recipe = yaml.safe_dump(_plain_recipe(facts.manifest), sort_keys=True, allow_unicode=True)
+        chosen = facts.manifest.recipe.model_dump(mode="json", exclude={"description"}, exclude_none=True)
+        recipe = yaml.safe_dump(chosen, sort_keys=True, allow_unicode=True)
         _quantize(facts, facts.manifest, model, checkpoint, commands, missing)
     settings = facts.evaluation.candidate.settings
     prompts = _prompts(facts)
@@ -70,16 +71,6 @@ def reproduction(facts: Facts) -> Steps:
 def join(*parts: str | int | float) -> str:
     """One command line, quoted for a POSIX shell."""
     return shlex.join(str(part) for part in parts)
-
-
-def _plain_recipe(manifest: Manifest) -> dict[str, Any]:
-    """The resolved recipe without its description and without the keys that are left to the format."""
-    recipe = {key: value for key, value in manifest.recipe.model_dump(mode="json").items() if key != "description"}
-    return {key: _without_defaults(value) for key, value in _without_defaults(recipe).items()}
-
-
-def _without_defaults(value: Any) -> Any:
-    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
 def _quantize(

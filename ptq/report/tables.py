@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from ptq.evaluation.statistics import AGGREGATES
-from ptq.evaluation.suites import PAIRED_MEASURES, RUN_DIMENSIONS
+from ptq.evaluation.suites import DRIFT_NOTE, PAIRED_MEASURES, RUN_DIMENSIONS
 from ptq.report.cells import Cell, Table, count, number, percent, signed
 from ptq.report.facts import Facts
-from ptq.report.wording import DRIFT
 from ptq.store.evaluation import Estimate, Evaluation
 
 SHOWN_UNITS = 12
@@ -90,7 +89,7 @@ def _drift(evaluation: Evaluation) -> Table:
         for name, v in evaluation.paired.items()
     ]
     sources = ", ".join(f"{n} from {source}" for source, n in sorted(evaluation.sources.items()))
-    note = DRIFT + (f" Frames: {sources}." if sources else "")
+    note = DRIFT_NOTE + (f" Frames: {sources}." if sources else "")
     return Table.of(
         "drift", "Drift between the paired videos", ("measure", "mean", "lowest", "highest", "videos"), rows, note
     )

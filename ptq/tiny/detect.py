@@ -34,8 +34,7 @@ class Detection:
     ``colour_distance`` (RGB distance, 0-441), ``shape_overlap`` (soft IoU with the template, 0-1) and
     ``angle_error`` (degrees) hold a value for every name. ``displacement`` is the length of the
     fitted path in pixels of a 64-pixel frame, ``path_error`` the centroids' rms distance from it,
-    ``area`` the mean mask area in pixels of a 64x64 frame, ``visible`` the share of frames with an
-    object, ``centroids`` float64 ``[T, 2]`` (x, y), NaN where there is none.
+    ``visible`` the share of frames with an object.
     """
 
     colour: str | None
@@ -48,9 +47,7 @@ class Detection:
     angle_error: dict[str, float]
     displacement: float
     path_error: float
-    area: float
     visible: float
-    centroids: np.ndarray
 
 
 def object_mask(frames: np.ndarray) -> np.ndarray:
@@ -118,7 +115,7 @@ def detect(frames: np.ndarray) -> Detection:
     if not seen.any():
         none = Detection(
             None, None, None, None, background, dict.fromkeys(_COLOUR_NAMES, 441.7), dict.fromkeys(shapes.SHAPES, 0.0),
-            dict.fromkeys(_DIRECTION_NAMES, 180.0), 0.0, 0.0, 0.0, 0.0, centroids,
+            dict.fromkeys(_DIRECTION_NAMES, 180.0), 0.0, 0.0, 0.0,
         )  # fmt: skip
         return none
     overlaps = np.zeros(len(shapes.SHAPES))
@@ -151,9 +148,7 @@ def detect(frames: np.ndarray) -> Detection:
         angle_error=dict(zip(_DIRECTION_NAMES, angles.tolist(), strict=True)),
         displacement=displacement,
         path_error=path_error / scale,
-        area=area,
         visible=float(seen.mean()),
-        centroids=centroids,
     )
 
 
