@@ -77,10 +77,6 @@ def _show_preview(result: Survey) -> None:
         preview.add_column(column)
     for one in result.preview:
         picture = "-" if one["media"] is None else "missing" if one["resolved"] is None else "found"
-        preview.add_row(escape(_cut(one["id"], ID_CHARS)), picture, escape(_cut(one["prompt"], PROMPT_CHARS)))
+        name, prompt = (" ".join(one[key].split()) for key in ("id", "prompt"))
+        preview.add_row(escape(ui.shorten(name, ID_CHARS)), picture, escape(ui.shorten(prompt, PROMPT_CHARS)))
     ui.console.print(preview)
-
-
-def _cut(text: str, limit: int) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= limit else flat[: limit - 3] + "..."

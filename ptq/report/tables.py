@@ -10,6 +10,7 @@ from ptq.evaluation.suites import DRIFT_NOTE, PAIRED_MEASURES, RUN_DIMENSIONS
 from ptq.report.cells import Cell, Table, count, number, percent, signed
 from ptq.report.facts import Facts
 from ptq.store.evaluation import Estimate, Evaluation
+from ptq.ui import shorten
 
 SHOWN_UNITS = 12
 _PROMPT_CHARS = 90
@@ -106,7 +107,9 @@ def worst_units(facts: Facts) -> Table:
             drops.append((sum(r - c for r, c in scored) / len(scored), line.unit))
     prompts = {reference.name: str(reference.line.prompt) for reference, _ in facts.pairs}
     worst = sorted(drops, key=lambda item: (-item[0], item[1]))[:SHOWN_UNITS]
-    rows = [(unit, _short(prompts.get(unit, "")), Cell(signed(drop, 4), (drop,))) for drop, unit in worst]
+    rows = [
+        (unit, shorten(prompts.get(unit, ""), _PROMPT_CHARS), Cell(signed(drop, 4), (drop,))) for drop, unit in worst
+    ]
     title = f"The {len(rows)} videos with the largest loss"
     unit = (
         "their own units"
@@ -115,7 +118,3 @@ def worst_units(facts: Facts) -> Table:
     )
     note = f"Mean difference original minus quantized over the gate's dimensions of one video, in {unit}."
     return Table.of("units", title, ("video", "prompt", "drop"), rows, note)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _PROMPT_CHARS else f"{text[:_PROMPT_CHARS].rstrip()} ..."

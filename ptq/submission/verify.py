@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,7 +24,7 @@ from ptq.rules import check_budget, loss_limit
 from ptq.store.evaluation import PASS, ROLES, read_evaluation
 from ptq.store.evaluation_units import read_units
 from ptq.store.files import sha256_file
-from ptq.store.run_info import RunInfo, read_run_info
+from ptq.store.run_info import read_run_info
 from ptq.store.run_manifest import finished_lines
 from ptq.store.submission import FILE as SUBMISSION
 from ptq.store.submission import read_submission
@@ -225,14 +226,8 @@ def check_unit(root: Path) -> None:
     keys = ("latent_sha256", "final_latents_sha256", "video_sha256")
     different = [key for key in keys if getattr(again, key) != getattr(line, key)]
     if different:
-        versions = "the same" if _has_versions_of(run) else "other"
+        installed = {name: version(name) for name in run.versions if name != "ptq"}
+        versions = "the same" if installed.items() <= run.versions.items() else "other"
         raise DamagedFileError(
             f"{line.unit}: {', '.join(different)} differ. Recorded on {line.device}, here {again.device}, with {versions} library versions; bit-equality is promised on the same hardware and versions only."
         )
-
-
-def _has_versions_of(run: RunInfo) -> bool:
-    """Whether a run's recorded library versions are those installed here."""
-    from importlib.metadata import version
-
-    return all(name == "ptq" or version(name) == value for name, value in run.versions.items())

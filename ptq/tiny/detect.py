@@ -7,7 +7,6 @@ a model drew (blurred, off-colour) as well as on rendered ones. It judges no pro
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -63,11 +62,6 @@ def object_mask(frames: np.ndarray) -> np.ndarray:
     return np.clip((chroma / peak - 0.15) / 0.7, 0.0, 1.0)
 
 
-@functools.lru_cache(maxsize=4)
-def _grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.arange(width) + 0.5, np.arange(height) + 0.5
-
-
 def _overlaps(mask: np.ndarray, cx: float, cy: float, area: float) -> np.ndarray:
     """Soft IoU of one frame's mask with each shape's template of the same area and centroid."""
     height, width = mask.shape
@@ -107,7 +101,7 @@ def detect(frames: np.ndarray) -> Detection:
     mask = object_mask(frames)
     count, height, width = mask.shape
     scale = min(height, width) / 64.0
-    xs, ys = _grid(height, width)
+    xs, ys = np.arange(width) + 0.5, np.arange(height) + 0.5
     areas = mask.sum((1, 2))
     seen = areas >= _MIN_AREA * scale**2
     centroids = np.full((count, 2), np.nan)
