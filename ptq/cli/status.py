@@ -26,10 +26,15 @@ def status(
 
     Example: ptq status runs/hif4
     """
+    from ptq.calibration.directory import read_status as read_calibration_status
     from ptq.generation import read_status
 
     if (directory / "calibration.json").is_file():
-        _show_calibration(directory, as_json)
+        recorded = read_calibration_status(directory)
+        if as_json:
+            print_json(recorded.as_json())
+        else:
+            ui.console.print(recorded.describe(), highlight=False, markup=False, soft_wrap=True)
         return
     state = read_status(directory)
     if as_json:
@@ -42,16 +47,6 @@ def status(
         ui.console.print(f"failed: {name}: {error}", highlight=False, markup=False)
     if len(state.failed) > LISTED_FAILURES:
         ui.console.print(f"... and {len(state.failed) - LISTED_FAILURES} more (--json lists all)", markup=False)
-
-
-def _show_calibration(directory: Path, as_json: bool) -> None:
-    from ptq.calibration.directory import read_status
-
-    state = read_status(directory)
-    if as_json:
-        print_json(state.as_json())
-    else:
-        ui.console.print(state.describe(), highlight=False, markup=False, soft_wrap=True)
 
 
 def _row(shard: ShardStatus) -> tuple[object, ...]:

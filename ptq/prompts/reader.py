@@ -56,10 +56,10 @@ class PromptScan:
         self._limit, self._roots = limit, check_roots(media_root)
         self._container = sniff_container(self.path, plain=prompt_format == "txt")
         name, value = self._first_entry()
+        refuse_pairs(self.path, self._container, name, value)
         if prompt_format is None:
             self._format = detect_format(self.path, self._container, name, value)
         else:
-            refuse_pairs(self.path, self._container, name, value)
             self._format = find_format(self.path, self._container, prompt_format)
         self.format = self._format.name
         self._known = (

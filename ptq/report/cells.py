@@ -16,6 +16,7 @@ from ptq.ui import format_bytes
 
 MINUS = "\u2212"
 NONE = "not measured"
+_FLAGS = {True: "yes", False: "no", None: "default"}
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,5 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         elif isinstance(item, (list, tuple)):
             flat[name] = ", ".join(map(str, item)) or "none"
         else:
-            flat[name] = {True: "yes", False: "no", None: "default"}.get(item, item) if _is_flag(item) else str(item)
+            flat[name] = _FLAGS[item] if item is None or isinstance(item, bool) else str(item)
     return flat
-
-
-def _is_flag(item: Any) -> bool:
-    return item is None or isinstance(item, bool)

@@ -17,7 +17,7 @@ from ptq.evaluation.suites import PAIRED_MEASURES
 from ptq.report.cells import Cell, Table, count, error, flatten, number, percent, share
 from ptq.report.facts import gather
 from ptq.report.locate import Sources
-from ptq.report.model_tables import size_rows
+from ptq.report.model_tables import layers_by_kind, mean, size_rows
 from ptq.store.evaluation import FILE as EVALUATION_FILE
 from ptq.store.evaluation import Dimension, Evaluation
 
@@ -142,7 +142,5 @@ def _mean_errors(manifest: Manifest) -> dict[str, float]:
     """Denoiser error of each expert, hidden-state error after its last block, mean output error of each kind of layer."""
     errors = {f"denoiser output, {row.expert}": row.denoiser_error for row in manifest.experts}
     errors |= {f"after the last block, {row.expert}": row.stream_error for row in manifest.blocks}
-    groups: dict[str, list[float]] = {}
-    for row in manifest.layers:
-        groups.setdefault(row.layer, []).append(row.output_error)
-    return errors | {f"mean of {name}": sum(values) / len(values) for name, values in groups.items()}
+    kinds = layers_by_kind(manifest).items()
+    return errors | {f"mean of {name}": mean([row.output_error for row in rows]) for name, rows in kinds}

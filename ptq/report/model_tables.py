@@ -96,23 +96,28 @@ def _experts(manifest: Manifest) -> Table:
     return Table.of("experts", "Denoiser output error", ("expert", "relative error", "records"), rows, note)
 
 
-def _mean(values: list[float]) -> float:
+def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _layer_kinds(manifest: Manifest) -> Table:
+def layers_by_kind(manifest: Manifest) -> dict[str, list[LayerEntry]]:
+    """The layers of one name over all blocks and experts."""
     groups: dict[str, list[LayerEntry]] = {}
     for row in manifest.layers:
         groups.setdefault(row.layer, []).append(row)
+    return groups
+
+
+def _layer_kinds(manifest: Manifest) -> Table:
     rows = []
-    for name, layers in groups.items():
+    for name, layers in layers_by_kind(manifest).items():
         sqnr = [row.weight_sqnr_db for row in layers if row.weight_sqnr_db is not None]
         rows.append((
             name,
             count(len(layers)),
-            error(_mean([row.output_error for row in layers])),
-            error(_mean([row.output_error_rtn for row in layers])),
-            number(_mean(sqnr) if sqnr else None, 3),
+            error(mean([row.output_error for row in layers])),
+            error(mean([row.output_error_rtn for row in layers])),
+            number(mean(sqnr) if sqnr else None, 3),
         ))  # fmt: skip
     note = "Mean over the blocks of relative squared output errors with quantized inputs; plain rounding in the same basis."
     return Table.of("kinds", "Errors by kind of layer", ("layer", "layers", *LAYER_COLUMNS), rows, note)
@@ -189,7 +194,7 @@ def _runs(facts: Facts) -> Table:
             _ROLE_NAMES[role],
             count(len(lines)),
             ", ".join(devices) or "not recorded",
-            number(_mean(seconds) if seconds else None, 3),
+            number(mean(seconds) if seconds else None, 3),
             size(max(memory)) if memory else Cell("not recorded"),
         ))  # fmt: skip
     columns = ("run", "videos", "device", "seconds a video", "peak memory")
