@@ -6,7 +6,7 @@ quantized, measured and compared, and gets no verdict.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ptq.errors import UsageError
@@ -37,11 +37,11 @@ def loss_limit(format_name: str) -> float | None:
     return RULES[format_name].loss if format_name in RULES else None
 
 
-def check_budget(format_name: str, high_precision: Mapping[str, Mapping[int, str]], scope: str) -> None:
+def check_budget(format_name: str, high_precision: Mapping[str, Collection[object]], scope: str) -> None:
     """Refuse more protected blocks than the challenge allows.
 
     Args:
-        high_precision: expert -> protected block -> why it is protected.
+        high_precision: expert -> its protected blocks.
         scope: "total" counts over all experts, "per-expert" each by itself.
 
     Raises:

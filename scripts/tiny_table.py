@@ -59,7 +59,7 @@ def rows_of(model: str, work: Path, units: PromptSet, records: dict[str, list[st
                 quantize(Job(layout, own, settings, checkpoint))
             packed = resolve_model(str(checkpoint))
             candidate = generate(name, packed, units, work / model / "videos" / name)
-            content = evaluate_runs(reference, candidate, work / model / "evaluation" / name, suite="tiny")
+            content = evaluate_runs(reference, candidate, work / model / "evaluation" / name, suite="tiny").as_json()
             if not rows:
                 rows.append(
                     {"model": model, "format": "bf16", "recipe": "original", **_adherence(content, "reference")}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq.errors import UsageError
-from ptq.store.calibration import FILE, CalibrationInfo, read_calibration, write_calibration
+from ptq.store.calibration import FILE, CalibrationInfo, read_calibration
 from ptq.store.locks import live_shards
 from ptq.store.records import INDEX_FILE, NEGATIVE_FILE, RECORDS_DIR, prompt_file
 from ptq.store.run_directory import STATE_DIR, Difference, RunDirectory, name_all
@@ -57,7 +57,7 @@ class CalibrationDirectory(RunDirectory):
 
     def write_settings(self, *, anew: bool) -> None:
         if anew:
-            write_calibration(self.path, self._info)
+            self._info.write(self.settings_path)
 
 
 @dataclass(frozen=True)

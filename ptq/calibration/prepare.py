@@ -15,7 +15,7 @@ from ptq.store.sharding import Shard
 from ptq.wan.estimates import EFFICIENCY, call_size, forward_flops, measure_rate, sampling_memory
 from ptq.wan.layout import ModelLayout
 from ptq.wan.loading import load_pipeline
-from ptq.wan.pipeline import check_offload, place_pipeline
+from ptq.wan.pipeline import place_pipeline
 from ptq.wan.preflight import Needs, preflight
 
 RECORDS_PER_PROMPT = 8
@@ -67,7 +67,6 @@ def record_plan(
         PtqError: problems of the machine. Otherwise as `calibrate`.
     """
     shard = shard or Shard()
-    check_offload(device, offload)
     if check and (fresh or prompts_left(plan, out, shard)):
         preflight(plan.layout, lambda: estimate_needs(plan, out, shard, device, offload), out, device)
 

@@ -9,7 +9,7 @@ last wanted step: nothing later is needed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,18 +89,8 @@ def record_prompt(
         )
         capture.records.append(record)
 
-    with _watch(pipeline, on_call):
+    with contextlib.ExitStack() as hooks:
+        for expert in experts_of(pipeline).values():
+            hooks.enter_context(expert.register_forward_pre_hook(on_call, with_kwargs=True))
         pipeline(**call_arguments, output_type="latent", callback_on_step_end=end_of_step)
     return capture
-
-
-@contextlib.contextmanager
-def _watch(pipeline: Any, on_call: Any) -> Iterator[None]:
-    """Call `on_call(module, arguments, keyword arguments)` before every call of an expert."""
-    experts = experts_of(pipeline).values()
-    handles = [expert.register_forward_pre_hook(on_call, with_kwargs=True) for expert in experts]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -11,9 +11,8 @@ from ptq import ui
 from ptq.calibration.directory import CalibrationDirectory
 from ptq.calibration.recorder import Capture, record_prompt
 from ptq.calibration.schedule import choose_steps, sampling_schedule
-from ptq.errors import PtqError
 from ptq.prompts import RESIZE_POLICY, Sample, caption_digest, fit_image, load_image, unit_seed
-from ptq.store.calibration import FILE, CalibrationInfo, RecordedSample, Step, read_calibration, write_calibration
+from ptq.store.calibration import FILE, CalibrationInfo, RecordedSample, Step, read_calibration
 from ptq.store.files import digest, sha256_file, write_tensors
 from ptq.store.locks import directory_mutex
 from ptq.store.records import (
@@ -116,7 +115,6 @@ def calibrate(
     with directory.hold(plan.info().decisive(), fresh=fresh):
         todo = _missing(plan, out, own)
         if todo:
-            _require_images(plan)
             _record(plan, load(), todo, out)
         with directory_mutex(directory.state):
             return _finish(plan, out).as_json()
@@ -126,7 +124,7 @@ def _record(plan: CalibrationPlan, pipeline: Any, todo: Sequence[int], out: Path
     pipeline.set_progress_bar_config(disable=True)
     set_flow_shift(pipeline, plan.preset.flow_shift)
     schedule = sampling_schedule(pipeline, plan.preset.steps)
-    write_calibration(out, plan.info().model_copy(update={"schedule": schedule}))
+    plan.info().model_copy(update={"schedule": schedule}).write(out / FILE)
     with ui.progress("Recording prompts", len(todo)) as bar:
         for index in todo:
             capture = _record_one(plan, pipeline, schedule, index, out)
@@ -149,16 +147,6 @@ def _missing(plan: CalibrationPlan, out: Path, indices: Sequence[int]) -> list[i
         if not intact(negative) or read_embeds(negative) is None:
             return [indices[0]]
     return missing
-
-
-def _require_images(plan: CalibrationPlan) -> None:
-    if not plan.layout.needs_image:
-        return
-    missing = [s.id for s in plan.samples if s.media is None or s.media.resolved is None]
-    if missing:
-        raise PtqError(
-            f"{len(missing)} of {len(plan.samples)} prompts have no image, which this image-to-video model needs: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}. Pass --media-root with the folder that holds the clips or images, or --skip-missing."
-        )
 
 
 def _record_one(plan: CalibrationPlan, pipeline: Any, schedule: list[Step], index: int, out: Path) -> Capture:
@@ -200,5 +188,5 @@ def _finish(plan: CalibrationPlan, out: Path) -> CalibrationInfo:
     hashes |= {name: sha256_file(out / name) for name in others}
     whole = digest({"settings": plan.info().decisive(), "files": hashes})
     info = info.model_copy(update={"complete": True, "files": hashes, "digest": whole})
-    write_calibration(out, info)
+    info.write(out / FILE)
     return info

@@ -6,7 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ptq import ui
 from ptq.cli import options
+from ptq.cli.common import print_json
 from ptq.errors import UsageError
 
 bench_app = typer.Typer(help="Measure the speed of quantization and of quantized layers on this machine.")
@@ -43,8 +45,6 @@ def linear(
 
     import torch
 
-    from ptq import ui
-    from ptq.cli.common import print_json
     from ptq.runtime.backends import use_backend
     from ptq.runtime.bench_linear import BASELINE, CPU_SHAPES, GPU_SHAPES, bench_linear
 
@@ -99,8 +99,6 @@ def quantize(
     """
     shapes = [_parse_shape(text, "rows x columns", "5120x13824") for text in shape or ()]
 
-    from ptq import ui
-    from ptq.cli.common import print_json
     from ptq.runtime.bench_quantize import WAN_SHAPES, bench_quantize
 
     chosen = shapes or list(WAN_SHAPES)

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ptq import ui
 from ptq.cli import options
+from ptq.cli.common import default_device, quiet_libraries, resolve_shard
 
 
 def calibrate(
@@ -42,9 +44,7 @@ def calibrate(
 
     Example: ptq calibrate tiny --prompts prompts.txt --num-prompts 8 --out calibration
     """
-    from ptq import ui
     from ptq.calibration.prepare import describe_plan, make_plan, record_plan
-    from ptq.cli.common import default_device, quiet_libraries, resolve_shard
     from ptq.prompts import read_prompts
     from ptq.wan.loading import resolve_model
     from ptq.wan.pipeline import check_offload

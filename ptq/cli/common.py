@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from ptq import ui
+
 if TYPE_CHECKING:
+    from ptq.report.cells import Table
     from ptq.store.sharding import Shard
 
 
@@ -25,7 +29,6 @@ def quiet_libraries() -> None:
 
 def resolve_shard(text: str | None) -> Shard:
     """`--shard i/N`, or what the launcher says; with several shards, say which this is."""
-    from ptq import ui
     from ptq.store.sharding import detect_shard, parse_shard
 
     shard = parse_shard(text) if text is not None else detect_shard(os.environ)
@@ -46,9 +49,17 @@ def default_device() -> str:
 
 
 def print_json(value: Any) -> None:
-    """A result for machines, on stdout."""
-    from ptq.ui import console
+    """A result for machines, on stdout; in colours on a terminal."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if ui.console.is_terminal:
+        ui.console.print_json(text)
+    else:
+        ui.console.out(text, highlight=False)
 
-    console.print_json(json.dumps(value), indent=2) if console.is_terminal else console.out(
-        json.dumps(value, indent=2, ensure_ascii=False), highlight=False
-    )
+
+def show_tables(tables: Iterable[Table]) -> None:
+    """Tables of a report on the terminal, each with its note."""
+    for table in tables:
+        ui.table(table.title, table.columns, table.texts)
+        if table.note:
+            ui.info(table.note)

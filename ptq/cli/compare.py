@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ptq import ui
 from ptq.cli import options
+from ptq.cli.common import print_json, show_tables
 
 
 def compare(
@@ -19,8 +21,6 @@ def compare(
 
     Example: ptq compare out/hif4 out/mxfp4
     """
-    from ptq import ui
-    from ptq.cli.common import print_json
     from ptq.report.compare import compare_sides, read_side
 
     sides = [read_side(path) for path in (a, b)]
@@ -40,10 +40,7 @@ def compare(
         print_json({"a": str(a), "b": str(b), "tables": content})
         return
     ui.console.print(f"A: {a}\nB: {b}", soft_wrap=True, markup=False)
-    for table in tables:
-        ui.table(table.title, table.columns, table.texts)
-        if table.note:
-            ui.info(table.note)
+    show_tables(tables)
     for name, side in zip("AB", sides, strict=True):
         if side.manifest is None:
             ui.warn(

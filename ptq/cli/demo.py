@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ptq import ui
 from ptq.cli import options
+from ptq.cli.common import print_json, quiet_libraries
+from ptq.errors import UsageError
 
 if TYPE_CHECKING:
     from ptq.cli.demo_job import DemoResult
@@ -27,14 +30,12 @@ def demo(
     Example: ptq demo --format hif4 --out demo-out
     """
     from ptq import formats
-    from ptq.cli.common import print_json, quiet_libraries
 
     names = list(formats.FORMATS) if format_name is None else [formats.get(format_name).name]
     quiet_libraries()
     import torch
 
     from ptq.cli.demo_job import MODELS, DemoJob
-    from ptq.errors import UsageError
 
     if model not in MODELS:
         raise UsageError(
@@ -43,40 +44,38 @@ def demo(
     torch.set_num_threads(1)  # the model's matrices are too small for more: two threads make a W4A4 video slower
     results = DemoJob(out, units, model).run(names[::-1])
     if as_json:
-        print_json({r.manifest.format: {"verdict": r.evaluation["verdict"], "out": str(out)} for r in results})
+        print_json({r.manifest.format: {"verdict": r.evaluation.verdict, "out": str(out)} for r in results})
         return
     _show(results, out)
 
 
 def _show(results: list[DemoResult], out: Path) -> None:
-    from ptq import ui
-    from ptq.ui import console
+    from ptq.report.cells import percent
 
     rows = []
     for result in results:
-        coverage, content = result.manifest.coverage, result.evaluation
-        loss = content["aggregates"][content["gate"]]
-        rows.append(
-            (
-                result.manifest.format,
-                content["verdict"],
-                f"{loss['value']:+.2%} [{loss['low']:+.2%}, {loss['high']:+.2%}]",
-                f"{content['limit']:.1%}",
-                ui.format_bytes(2 * coverage.quantized_parameters),
-                ui.format_bytes(coverage.quantized_bytes + coverage.basis_bytes),
-            )
-        )
+        coverage, judged = result.manifest.coverage, result.evaluation
+        rows.append((
+            result.manifest.format,
+            judged.verdict,
+            percent(judged.deciding).text,
+            "none" if judged.limit is None else f"{judged.limit:.1%}",
+            ui.format_bytes(2 * coverage.quantized_parameters),
+            ui.format_bytes(coverage.quantized_bytes + coverage.basis_bytes),
+        ))  # fmt: skip
     ui.table(
-        f"Verdict over {results[0].evaluation['units']} held-out videos a run, and bytes of the quantized Linears",
-        ("format", "verdict", "mean loss [95 % interval]", "limit", "bf16", "packed"),
+        f"Verdict over {results[0].evaluation.units} held-out videos a run, and bytes of the quantized Linears",
+        ("format", "verdict", "loss, 95 % interval", "limit", "bf16", "packed"),
         rows,
     )
     for result in results:
-        for warning in result.evaluation["warnings"]:
+        for warning in result.evaluation.warnings:
             ui.warn(f"{result.manifest.format}: {warning}")
-    console.print(f"Original and quantized videos side by side: {out / 'side-by-side'}", soft_wrap=True, markup=False)
+    ui.console.print(
+        f"Original and quantized videos side by side: {out / 'side-by-side'}", soft_wrap=True, markup=False
+    )
     for result in results:
-        console.print(f"Report and submission: {result.results}", soft_wrap=True, markup=False)
-    console.print(
+        ui.console.print(f"Report and submission: {result.results}", soft_wrap=True, markup=False)
+    ui.console.print(
         f"All of it: {out}; look closer with `ptq inspect {results[0].checkpoint}`", soft_wrap=True, markup=False
     )

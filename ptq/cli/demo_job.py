@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ptq import ui
 
 if TYPE_CHECKING:
     from ptq.checkpoint.manifest import Manifest
     from ptq.store.calibration import CalibrationSet
+    from ptq.store.evaluation import Evaluation
 
 MODELS = ("tiny", "tiny-i2v")
 CALIBRATION_PROMPTS = 16
@@ -23,10 +24,10 @@ CALIBRATION_PROMPTS = 16
 
 @dataclass(frozen=True)
 class DemoResult:
-    """One format's outcome: manifest, evaluation.json's content, where everything is (`results`: report and submission)."""
+    """One format's outcome, and where everything is (`results`: report and submission)."""
 
     manifest: Manifest
-    evaluation: dict[str, Any]
+    evaluation: Evaluation
     checkpoint: Path
     results: Path
 
@@ -109,10 +110,10 @@ class DemoJob:
         ui.info(f"4. Evaluating {name} against the original")
         evaluation = evaluate_runs(reference, candidate, self.out / "evaluation" / name, suite="tiny")
         write_side_by_side(reference, candidate, self.out / "side-by-side" / name, self.layout.preset.fps)
-        results = self._report(name, checkpoint, evaluation["verdict"])
+        results = self._report(name, checkpoint, evaluation.verdict)
         return DemoResult(read_manifest(checkpoint), evaluation, checkpoint, results)
 
-    def _report(self, name: str, checkpoint: Path, verdict: str) -> Path:
+    def _report(self, name: str, checkpoint: Path, verdict: str | None) -> Path:
         """Page, technical report and submission of one format; the submission of a gate that did not pass is marked."""
         from ptq.report import Sources, render
         from ptq.store.evaluation import PASS
@@ -125,5 +126,5 @@ class DemoJob:
         write_bytes(results / "report.html", report.html)
         write_bytes(results / "report.pdf", report.pdf)
         target = results / "submission.tar.gz"
-        package(checkpoint, evaluation, target, pdf=report.pdf, html=report.html, allow_failing=verdict != PASS)
+        package(checkpoint, evaluation, target, report, allow_failing=verdict != PASS)
         return results

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ptq import ui
 from ptq.cli import options
+from ptq.cli.common import print_json
 
 
 def doctor(
@@ -20,8 +22,6 @@ def doctor(
 
     Example: ptq doctor tiny-hif4
     """
-    from ptq import ui
-    from ptq.cli.common import print_json
     from ptq.runtime.diagnosis import machine_facts
 
     facts = machine_facts()

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ptq import ui
 from ptq.cli import options
+from ptq.cli.common import print_json, show_tables
+from ptq.errors import UsageError
 from ptq.rules import LIMITS_IN_WORDS
+
+if TYPE_CHECKING:
+    from ptq.store.evaluation import Evaluation
 
 _VERDICT_STYLE = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
 
@@ -60,7 +66,6 @@ def evaluate(
     Example: ptq evaluate --reference runs/bf16 --candidate runs/hif4 --out runs/eval --suite icme2026 --vbench-python
     ~/vbench/bin/python
     """
-    from ptq.errors import UsageError
 
     wanted = dimensions.replace(",", " ").split() if dimensions else None
     if vbench_check:
@@ -86,126 +91,41 @@ def evaluate(
         if format is None:
             raise UsageError("Result files do not say which format they are of: pass --format hif4 or --format mxfp4.")
         chosen = "icme2026" if suite == "core" else suite
-        content = evaluate_imported(import_vbench[0], import_vbench[1], out, suite=chosen, **common)
+        evaluation = evaluate_imported(import_vbench[0], import_vbench[1], out, suite=chosen, **common)
     elif reference is not None and candidate is not None:
         from ptq.evaluation import VBenchSettings, evaluate_runs
 
         vbench = VBenchSettings(vbench_python, vbench_root, vbench_device) if vbench_python else None
-        content = evaluate_runs(
+        evaluation = evaluate_runs(
             reference, candidate, out, suite=suite, stride=stride, fresh=fresh,
             import_vbench=import_vbench, vbench=vbench, **common,
         )  # fmt: skip
-    _show(content, out, as_json)
+    _show(evaluation, out, as_json)
 
 
-def _show(content: dict[str, Any], out: Path, as_json: bool) -> None:
-    from ptq import ui
-    from ptq.cli.common import print_json
+def _show(evaluation: Evaluation, out: Path, as_json: bool) -> None:
+    from rich.markup import escape
+
+    from ptq.evaluation.statistics import AGGREGATES
+    from ptq.report.cells import percent
+    from ptq.report.tables import evaluation_tables
 
     if as_json:
-        print_json(content)
+        print_json(evaluation.as_json())
         return
-    if content["verdict"]:
-        _show_verdict(content)
-    if content["dimensions"]:
-        _show_gate(content)
-    if "informative" in content:
-        _show_measures(content)
-    for warning in content["warnings"]:
+    if evaluation.verdict is not None and evaluation.gate is not None and evaluation.limit is not None:
+        loss = f"{AGGREGATES[evaluation.gate]} {percent(evaluation.deciding).text}"
+        ui.console.print(
+            f"[{_VERDICT_STYLE[evaluation.verdict]}]{evaluation.verdict}[/]  {escape(loss)}, limit {100 * evaluation.limit:.1f} % ({evaluation.format}), suite {evaluation.suite}, {evaluation.prompts} prompts, {evaluation.units} videos a run",
+            soft_wrap=True,
+        )
+    show_tables(evaluation_tables(evaluation))
+    for warning in evaluation.warnings:
         ui.warn(warning)
-    for note in content.get("notes", ()):
-        ui.info(note)
     ui.info(f"Written to {out / 'evaluation.json'} and {out / 'units.jsonl'}.")
 
 
-def _show_verdict(content: dict[str, Any]) -> None:
-    from rich.markup import escape
-
-    from ptq import ui
-    from ptq.evaluation.statistics import AGGREGATES
-
-    value = content["aggregates"].get(content["gate"])
-    shown = f"{_percent(value)} %" if value else "undefined"
-    verdict = content["verdict"]
-    ui.console.print(
-        f"[{_VERDICT_STYLE[verdict]}]{verdict}[/]  {AGGREGATES[content['gate']]} {escape(shown)}, limit {100 * content['limit']:.1f} % ({content['format']}), suite {content['suite']}, {content['prompts']} prompts, {content['units']} videos a run",
-        soft_wrap=True,
-    )
-
-
-def _show_gate(content: dict[str, Any]) -> None:
-    from ptq import ui
-    from ptq.evaluation.statistics import AGGREGATES
-
-    counts = {value["units"] for value in content["dimensions"].values()}
-    uniform = len(counts) == 1
-    ui.table(
-        "Loss by dimension (positive: the candidate is worse)" + (f", {counts.pop()} videos each" if uniform else ""),
-        ("dimension", *(() if uniform else ("videos",)), "ref", "cand", "points", "loss % [95 % interval]"),
-        [
-            (
-                name,
-                *(() if uniform else (value["units"],)),
-                f"{value['reference']:.3f}",
-                f"{value['candidate']:.3f}",
-                f"{value['points']['value']:+.2f}",
-                _percent(value["relative_loss"]),
-            )
-            for name, value in content["dimensions"].items()
-        ],
-    )
-    ui.table(
-        "Averages over the dimensions",
-        ("average", "loss % [95 % interval]"),
-        [(AGGREGATES[key], _percent(value)) for key, value in content["aggregates"].items()],
-    )
-    totals = (content.get("vbench") or {}).get("totals")
-    if totals:
-        ui.table(
-            "VBench totals",
-            ("score", "ref", "cand"),
-            [(name, f"{ours:.4f}", f"{totals['candidate'][name]:.4f}") for name, ours in totals["reference"].items()],
-        )
-
-
-def _show_measures(content: dict[str, Any]) -> None:
-    from ptq import ui
-    from ptq.evaluation.suites import PAIRED_MEASURES
-
-    ui.table(
-        "Beside the gate: both runs",
-        ("measure", "ref", "cand", "change % [95 % interval]"),
-        [
-            (name, f"{value['reference']:.4g}", f"{value['candidate']:.4g}", _percent(value["relative_loss"], sign=-1))
-            for name, value in content["informative"].items()
-        ],
-    )
-    sources = ", ".join(f"{count} from {source}" for source, count in sorted(content["sources"].items()))
-    ui.table(
-        f"Drift between the paired videos ({sources})",
-        ("measure", "mean", "lowest", "highest", "videos"),
-        [
-            (PAIRED_MEASURES[name], f"{v['mean']:.4g}", f"{v['min']:.4g}", f"{v['max']:.4g}", v["units"])
-            for name, v in content["paired"].items()
-        ],
-    )
-
-
-def _percent(estimate: dict[str, Any] | None, *, sign: int = 1) -> str:
-    """An estimate as percent with its interval; `sign` -1 turns a loss into a change."""
-    if estimate is None:
-        return "-"
-    value = sign * estimate["value"] + 0.0
-    if estimate["low"] is None:
-        return f"{100 * value:+.2f} [no interval]"
-    low, high = sorted((sign * estimate["low"] + 0.0, sign * estimate["high"] + 0.0))
-    return f"{100 * value:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
-
-
 def _show_plan(reference: Path | None, candidate: Path | None, allow_missing: bool, as_json: bool) -> None:
-    from ptq import ui
-    from ptq.cli.common import print_json
-    from ptq.errors import UsageError
     from ptq.evaluation import plan
 
     if reference is None or candidate is None:
@@ -222,8 +142,6 @@ def _show_plan(reference: Path | None, candidate: Path | None, allow_missing: bo
 def _show_weights(
     suite: str, dimensions: list[str] | None, python: Path | None, root: Path | None, as_json: bool
 ) -> None:
-    from ptq import ui
-    from ptq.cli.common import print_json
     from ptq.evaluation.vbench.check import take_inventory
 
     found = take_inventory(suite, dimensions, python, root)

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ptq import ui
 from ptq.cli import options
+from ptq.errors import UsageError
 
 
 def export(
@@ -19,9 +21,7 @@ def export(
 
     Example: ptq export tiny-hif4 --to bf16 --out tiny-hif4-bf16
     """
-    from ptq import ui
     from ptq.checkpoint.export import export_pipeline
-    from ptq.errors import UsageError
     from ptq.wan.layout import read_layout
 
     layout = read_layout(checkpoint)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ptq import ui
 from ptq.cli import options
+from ptq.cli.common import default_device, print_json, quiet_libraries, resolve_shard
 
 if TYPE_CHECKING:
     from ptq.generation import Plan, Settings, Summary
@@ -73,7 +75,6 @@ def generate(
     Example: ptq generate out/hif4 --prompts prompts.txt --out runs/hif4 --samples-per-prompt 5
     """
     from ptq import generation
-    from ptq.cli.common import default_device, quiet_libraries, resolve_shard
     from ptq.wan.loading import resolve_model
 
     layout = resolve_model(model)
@@ -138,8 +139,6 @@ def generate(
 
 
 def _show_summary(summary: Summary, out: Path, as_json: bool) -> None:
-    from ptq import ui
-    from ptq.cli.common import print_json
 
     if as_json:
         print_json(summary.as_json())
@@ -151,8 +150,6 @@ def _show_summary(summary: Summary, out: Path, as_json: bool) -> None:
 
 
 def _show_plan(plan: Plan, settings: Settings, weight_bytes: int, as_json: bool) -> None:
-    from ptq import ui
-    from ptq.cli.common import print_json
 
     if as_json:
         value = {**plan.as_json(), "weight_bytes": weight_bytes, "settings": settings.as_json()}

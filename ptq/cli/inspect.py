@@ -6,7 +6,10 @@ from typing import Annotated
 
 import typer
 
+from ptq import ui
 from ptq.cli import options
+from ptq.cli.common import print_json
+from ptq.errors import UsageError
 
 
 def inspect(
@@ -18,11 +21,8 @@ def inspect(
 
     Example: ptq inspect tiny-hif4 --layer attn1.to_q
     """
-    from ptq import ui
     from ptq.checkpoint.manifest import read_manifest
-    from ptq.cli.common import print_json
     from ptq.cli.quantize import summary
-    from ptq.errors import UsageError
 
     manifest = read_manifest(checkpoint)
     rows = [row for row in manifest.layers if layer is None or layer in f"{row.expert}.blocks.{row.block}.{row.layer}"]

@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ptq import ui
 from ptq.cli import options
+from ptq.cli.common import print_json, quiet_libraries
+from ptq.errors import UsageError
 
 
 def package(
@@ -23,7 +26,6 @@ def package(
 
     Example: ptq package tiny-hif4 --evaluation evaluation --out submission.tar.gz
     """
-    from ptq import ui
     from ptq.checkpoint.manifest import read_manifest
     from ptq.report import Sources, render
     from ptq.store.evaluation import read_evaluation
@@ -36,14 +38,7 @@ def package(
     if dry_run:
         return
     report = render(Sources(evaluation, checkpoint))
-    size = run(
-        checkpoint,
-        evaluation,
-        out,
-        pdf=report.pdf,
-        html=report.html,
-        allow_failing=allow_failing_gate,
-    )
+    size = run(checkpoint, evaluation, out, report, allow_failing=allow_failing_gate)
     ui.info(f"{out}: {ui.format_bytes(size)}. Check it with `ptq verify {out}`.")
 
 
@@ -57,9 +52,6 @@ def verify(
 
     Example: ptq verify submission.tar.gz
     """
-    from ptq import ui
-    from ptq.cli.common import print_json, quiet_libraries
-    from ptq.errors import UsageError
     from ptq.submission.verify import verify as run
 
     if not archive.is_file():

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ptq import ui
 from ptq.cli import options
+from ptq.cli.common import print_json
 
 if TYPE_CHECKING:
     from ptq.prompts import Survey
@@ -29,8 +31,6 @@ def prompts(
 
     Example: ptq prompts OpenS2V-5M_to_mm.json --media-root /data/OpenS2V-5M
     """
-    from ptq import ui
-    from ptq.cli.common import print_json
     from ptq.prompts import PromptScan, survey
 
     scan = PromptScan(file, prompt_format=prompt_format, limit=limit, exclude=exclude, media_root=media_root or ())
@@ -72,17 +72,11 @@ def _show_preview(result: Survey) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from ptq import ui
-
     preview = Table(title=f"First {len(result.preview)} prompts", title_justify="left")
     for column in ("id", "picture", "prompt"):
         preview.add_column(column)
     for one in result.preview:
         picture = "-" if one["media"] is None else "missing" if one["resolved"] is None else "found"
-        preview.add_row(escape(_cut(one["id"], ID_CHARS)), picture, escape(_cut(one["prompt"], PROMPT_CHARS)))
+        name, prompt = (" ".join(one[key].split()) for key in ("id", "prompt"))
+        preview.add_row(escape(ui.shorten(name, ID_CHARS)), picture, escape(ui.shorten(prompt, PROMPT_CHARS)))
     ui.console.print(preview)
-
-
-def _cut(text: str, limit: int) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= limit else flat[: limit - 3] + "..."

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ptq import ui
 from ptq.cli import options
+from ptq.cli.common import default_device, print_json, quiet_libraries
 
 if TYPE_CHECKING:
     from ptq.checkpoint.manifest import Manifest
@@ -41,8 +43,6 @@ def quantize(
 
     Example: ptq quantize tiny --calibration calibration --format hif4 --out tiny-hif4
     """
-    from ptq import ui
-    from ptq.cli.common import default_device, print_json, quiet_libraries
     from ptq.config import load_recipe
     from ptq.quantization.job import Job, QuantizeOptions
     from ptq.quantization.run import quantize as run

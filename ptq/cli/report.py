@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ptq import ui
 from ptq.cli import options
+from ptq.cli.common import print_json
+from ptq.errors import UsageError
 
 
 def report(
@@ -31,9 +34,6 @@ def report(
 
     Example: ptq report evaluation --html hif4.html --pdf hif4.pdf
     """
-    from ptq import ui
-    from ptq.cli.common import print_json
-    from ptq.errors import UsageError
     from ptq.report import Sources, evaluation_directories, render
     from ptq.store.files import write_bytes
 

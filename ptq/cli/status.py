@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ptq import ui
 from ptq.cli import options
+from ptq.cli.common import print_json
 
 if TYPE_CHECKING:
     from ptq.generation import RunStatus
@@ -24,12 +26,15 @@ def status(
 
     Example: ptq status runs/hif4
     """
-    from ptq import ui
-    from ptq.cli.common import print_json
+    from ptq.calibration.directory import read_status as read_calibration_status
     from ptq.generation import read_status
 
     if (directory / "calibration.json").is_file():
-        _show_calibration(directory, as_json)
+        recorded = read_calibration_status(directory)
+        if as_json:
+            print_json(recorded.as_json())
+        else:
+            ui.console.print(recorded.describe(), highlight=False, markup=False, soft_wrap=True)
         return
     state = read_status(directory)
     if as_json:
@@ -42,18 +47,6 @@ def status(
         ui.console.print(f"failed: {name}: {error}", highlight=False, markup=False)
     if len(state.failed) > LISTED_FAILURES:
         ui.console.print(f"... and {len(state.failed) - LISTED_FAILURES} more (--json lists all)", markup=False)
-
-
-def _show_calibration(directory: Path, as_json: bool) -> None:
-    from ptq import ui
-    from ptq.calibration.directory import read_status
-    from ptq.cli.common import print_json
-
-    state = read_status(directory)
-    if as_json:
-        print_json(state.as_json())
-    else:
-        ui.console.print(state.describe(), highlight=False, markup=False, soft_wrap=True)
 
 
 def _row(shard: ShardStatus) -> tuple[object, ...]:
@@ -70,7 +63,6 @@ def _row(shard: ShardStatus) -> tuple[object, ...]:
 
 
 def _sentence(state: RunStatus) -> str:
-    from ptq import ui
 
     text = f"{state.done} of {state.units} units done, {len(state.failed)} failed, {state.remaining} remaining"
     if state.remaining == 0:

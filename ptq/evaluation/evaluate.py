@@ -26,7 +26,7 @@ from ptq.evaluation.vbench.results import imported_scores
 from ptq.evaluation.vbench.run import VBenchSettings, run_vbench
 from ptq.evaluation.vbench.totals import published_totals
 from ptq.rules import LIMITS_IN_WORDS, RULES, loss_limit
-from ptq.store.evaluation import FILE, ROLES, Bootstrap, Evaluation, RunSide, Summary, write_evaluation
+from ptq.store.evaluation import FILE, ROLES, Bootstrap, Evaluation, RunSide, Summary
 from ptq.store.evaluation_units import FILE as UNITS_FILE
 from ptq.store.evaluation_units import UnitLine, write_units
 from ptq.store.files import sweep_partials
@@ -93,7 +93,7 @@ def evaluate_runs(
     vbench: VBenchSettings | None = None,
     dimensions: Sequence[str] | None = None,
     fresh: bool = False,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Compare two generation directories and write `out`/evaluation.json and `out`/units.jsonl.
 
     Args:
@@ -104,13 +104,10 @@ def evaluate_runs(
         dimensions: a subset of a VBench suite's dimensions; the evaluation then says which are missing.
         fresh: measure again instead of reusing results already in `out`.
 
-    Returns:
-        The content of evaluation.json.
-
     Raises:
         UsageError: contradictory options. PtqError: unpaired or incomplete runs. DamagedFileError: a damaged artifact.
     """
-    chosen = _narrow(get_suite(suite), dimensions)
+    chosen = get_suite(suite).narrowed(dimensions)
     if stride < 1:
         raise UsageError(f"--stride is {stride}; it must be 1 or more.")
     if chosen.is_vbench and (import_vbench is None) == (vbench is None):
@@ -155,13 +152,13 @@ def evaluate_imported(
     seed: int = 0,
     gate: str = "mean_signed",
     dimensions: Sequence[str] | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Judge two VBench result files without the videos: units are paired by video file name.
 
     Args and errors as `evaluate_runs`; nothing proves here that the videos started from the same noise, and the
     evaluation says so.
     """
-    chosen = _narrow(get_suite(suite), dimensions)
+    chosen = get_suite(suite).narrowed(dimensions)
     if not chosen.is_vbench:
         raise UsageError(f"Suite {suite} is not made of VBench dimensions; choose icme2026, vbench-i2v or vbench.")
     judgement = Judgement(_known(format), gate, resamples, seed)
@@ -176,17 +173,6 @@ def evaluate_imported(
         }
         extra = ["Only VBench results were read: videos are paired by file name, and no manifest proves equal seeds."]
         return _conclude(out, content, chosen, judgement, scores, None, extra)
-
-
-def _narrow(suite: Suite, dimensions: Sequence[str] | None) -> Suite:
-    if not dimensions:
-        return suite
-    unknown = [name for name in dimensions if name not in suite.gate]
-    if unknown or not suite.is_vbench:
-        raise UsageError(
-            f"Suite {suite.name} has no dimension {', '.join(unknown or dimensions)}; it has {', '.join(suite.gate) or 'no gate dimensions'}."
-        )
-    return suite.narrowed(dimensions)
 
 
 def _resolve_format(given: str | None, candidate: Run, suite: Suite) -> str | None:
@@ -234,8 +220,8 @@ def _conclude(
     scores: Scores,
     lines: list[UnitLine] | None,
     extra: list[str],
-) -> dict[str, Any]:
-    """Compare, judge, and write both files; returns the content of evaluation.json."""
+) -> Evaluation:
+    """Compare, judge, and write both files."""
     warnings = [*extra, *scores.warnings]
     gated = informative = None
     content.update(dimensions={}, aggregates={}, verdict=None, prompts=len(set(scores.clusters.values())))
@@ -257,8 +243,8 @@ def _conclude(
         warnings += findings.integrity_warnings(lines) + findings.blur_warnings(gated, informative)
     evaluation = Evaluation(**content, warnings=warnings)
     write_units(out, _with_scores(lines, scores))
-    write_evaluation(out, evaluation)
-    return evaluation.as_json()
+    evaluation.write(out / FILE)
+    return evaluation
 
 
 def _summarize_paired(lines: list[UnitLine]) -> dict[str, Summary]:

@@ -100,20 +100,6 @@ def _npy_shape(member: Any, path: Path) -> tuple[int, ...]:
     return tuple(shape)
 
 
-class ContentHash:
-    """SHA-256 over the pixels of a stream: equal for two clips exactly when they show the same frames."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def update(self, frame: np.ndarray) -> None:
-        self._hash.update(repr(frame.shape).encode())
-        self._hash.update(np.ascontiguousarray(frame).data)
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
-
-
 def input_image(unit: Unit, height: int, width: int) -> np.ndarray | None:
     """The image the model got, uint8 [H, W, 3], made again from its source; None where that is not on this machine.
 

@@ -7,10 +7,11 @@ pool.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,21 +20,18 @@ import numpy as np
 
 from ptq.errors import DamagedFileError
 from ptq.evaluation import measures
-from ptq.evaluation.frames import ContentHash
 
 _MAX_WORKERS = 4
 
 
-@dataclass
-class _FrameResult:
-    reference: measures.FrameMeasures
-    candidate: measures.FrameMeasures
-    pair: measures.PairMeasures
+_Results = tuple[measures.FrameMeasures, measures.FrameMeasures, measures.PairMeasures]
+"""Of one frame: in the reference, in the candidate, and of the two together."""
 
 
 @dataclass(frozen=True)
 class ClipPair:
-    """Results of one pair: dimension -> value for each run, paired measures, and the pixel hashes of both clips."""
+    """Results of one pair: dimension -> value for each run, paired measures, and the pixel hashes of both clips,
+    equal exactly when they show the same frames."""
 
     reference: dict[str, float | None]
     candidate: dict[str, float | None]
@@ -55,11 +53,11 @@ def measure_clips(
         DamagedFileError: the streams differ in length or frame size (`name` says which unit).
     """
     workers = min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
-    results: list[_FrameResult] = []
-    hashes = ContentHash(), ContentHash()
+    results: list[_Results] = []
+    hashes = hashlib.sha256(), hashlib.sha256()
     previous: tuple[np.ndarray, np.ndarray] | None = None
     first: tuple[np.ndarray, np.ndarray] | None = None
-    pending: deque[Future[_FrameResult]] = deque()
+    pending: deque[Future[_Results]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         for index, (ref, cand) in enumerate(itertools.zip_longest(reference, candidate, fillvalue=None)):
             if ref is None or cand is None:
@@ -70,16 +68,21 @@ def measure_clips(
             if len(pending) > workers:
                 results.append(pending.popleft().result())
             pending.append(pool.submit(_measure, ref, cand, previous, index % stride == 0))
-            hashes[0].update(ref)
-            hashes[1].update(cand)
+            for pixels, frame in zip(hashes, (ref, cand), strict=True):
+                pixels.update(repr(frame.shape).encode())
+                pixels.update(np.ascontiguousarray(frame).data)
             previous = (ref, cand)
         results.extend(future.result() for future in pending)
     if first is None:
         raise DamagedFileError(f"The clips of {name} have no frames.")
+    of_reference, of_candidate, of_pairs = zip(*results, strict=True)
+    runs = _fold_run(of_reference), _fold_run(of_candidate)
+    energies = [run["motion_energy"] for run in runs]
+    ratio = energies[1] / energies[0] if energies[0] and energies[1] is not None else None
     return ClipPair(
-        reference=_fold_run([result.reference for result in results]),
-        candidate=_fold_run([result.candidate for result in results]),
-        paired=_fold_pair(results),
+        reference=runs[0],
+        candidate=runs[1],
+        paired={**_fold_pair(of_pairs), "motion_energy_ratio": ratio},
         hashes=(hashes[0].hexdigest(), hashes[1].hexdigest()),
         first_frames=first,
     )
@@ -87,9 +90,9 @@ def measure_clips(
 
 def _measure(
     ref: np.ndarray, cand: np.ndarray, previous: tuple[np.ndarray, np.ndarray] | None, spatial: bool
-) -> _FrameResult:
+) -> _Results:
     before: tuple[Any, Any] = previous or (None, None)
-    return _FrameResult(
+    return (
         measures.measure_frame(ref, before[0], spatial=spatial),
         measures.measure_frame(cand, before[1], spatial=spatial),
         measures.measure_pair(ref, cand, previous, spatial=spatial),
@@ -101,7 +104,7 @@ def _mean(values: list[float | None]) -> float | None:
     return float(np.mean(present)) if present else None
 
 
-def _fold_run(frames: list[measures.FrameMeasures]) -> dict[str, float | None]:
+def _fold_run(frames: Sequence[measures.FrameMeasures]) -> dict[str, float | None]:
     """Values of one clip. temporal_flickering is VBench's: (255 - mean_t mean |f_(t+1) - f_t|) / 255, None for one
     frame.
     """
@@ -117,17 +120,14 @@ def _fold_run(frames: list[measures.FrameMeasures]) -> dict[str, float | None]:
     }
 
 
-def _fold_pair(results: list[_FrameResult]) -> dict[str, float | None]:
+def _fold_pair(pairs: Sequence[measures.PairMeasures]) -> dict[str, float | None]:
     """Paired values. PSNR is the mean over the frames that differ; identical frames (infinite PSNR) are counted
     apart.
     """
-    errors = [result.pair.mse for result in results]
-    energies = [_mean([run.delta_mse for run in runs]) for runs in
-                ([r.reference for r in results], [r.candidate for r in results])]  # fmt: skip
+    errors = [pair.mse for pair in pairs]
     return {
         "psnr": _mean([measures.psnr_from_mse(mse) if mse > 0 else None for mse in errors]),
         "identical_frames": float(sum(mse == 0 for mse in errors)),
-        "ssim": _mean([result.pair.ssim for result in results]),
-        "temporal_delta_mae": _mean([result.pair.delta_gap for result in results]),
-        "motion_energy_ratio": energies[1] / energies[0] if energies[0] and energies[1] is not None else None,
+        "ssim": _mean([pair.ssim for pair in pairs]),
+        "temporal_delta_mae": _mean([pair.delta_gap for pair in pairs]),
     }

@@ -56,7 +56,6 @@ class Suite:
     """
 
     name: str
-    description: str
     gate: tuple[str, ...]
     vbench: str = ""
     mode: str = ""
@@ -69,16 +68,26 @@ class Suite:
     def is_vbench(self) -> bool:
         return bool(self.vbench)
 
-    def narrowed(self, dimensions: Sequence[str]) -> Suite:
-        """The same suite with only these gate dimensions; published totals no longer apply."""
-        if set(dimensions) == set(self.gate):
+    def narrowed(self, dimensions: Sequence[str] | None) -> Suite:
+        """The same suite with only these gate dimensions (None: all); published totals no longer apply.
+
+        Raises:
+            UsageError: not dimensions of this suite, or it is none of VBench's.
+        """
+        if not dimensions:
             return self
-        return replace(self, gate=tuple(name for name in self.gate if name in dimensions), totals=None)
+        unknown = [name for name in dimensions if name not in self.gate]
+        if unknown or not self.is_vbench:
+            raise UsageError(
+                f"Suite {self.name} has no dimension {', '.join(unknown or dimensions)}; it has {', '.join(self.gate) or 'no gate dimensions'}."
+            )
+        kept = tuple(name for name in self.gate if name in dimensions)
+        return self if kept == self.gate else replace(self, gate=kept, totals=None)
 
 
 _BUILT_IN = {
-    "core": Suite("core", "drift and integrity of paired videos; no verdict", ()),
-    "tiny": Suite("tiny", "prompt adherence in the embedded world", (*ADHERENCE, "temporal_flickering")),
+    "core": Suite("core", ()),
+    "tiny": Suite("tiny", (*ADHERENCE, "temporal_flickering")),
 }
 
 
@@ -101,7 +110,6 @@ def get_suite(name: str) -> Suite:
     data = json.loads((resources.files("ptq.evaluation") / "presets" / f"{name}.json").read_text(encoding="utf-8"))
     return Suite(
         name=name,
-        description=data["description"],
         gate=tuple(data["dimensions"]),
         vbench=data["package"],
         mode=data["mode"],

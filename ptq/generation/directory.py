@@ -18,7 +18,7 @@ from ptq.generation.settings import Settings
 from ptq.generation.units import Unit
 from ptq.store.files import digest
 from ptq.store.run_directory import Difference, RunDirectory
-from ptq.store.run_info import FILE, CheckpointInfo, RunInfo, RunPlan, read_run_info, write_run_info
+from ptq.store.run_info import FILE, CheckpointInfo, RunInfo, RunPlan, read_run_info
 from ptq.store.run_manifest import FILE_KEYS, PATTERN, manifest_name, read_lines
 from ptq.store.sharding import Shard
 from ptq.version import __version__
@@ -136,4 +136,4 @@ class GenerationDirectory(RunDirectory):
     def write_settings(self, *, anew: bool) -> None:
         """Always: the plan may be another one."""
         assert self._info is not None
-        write_run_info(self.path, self._info)
+        self._info.write(self.settings_path)

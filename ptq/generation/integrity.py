@@ -43,7 +43,7 @@ def refuse_other_sample(root: Path, line: ManifestLine, unit: Unit, image_to_vid
     for key, value in wanted.items():
         if getattr(line, key) != value:
             raise PtqError(
-                f"{root} holds unit {unit.name}, made with {key} {_short(getattr(line, key))}, but the sample of that id now has {_short(value)}. Videos of two prompt files are never mixed: choose another --out, or pass --fresh to delete the run and start over."
+                f"{root} holds unit {unit.name}, made with {key} {ui.shorten(repr(getattr(line, key)))}, but the sample of that id now has {ui.shorten(repr(value))}. Videos of two prompt files are never mixed: choose another --out, or pass --fresh to delete the run and start over."
             )
 
 
@@ -68,8 +68,3 @@ def select_pending(root: Path, manifests: Manifests, units: Sequence[Unit], *, i
             if bar is not None:
                 bar.advance()
     return [unit for unit in units if unit.name not in whole]
-
-
-def _short(value: object, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[:limit] + "..."

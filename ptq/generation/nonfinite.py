@@ -7,6 +7,7 @@ only during the repetition.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,27 +25,18 @@ class Call:
     kwargs: dict[str, Any]
 
 
-class CallRecorder:
-    """Keeps the arguments of every expert call since `calls` was last cleared; use as a context manager."""
-
-    def __init__(self, experts: Mapping[str, nn.Module]) -> None:
-        self._experts = experts
-        self.calls: list[Call] = []
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> CallRecorder:
-        for name, module in self._experts.items():
+@contextlib.contextmanager
+def recorded_calls(experts: Mapping[str, nn.Module]) -> Iterator[list[Call]]:
+    """Yield a list that gets every call of an expert while the block runs; clear it to forget them."""
+    calls: list[Call] = []
+    with contextlib.ExitStack() as hooks:
+        for name, module in experts.items():
 
             def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-                self.calls.append(Call(name, args, dict(kwargs)))
+                calls.append(Call(name, args, dict(kwargs)))
 
-            self._handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self.calls.clear()
+            hooks.enter_context(module.register_forward_pre_hook(keep, with_kwargs=True))
+        yield calls
 
 
 class _FoundError(Exception):
@@ -62,17 +54,14 @@ def find_nonfinite(experts: Mapping[str, nn.Module], calls: list[Call]) -> str:
         for key, value in [*enumerate(call.args), *call.kwargs.items()]:
             if not _finite(value):
                 return f"the input {key} of {call.expert} was not finite already ({_kind(value)})"
-        handles = []
-        for name, module in experts[call.expert].named_modules():
-            path = f"{call.expert}.{name}" if name else call.expert
-            handles.append(module.register_forward_hook(_make_hook(path)))
-        try:
-            experts[call.expert](*call.args, **call.kwargs)
-        except _FoundError as found:
-            return str(found)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with contextlib.ExitStack() as hooks:
+            for name, module in experts[call.expert].named_modules():
+                path = f"{call.expert}.{name}" if name else call.expert
+                hooks.enter_context(module.register_forward_hook(_make_hook(path)))
+            try:
+                experts[call.expert](*call.args, **call.kwargs)
+            except _FoundError as found:
+                return str(found)
     return "all denoiser outputs are finite, so it arose in the guidance or the scheduler step"
 
 

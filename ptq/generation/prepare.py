@@ -7,7 +7,7 @@ first unit, torch with the first check.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,28 +106,20 @@ def make_videos(
 
         return load_pipeline(layout.path, dtype=getattr(torch, settings.dtype))
 
-    def make() -> Summary:
-        return run_generation(load, samples, settings, out, device=device, offload=offload, **run)
-
     grouped = settings.context_parallel > 1
     if grouped:
-        from ptq.generation.group import check_group
+        from ptq.generation.group import check_group, dismiss_group, follow, join_group
+        from ptq.generation.sampling import Sampler
 
         check_group(settings, os.environ, device, offload)
     if disk is not None:
         _check_machine(layout, settings, disk, out, device, offload)
-    return _in_group(load, settings, device, make) if grouped else make()
-
-
-def _in_group(load: Callable[[], Any], settings: Settings, device: str, make: Callable[[], Summary]) -> Summary | None:
-    from ptq.generation.group import dismiss_group, follow, join_group
-    from ptq.generation.sampling import Sampler
-
-    if join_group(device) != 0:
+    if grouped and join_group(device) != 0:
         follow(lambda: Sampler(load(), settings, device))
         return None
-    summary = make()
-    dismiss_group()
+    summary = run_generation(load, samples, settings, out, device=device, offload=offload, **run)
+    if grouped:
+        dismiss_group()
     return summary
 
 

@@ -60,17 +60,8 @@ class Summary:
 
     def as_json(self) -> dict[str, Any]:
         """The summary as a JSON object."""
-        return {
-            "shard": f"{self.shard.index}/{self.shard.count}",
-            "kept": self.kept,
-            "done": self.done,
-            "taken_over": self.taken_over,
-            "elsewhere": self.elsewhere,
-            "failed": self.failed,
-            "not_started": self.not_started,
-            "remaining": self.remaining,
-            "seconds": round(self.seconds, 3),
-        }
+        shard, seconds = f"{self.shard.index}/{self.shard.count}", round(self.seconds, 3)
+        return {**vars(self), "shard": shard, "seconds": seconds, "remaining": self.remaining}
 
     def describe(self) -> str:
         """One sentence for people."""
@@ -118,6 +109,16 @@ def run_generation(
         UsageError: contradictory request, or settings that do not fit the model.
         PtqError: the directory is in use or holds another run; the disk is full; the GPU was lost.
     """
+
+    def load_sampler() -> Sampler:
+        if settings.context_parallel > 1:
+            from ptq.generation.group import LeadingSampler
+
+            return LeadingSampler(pipe_loader, settings, device)
+        from ptq.generation.sampling import Sampler
+
+        return Sampler(pipe_loader(), settings, device, offload)
+
     shard, started = shard or Shard(), time.monotonic()
     units = make_units(samples, samples_per_prompt)
     own = shard.select(units)
@@ -136,36 +137,15 @@ def run_generation(
         _warn_about_disk(directory, len(pending) * unit_bytes(settings))
         others = [unit for i, unit in enumerate(units) if i % shard.count != shard.index] if take_over else []
         if pending or others:
-            worker = _make_worker(pipe_loader, settings, directory, manifests, claims, model, device, offload)
+            from ptq.generation.worker import Worker
+
+            worker = Worker(directory, manifests, claims, model, load_sampler, device)
             loop = _Loop(worker, settings.steps, summary)
             loop.make_own(pending, retries)
             if not summary.not_started:
                 loop.finish(others)
     summary.seconds = time.monotonic() - started
     return summary
-
-
-def _make_worker(
-    pipe_loader: Callable[[], Any],
-    settings: Settings,
-    directory: GenerationDirectory,
-    manifests: Manifests,
-    claims: Claims,
-    model: ModelIdentity,
-    device: str,
-    offload: str,
-) -> Worker:
-    from ptq.generation.sampling import Sampler
-    from ptq.generation.worker import Worker
-
-    def load_sampler() -> Sampler:
-        if settings.context_parallel > 1:
-            from ptq.generation.group import LeadingSampler
-
-            return LeadingSampler(pipe_loader, settings, device)
-        return Sampler(pipe_loader(), settings, device, offload)
-
-    return Worker(directory, manifests, claims, model, load_sampler, device)
 
 
 class _Loop:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ptq.errors import PtqError, UsageError
-from ptq.generation.nonfinite import CallRecorder, find_nonfinite
+from ptq.generation.nonfinite import Call, find_nonfinite, recorded_calls
 from ptq.generation.settings import Settings
 from ptq.wan.block import video_tokens
 from ptq.wan.pipeline import (
@@ -92,15 +92,15 @@ class Sampler:
         """
         settings = self.settings
         initial = self.initial_latents(seed)
-        with CallRecorder(self._experts) as recorder, torch.no_grad():
+        with recorded_calls(self._experts) as calls, torch.no_grad():
 
             def after_step(_: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
                 if not torch.isfinite(tensors["latents"]).all():
-                    where = self._diagnose(recorder)
+                    where = self._diagnose(calls)
                     raise BrokenOutputError(
                         f"Step {step + 1} of {settings.steps} (timestep {float(timestep):.0f}) gave latents that are not finite: {where}."
                     )
-                recorder.calls.clear()
+                calls.clear()
                 on_step(step + 1)
                 return {}
 
@@ -129,10 +129,10 @@ class Sampler:
         latents = final[0].to("cpu", torch.float32).contiguous()
         return Sampled(hashlib.sha256(initial[0].numpy().tobytes()).hexdigest(), latents, frames)
 
-    def _diagnose(self, recorder: CallRecorder) -> str:
+    def _diagnose(self, calls: list[Call]) -> str:
         if self.settings.context_parallel > 1:  # processes would stop at different layers and wait for each other
             return "run without --context-parallel to have the layer named"
-        return find_nonfinite(self._experts, recorder.calls)
+        return find_nonfinite(self._experts, calls)
 
 
 def split_tokens(experts: Mapping[str, Any], size: int, tokens: int) -> None:

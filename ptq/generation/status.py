@@ -40,7 +40,7 @@ class ShardStatus:
 
     def as_json(self) -> dict[str, Any]:
         """The shard as a JSON object."""
-        return {**self.__dict__, "units_per_hour": self.units_per_hour}
+        return {**vars(self), "units_per_hour": self.units_per_hour}
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,8 @@ class RunStatus:
 
     def as_json(self) -> dict[str, Any]:
         """The status as a JSON object."""
-        return {
-            "directory": str(self.directory),
-            "model": self.model,
-            "digest": self.digest,
-            "units": self.units,
-            "done": self.done,
-            "failed": self.failed,
-            "remaining": self.remaining,
-            "seconds_left": self.seconds_left,
-            "shards": [shard.as_json() for shard in self.shards],
-        }
+        shards = [shard.as_json() for shard in self.shards]
+        return {**vars(self), "directory": str(self.directory), "remaining": self.remaining, "shards": shards}
 
 
 def read_status(path: str | Path) -> RunStatus:

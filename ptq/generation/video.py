@@ -11,6 +11,7 @@ libx264.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import av
@@ -33,14 +34,27 @@ _UNTAGGED = 2
 
 def encode_video(frames: np.ndarray, fps: int) -> bytes:
     """Encode uint8 [T, H, W, 3] RGB as an mp4 file in memory (one clip is a few ten MB at 720p)."""
+    return encode_stream(frames, fps, (frames.shape[2], frames.shape[1]))
+
+
+def encode_stream(frames: Iterable[np.ndarray], fps: int, size: tuple[int, int], **options: str) -> bytes:
+    """Encode uint8 [H, W, 3] RGB frames, scaled to `size` (width, height); `options` replace those of the encoder.
+
+    Raises:
+        DamagedFileError: a frame that the encoder refuses.
+    """
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream(CODEC, rate=fps, options=dict(ENCODER_OPTIONS))
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], PIXEL_FORMAT
-        stream.thread_count = 1
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    try:
+        with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+            stream = container.add_stream(CODEC, rate=fps, options={**ENCODER_OPTIONS, **options})
+            stream.width, stream.height, stream.pix_fmt = *size, PIXEL_FORMAT
+            stream.thread_count = 1
+            for frame in frames:
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                container.mux(stream.encode(picture))
+            container.mux(stream.encode())
+    except av.FFmpegError as error:
+        raise DamagedFileError(f"A video could not be encoded ({error}).") from error
     return buffer.getvalue()
 
 

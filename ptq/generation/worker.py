@@ -34,6 +34,11 @@ from ptq.wan.identity import ModelIdentity
 Result = Literal["done", "failed", "broken", "elsewhere"]
 Draft = dict[str, Any]
 """Fields of a `ManifestLine` while its unit is made."""
+_LATER = (
+    *("image", "image_sha256", "latent_sha256", "seconds", "peak_memory_bytes", "video", "video_sha256"),
+    *("final_latents", "final_latents_sha256", "saved_frames"),
+)
+"""Fields that stay null in the line of a unit that failed before they were known."""
 
 
 @dataclass
@@ -105,10 +110,7 @@ class Worker:
             "k": unit.k,
             "prompt": sample.prompt,
             "score_prompt": sample.score_prompt,
-            "image": None,
-            "image_sha256": None,
             "seed": seed,
-            "latent_sha256": None,
             "width": settings.width,
             "height": settings.height,
             "frames": settings.num_frames,
@@ -119,13 +121,7 @@ class Worker:
             "guidance_scale_2": settings.guidance_scale_2,
             "checkpoint_digest": self.model.digest,
             "device": _device_name(self.device),
-            "seconds": None,
-            "peak_memory_bytes": None,
-            "video": None,
-            "video_sha256": None,
-            "final_latents": None,
-            "final_latents_sha256": None,
-            "saved_frames": None,
+            **dict.fromkeys(_LATER),
         }
 
     def _image(self, unit: Unit, sampler: Sampler, line: Draft) -> np.ndarray | None:
@@ -138,12 +134,7 @@ class Worker:
         image = fit_image(load_image(media), sampler.settings.height, sampler.settings.width)
         line["image"] = media.path
         line["image_sha256"] = hashlib.sha256(image.tobytes()).hexdigest()
-        line["image_source"] = {
-            "kind": media.kind,
-            "frame": media.frame,
-            "crop": media.crop,
-            "resize": RESIZE_POLICY,
-        }
+        line["image_source"] = {"kind": media.kind, "frame": media.frame, "crop": media.crop, "resize": RESIZE_POLICY}
         return image
 
     def _save(self, unit: Unit, sampled: Sampled, video: bytes, line: Draft, sampler: Sampler) -> None:

@@ -3,7 +3,6 @@
 The lower layer that calibration and generation share. No torch, and nothing heavy until pixels are asked for.
 """
 
-from ptq.prompts.formats import FORMAT_NAMES
 from ptq.prompts.images import RESIZE_POLICY, fit_image, load_image
 from ptq.prompts.locate import require_media
 from ptq.prompts.reader import PromptScan, make_sample, read_prompts
@@ -11,7 +10,6 @@ from ptq.prompts.sample import MediaRef, PromptSet, Sample, caption_digest, unit
 from ptq.prompts.survey import Survey, survey
 
 __all__ = [
-    "FORMAT_NAMES",
     "RESIZE_POLICY",
     "MediaRef",
     "PromptScan",

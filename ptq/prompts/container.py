@@ -105,8 +105,11 @@ def sniff_container(path: Path, *, plain: bool = False) -> Container:
     if path.is_dir() or not path.exists():
         found = "is a directory" if path.is_dir() else "does not exist"
         raise PtqError(f"The prompt file {path} {found}. Name a .json, .jsonl or .txt file.")
-    with open_readable(path) as handle:
-        head = handle.read(SNIFF_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
+    try:
+        with open(path, "rb") as handle:
+            head = handle.read(SNIFF_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
+    except OSError as error:
+        raise PtqError(f"The prompt file {path} cannot be read: {error.strerror or error}.") from error
     if not head:
         raise PtqError(f"The prompt file {path} is empty: expected at least one prompt.")
     if plain or path.suffix.lower() == ".txt":
@@ -121,14 +124,6 @@ def sniff_container(path: Path, *, plain: bool = False) -> Container:
     raise PtqError(
         f"The prompt file {path} is neither UTF-8 JSON (it starts with {head[:20].decode('utf-8', 'replace')!r}) nor named .txt. If it has one prompt a line, rename it to .txt or pass --prompt-format txt."
     )
-
-
-def open_readable(path: Path) -> Any:
-    """`open(path, "rb")` with an error for people."""
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise PtqError(f"The prompt file {path} cannot be read: {error.strerror or error}.") from error
 
 
 def iter_entries(path: Path, container: Container, source: DigestingFile) -> Iterator[tuple[str, Any]]:

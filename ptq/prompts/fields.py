@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ptq import ui
 from ptq.errors import DamagedFileError
 
 _ABSENT = object()
@@ -62,7 +63,7 @@ class Entry:
     def fail(self, key: str, expected: str) -> NoReturn:
         """Refuse this entry because of one key."""
         value = self._lookup(key)
-        found = "nothing" if value is _ABSENT else _shorten(value)
+        found = "nothing" if value is _ABSENT else ui.shorten(json.dumps(value, ensure_ascii=True, default=str))
         raise DamagedFileError(
             f"{self.file}, record {self.name}, key {key!r}: expected {expected}, found {found}. Correct or remove the record, or name another format with --prompt-format."
         )
@@ -81,8 +82,3 @@ class Entry:
         except UnicodeEncodeError:
             self.fail(key, "text that can be written as UTF-8 (it has half of a surrogate pair)")
         return text.strip()
-
-
-def _shorten(value: Any, limit: int = 60) -> str:
-    text = json.dumps(value, ensure_ascii=True, default=str)
-    return text if len(text) <= limit else text[:limit] + "..."

@@ -40,9 +40,8 @@ def detect_format(path: Path, container: Container, name: str, value: Any) -> Pr
     """The format of a file from its container and first entry.
 
     Raises:
-        PtqError: an OpenS2V cluster or cross-pair file, or a shape no format has.
+        PtqError: a shape no format has.
     """
-    refuse_pairs(path, container, name, value)
     for candidate in FORMATS:
         if container in candidate.containers and candidate.matches(value):
             return candidate

@@ -72,7 +72,7 @@ def require_media(prompts: PromptSet, *, skip_missing: bool = False) -> list[Sam
         raise PtqError(
             f"{prompts.path} ({prompts.format}) names no image for {len(textual)} of {len(prompts.samples)} samples (first: {textual[0]}), but image-to-video starts from one. Use a file with images, or a text-to-video model."
         )
-    missing = prompts.missing_media()
+    missing = [one for one in prompts.samples if one.media is not None and one.media.resolved is None]
     if missing and not skip_missing:
         listed = ", ".join(f"{one.id} ({one.media.path})" for one in missing[:LISTED] if one.media is not None)
         more = f", and {len(missing) - LISTED} more" if len(missing) > LISTED else ""

@@ -6,7 +6,7 @@ OpenS2V-5M record is 99 % annotation). `PromptScan` is the same pass without kee
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,21 +20,10 @@ from ptq.prompts.locate import check_roots, locate
 from ptq.prompts.sample import MediaRef, PromptSet, Sample, caption_digest
 
 
-class Known:
-    """Which samples a prompt set has: ids and captions, not the samples themselves."""
-
-    def __init__(self, samples: Iterable[Sample]) -> None:
-        self._names: set[tuple[str, str]] = set()
-        for sample in samples:
-            self._names |= self._names_of(sample)
-
-    def __contains__(self, sample: Sample) -> bool:
-        return bool(self._names & self._names_of(sample))
-
-    @staticmethod
-    def _names_of(sample: Sample) -> set[tuple[str, str]]:
-        captions = {("caption", caption_digest(text)) for text in (sample.prompt, sample.score_prompt)}
-        return {("id", sample.id)} | captions
+def names_of(sample: Sample) -> set[tuple[str, str]]:
+    """What makes two samples of two files the same: the id, or either caption."""
+    captions = {("caption", caption_digest(text)) for text in (sample.prompt, sample.score_prompt)}
+    return {("id", sample.id)} | captions
 
 
 class PromptScan:
@@ -67,13 +56,15 @@ class PromptScan:
         self._limit, self._roots = limit, check_roots(media_root)
         self._container = sniff_container(self.path, plain=prompt_format == "txt")
         name, value = self._first_entry()
+        refuse_pairs(self.path, self._container, name, value)
         if prompt_format is None:
             self._format = detect_format(self.path, self._container, name, value)
         else:
-            refuse_pairs(self.path, self._container, name, value)
             self._format = find_format(self.path, self._container, prompt_format)
         self.format = self._format.name
-        self._known = Known(PromptScan(exclude)) if exclude is not None else None
+        self._known = (
+            {name for sample in PromptScan(exclude) for name in names_of(sample)} if exclude is not None else set()
+        )
         self.records, self.excluded, self.sha256 = 0, 0, ""
 
     def __iter__(self) -> Iterator[Sample]:
@@ -130,7 +121,7 @@ class PromptScan:
 
     def _finish(self, samples: Iterator[Sample]) -> Iterator[Sample]:
         for sample in samples:
-            if self._known is not None and sample in self._known:
+            if self._known & names_of(sample):
                 self.excluded += 1
                 continue
             if sample.media is not None:

@@ -54,7 +54,7 @@ class Sample:
 class PromptSet:
     """A prompt file as read.
 
-    format: one of `ptq.prompts.FORMAT_NAMES`. sha256: hex digest of the file's bytes.
+    format: one of `ptq.prompts.formats.FORMAT_NAMES`. sha256: hex digest of the file's bytes.
     dataset: stem of the file's name, the first part of every work unit.
     records: entries read from the file; more than `len(samples)` where entries were merged (VBench lists a prompt once
         for each group of dimensions) or excluded. excluded: samples left out because the exclude file has them.
@@ -67,10 +67,6 @@ class PromptSet:
     samples: list[Sample]
     records: int
     excluded: int
-
-    def missing_media(self) -> list[Sample]:
-        """The samples that name a picture or clip that was not found."""
-        return [sample for sample in self.samples if sample.media is not None and sample.media.resolved is None]
 
 
 def caption_digest(text: str) -> str:

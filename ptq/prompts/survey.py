@@ -64,6 +64,9 @@ def survey(scan: PromptScan) -> Survey:
                 missing_first.append({"id": sample.id, "path": media.path})
         if len(preview) < PREVIEW:
             preview.append(_example(sample))
+    spread: dict[str, float] | None = None
+    if lengths:
+        spread = {"min": min(lengths), "median": statistics.median(lengths), "max": max(lengths)}
     return Survey(
         path=str(scan.path),
         format=scan.format,
@@ -72,18 +75,12 @@ def survey(scan: PromptScan) -> Survey:
         records=scan.records,
         samples=len(lengths),
         excluded=scan.excluded,
-        caption_chars=_spread(lengths),
+        caption_chars=spread,
         media=dict(kinds),
         missing=missing,
         missing_first=missing_first,
         preview=preview,
     )
-
-
-def _spread(lengths: array) -> dict[str, float] | None:
-    if not lengths:
-        return None
-    return {"min": min(lengths), "median": statistics.median(lengths), "max": max(lengths)}
 
 
 def _example(sample: Sample) -> dict[str, Any]:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptq.store.evaluation import Estimate
+from ptq.ui import format_bytes
 
 MINUS = "\u2212"
 NONE = "not measured"
+_FLAGS = {True: "yes", False: "no", None: "default"}
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,7 @@ def share(value: float) -> Cell:
 
 def size(value: float) -> Cell:
     """Bytes as GB, MB or KB (powers of ten)."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if value >= scale:
-            return Cell(f"{value / scale:.2f} {unit}", (float(value),))
-    return Cell(f"{int(value)} B", (float(value),))
+    return Cell(format_bytes(value, digits=2), (float(value),))
 
 
 def error(value: float | None) -> Cell:
@@ -96,23 +95,14 @@ def error(value: float | None) -> Cell:
 
 def percent(estimate: Estimate | None, *, sign: int = 1) -> Cell:
     """An estimate as percent with its interval; `sign` -1 turns a loss into a change."""
-    return _interval(estimate, 100.0 * sign, " %")
-
-
-def points(estimate: Estimate | None) -> Cell:
-    """Difference of scores in points with its interval."""
-    return _interval(estimate, 1.0, "")
-
-
-def _interval(estimate: Estimate | None, scale: float, unit: str) -> Cell:
     if estimate is None:
         return Cell("no ratio to 0")
-    value = scale * estimate.value
+    scale = 100.0 * sign
+    value = f"{signed(scale * estimate.value, 2)} %"
     if estimate.low is None or estimate.high is None:
-        return Cell(f"{signed(value, 2)}{unit} [no interval]", (estimate.value,))
+        return Cell(f"{value} [no interval]", (estimate.value,))
     low, high = sorted((scale * estimate.low, scale * estimate.high))
-    text = f"{signed(value, 2)}{unit} [{signed(low, 2)}, {signed(high, 2)}]"
-    return Cell(text, (estimate.value, estimate.low, estimate.high))
+    return Cell(f"{value} [{signed(low, 2)}, {signed(high, 2)}]", (estimate.value, estimate.low, estimate.high))
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -125,9 +115,5 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         elif isinstance(item, (list, tuple)):
             flat[name] = ", ".join(map(str, item)) or "none"
         else:
-            flat[name] = {True: "yes", False: "no", None: "default"}.get(item, item) if _is_flag(item) else str(item)
+            flat[name] = _FLAGS[item] if item is None or isinstance(item, bool) else str(item)
     return flat
-
-
-def _is_flag(item: Any) -> bool:
-    return item is None or isinstance(item, bool)

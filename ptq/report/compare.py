@@ -14,9 +14,10 @@ from ptq.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from ptq.errors import UsageError
 from ptq.evaluation.statistics import AGGREGATES
 from ptq.evaluation.suites import PAIRED_MEASURES
-from ptq.report.cells import Cell, Table, count, error, flatten, number, percent, share, size
+from ptq.report.cells import Cell, Table, count, error, flatten, number, percent, share
 from ptq.report.facts import gather
 from ptq.report.locate import Sources
+from ptq.report.model_tables import layers_by_kind, mean, size_rows
 from ptq.store.evaluation import FILE as EVALUATION_FILE
 from ptq.store.evaluation import Dimension, Evaluation
 
@@ -63,7 +64,8 @@ def compare_sides(a: Side, b: Side) -> list[Table]:
         tables += _evaluations(a.evaluation, b.evaluation)
     tables.append(_settings(a, b))
     if a.manifest is not None and b.manifest is not None:
-        tables += [_sizes(a.manifest, b.manifest), _errors(a.manifest, b.manifest)]
+        sizes = _union(size_rows(a.manifest), size_rows(b.manifest), lambda cell: cell)
+        tables += [Table.of("sizes", "Size and coverage", ("", "A", "B"), sizes), _errors(a.manifest, b.manifest)]
     return [table for table in tables if table.rows]
 
 
@@ -120,9 +122,7 @@ def _described(side: Side) -> dict[str, str]:
             "format": manifest.format,
             "variant": manifest.variant,
             "model files": manifest.base_model.get("configs", {}),
-            "recipe": {
-                k: v for k, v in manifest.recipe.model_dump(mode="json").items() if k not in ("description", "format")
-            },
+            "recipe": manifest.recipe.model_dump(mode="json", exclude={"description", "format"}),
             "recipe name": manifest.recipe_name,
             "calibration": (manifest.calibration or {}).get("digest"),
             "calibration records": (manifest.calibration or {}).get("records"),
@@ -131,23 +131,6 @@ def _described(side: Side) -> dict[str, str]:
             "versions": manifest.versions,
         }
     return flatten(values)
-
-
-def _sizes(a: Manifest, b: Manifest) -> Table:
-    rows: list[tuple[str, Cell, Cell]] = []
-    for name, cell, field in (
-        ("bits per quantized value", number, "bits_per_quantized_value"),
-        ("quantized values, packed", size, "quantized_bytes"),
-        ("smoothing vectors or learned blocks", size, "basis_bytes"),
-        ("original weights", size, "original_bytes"),
-        ("W4A4 share of Linear parameters", share, "parameter_share"),
-        ("W4A4 share of Linear FLOPs", share, "flop_share"),
-    ):
-        ours, theirs = (getattr(m.coverage, field) for m in (a, b))
-        rows.append((name, cell(ours), cell(theirs)))
-    rows.append(("quantization, seconds", number(a.seconds), number(b.seconds)))
-    rows.append(("peak memory", size(a.peak_memory_bytes), size(b.peak_memory_bytes)))
-    return Table.of("sizes", "Size and coverage", ("", "A", "B"), rows)
 
 
 def _errors(a: Manifest, b: Manifest) -> Table:
@@ -159,7 +142,5 @@ def _mean_errors(manifest: Manifest) -> dict[str, float]:
     """Denoiser error of each expert, hidden-state error after its last block, mean output error of each kind of layer."""
     errors = {f"denoiser output, {row.expert}": row.denoiser_error for row in manifest.experts}
     errors |= {f"after the last block, {row.expert}": row.stream_error for row in manifest.blocks}
-    groups: dict[str, list[float]] = {}
-    for row in manifest.layers:
-        groups.setdefault(row.layer, []).append(row.output_error)
-    return errors | {f"mean of {name}": sum(values) / len(values) for name, values in groups.items()}
+    kinds = layers_by_kind(manifest).items()
+    return errors | {f"mean of {name}": mean([row.output_error for row in rows]) for name, rows in kinds}

@@ -9,26 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ptq.checkpoint.manifest import Manifest, read_manifest
 from ptq.errors import PtqError
 from ptq.evaluation.runs import Run, Unit, read_run
 from ptq.prompts import caption_digest
 from ptq.report.locate import Sources, find_calibration, find_checkpoint, find_run
-from ptq.store.evaluation import ROLES, Evaluation, read_evaluation
+from ptq.store.calibration import CalibrationInfo
+from ptq.store.evaluation import ROLES, Evaluation, RunSide, read_evaluation
 from ptq.store.evaluation_units import FILE as UNITS_FILE
-from ptq.store.evaluation_units import read_units
+from ptq.store.evaluation_units import UnitLine, read_units
 from ptq.store.files import read_json
-from ptq.store.sensitivity import SENSITIVITY_FILE, read_sensitivity
+from ptq.store.schema import Schema, parse
+from ptq.store.sensitivity import SENSITIVITY_FILE, SensitivityTable, read_sensitivity
 
 
-class Ablation(BaseModel):
+class Ablation(Schema):
     """A table of recipes that the user measured: --ablation FILE, a JSON object with these keys."""
-
-    model_config = ConfigDict(extra="forbid")
 
     title: str
     columns: list[str]
@@ -41,7 +38,7 @@ class Facts:
     """One job's artifacts.
 
     Attributes:
-        evaluation: evaluation.json; units: lines of units.jsonl, as they are.
+        evaluation: evaluation.json; units: lines of units.jsonl.
         checkpoint, manifest, sensitivity, calibration: None where not found (or not made).
         runs: role -> generation run, None where not found.
         omissions: what is missing and what the report therefore lacks.
@@ -49,11 +46,11 @@ class Facts:
 
     directory: Path
     evaluation: Evaluation
-    units: list[dict[str, Any]]
+    units: list[UnitLine]
     checkpoint: Path | None = None
     manifest: Manifest | None = None
-    sensitivity: Mapping[str, Any] | None = None
-    calibration: Mapping[str, Any] | None = None
+    sensitivity: SensitivityTable | None = None
+    calibration: CalibrationInfo | None = None
     runs: Mapping[str, Run | None] = field(default_factory=dict)
     ablation: Ablation | None = None
     omissions: tuple[str, ...] = ()
@@ -72,10 +69,8 @@ class Facts:
         reference, candidate = (self.runs.get(role) for role in ROLES)
         if reference is None or candidate is None:
             return []
-        names = [line["unit"] for line in self.units]
-        return [
-            (reference.units[n], candidate.units[n]) for n in names if n in reference.units and n in candidate.units
-        ]
+        both = reference.units.keys() & candidate.units.keys()
+        return [(reference.units[line.unit], candidate.units[line.unit]) for line in self.units if line.unit in both]
 
     @property
     def overlap(self) -> int | None:
@@ -84,7 +79,7 @@ class Facts:
         if run is None or self.manifest is None or self.manifest.calibration is None:
             return None
         known = {sample["caption_digest"] for sample in self.manifest.calibration["samples"]}
-        evaluated = {line["unit"] for line in self.units}
+        evaluated = {line.unit for line in self.units}
         prompts = {caption_digest(str(unit.line.prompt)) for name, unit in run.units.items() if name in evaluated}
         return len(prompts & known)
 
@@ -98,7 +93,9 @@ def gather(sources: Sources) -> Facts:
     """
     evaluation = read_evaluation(sources.evaluation)
     omissions: list[str] = []
-    units = _read_units(sources.evaluation / UNITS_FILE, omissions)
+    units = read_units(sources.evaluation)
+    if not (sources.evaluation / UNITS_FILE).is_file():
+        omissions.append(f"{UNITS_FILE} is missing: scores of single videos are not in this report.")
     checkpoint = find_checkpoint(sources, evaluation)
     manifest = sensitivity = calibration = None
     if checkpoint is None:
@@ -118,38 +115,31 @@ def gather(sources: Sources) -> Facts:
     if ablation is None:
         omissions.append("No ablation table was given (--ablation): this report does not compare recipes.")
     return Facts(
-        sources.evaluation,
-        evaluation,
-        units,
-        checkpoint,
-        manifest,
-        sensitivity,
-        calibration,
-        runs,
-        ablation,
-        tuple(omissions),
+        directory=sources.evaluation,
+        evaluation=evaluation,
+        units=units,
+        checkpoint=checkpoint,
+        manifest=manifest,
+        sensitivity=sensitivity,
+        calibration=calibration,
+        runs=runs,
+        ablation=ablation,
+        omissions=tuple(omissions),
     )
 
 
-def _read_units(path: Path, omissions: list[str]) -> list[dict[str, Any]]:
-    if not path.is_file():
-        omissions.append(f"{path.name} is missing: scores of single videos are not in this report.")
-    return [line.as_json() for line in read_units(path.parent)]
-
-
-def _read_sensitivity(checkpoint: Path, omissions: list[str]) -> Mapping[str, Any] | None:
-    path = checkpoint / SENSITIVITY_FILE
-    if not path.is_file():
-        omissions.append(
-            "The sensitivity of single blocks was not measured (ptq quantize --high-precision auto does): there is no chart."
-        )
-        return None
-    return read_sensitivity(checkpoint).as_json()
+def _read_sensitivity(checkpoint: Path, omissions: list[str]) -> SensitivityTable | None:
+    if (checkpoint / SENSITIVITY_FILE).is_file():
+        return read_sensitivity(checkpoint)
+    omissions.append(
+        "The sensitivity of single blocks was not measured (ptq quantize --high-precision auto does): there is no chart."
+    )
+    return None
 
 
 def _read_calibration(
     evaluation: Path, checkpoint: Path, manifest: Manifest, omissions: list[str]
-) -> Mapping[str, Any] | None:
+) -> CalibrationInfo | None:
     if manifest.calibration is None:
         return None
     info = find_calibration(evaluation, checkpoint, manifest.calibration["digest"])
@@ -157,11 +147,10 @@ def _read_calibration(
         omissions.append(
             "The calibration directory was not found beside the checkpoint: size and steps of the recorded runs are not in this report; their digest and prompts are."
         )
-        return None
-    return info.as_json()
+    return info
 
 
-def _read_run(sources: Sources, info: Any, role: str, omissions: list[str]) -> Run | None:
+def _read_run(sources: Sources, info: RunSide, role: str, omissions: list[str]) -> Run | None:
     directory = find_run(sources, info, role)
     if directory is not None:
         return read_run(directory)
@@ -175,13 +164,8 @@ def _read_run(sources: Sources, info: Any, role: str, omissions: list[str]) -> R
 def _read_ablation(path: Path | None) -> Ablation | None:
     if path is None:
         return None
-    try:
-        table = Ablation.model_validate(read_json(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise PtqError(
-            f"{path} is not an ablation table ({'.'.join(map(str, first['loc']))}: {first['msg']}). Expected a JSON object with title, columns, rows (lists of texts and numbers) and optionally note."
-        ) from error
+    advice = "Expected a JSON object with title, columns, rows (lists of texts and numbers) and optionally note."
+    table = parse(Ablation, read_json(path), path, advice)
     if any(len(row) != len(table.columns) for row in table.rows):
         raise PtqError(f"{path}: every row needs {len(table.columns)} cells, one for each column.")
     return table

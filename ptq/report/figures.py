@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from ptq.evaluation.statistics import AGGREGATES
 from ptq.report.facts import Facts
 from ptq.store.evaluation import Estimate, Evaluation
+from ptq.store.sensitivity import SensitivityTable
 
 BLUE, ORANGE, GREY = "#1f4e79", "#c55a11", "#8a8a8a"
 WIDTH = 7.2
@@ -169,19 +170,17 @@ def _draw_gain(canvas: Canvas, gain: np.ndarray, names: list[str], blocks: list[
     axes.set_xlabel("block")
 
 
-def _sensitivity(sensitivity: Any) -> Figure:
-    one = sensitivity["quantize_one"]
-    picked = {(pick["expert"], pick["block"]) for pick in sensitivity["picks"]}
-    experts = list(dict.fromkeys(row["expert"] for row in one))
+def _sensitivity(sensitivity: SensitivityTable) -> Figure:
+    one = sensitivity.quantize_one
+    picked = {(pick.expert, pick.block) for pick in sensitivity.picks}
+    experts = list(dict.fromkeys(row.expert for row in one))
 
     def draw(canvas: Canvas) -> None:
         rows = np.atleast_1d(canvas.subplots(len(experts), 1, sharey=True))
         for axes, expert in zip(rows, experts, strict=True):
             for chosen, marker, colour in ((False, "o", BLUE), (True, "D", ORANGE)):
-                points = [
-                    row for row in one if row["expert"] == expert and ((expert, row["block"]) in picked) == chosen
-                ]
-                axes.plot([p["block"] for p in points], [p["error"] for p in points], marker, color=colour)
+                points = [row for row in one if row.expert == expert and ((expert, row.block) in picked) == chosen]
+                axes.plot([p.block for p in points], [p.error for p in points], marker, color=colour)
             axes.set_yscale("log")
             axes.set_title(expert, loc="left", fontsize=9)
             axes.set_ylabel("denoiser error")
@@ -190,8 +189,8 @@ def _sensitivity(sensitivity: Any) -> Figure:
             axes.spines[["top", "right"]].set_visible(False)
         rows[-1].set_xlabel("block quantized alone (diamonds: chosen for high precision)")
 
-    worst = max(one, key=lambda row: row["error"])
-    name = f"{worst['expert']}:{worst['block']}"
+    worst = max(one, key=lambda row: row.error)
+    name = f"{worst.expert}:{worst.block}"
     alt = f"Denoiser error with one block quantized at a time; the most sensitive block is {name}."
     svg = _svg("sensitivity", 0.6 + 1.7 * len(experts), draw)
     return Figure("sensitivity", "Sensitivity: error with one block quantized", svg, alt, True)

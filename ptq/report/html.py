@@ -13,36 +13,53 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ptq.checkpoint.manifest import Coverage
 from ptq.report.cells import Table
 from ptq.report.facts import Facts
 from ptq.report.figures import Figure, draw_figures
 from ptq.report.method import describe_method
 from ptq.report.model_tables import checkpoint_tables, provenance_tables
 from ptq.report.reproduce import reproduction
-from ptq.report.tables import evaluation_tables
+from ptq.report.tables import evaluation_tables, worst_units
 from ptq.report.videos import AMPLIFY, Clip
 from ptq.report.wording import headline, limitations, meaning, verdict_word
 from ptq.version import __version__
 from ptq.wan.variants import variant_title
 
+_NO_RUNS = "The two generation directories are not both here, so there are no videos in this report."
+
 
 def all_tables(facts: Facts) -> dict[str, Table]:
     """Every table of a report, by key, in reading order."""
-    found = [*evaluation_tables(facts), *checkpoint_tables(facts), *provenance_tables(facts)]
+    found = [*evaluation_tables(facts.evaluation), *checkpoint_tables(facts), *provenance_tables(facts)]
+    if facts.evaluation.dimensions and facts.units:
+        found.append(worst_units(facts))
     return {table.key: table for table in found}
 
 
 def title_of(facts: Facts) -> str:
     """What the report is about."""
-    model = (
-        variant_title(facts.manifest.variant)
-        if facts.manifest and facts.evaluation.suite != "tiny"
-        else "the tiny model"
-    )
-    if facts.manifest is None and facts.evaluation.suite != "tiny":
+    if facts.evaluation.suite == "tiny":
+        model = "the tiny model"
+    elif facts.manifest is not None:
+        model = variant_title(facts.manifest.variant)
+    else:
         model = facts.evaluation.reference.model or "the original model"
     return f"{facts.format_name} W4A4 quantization of {model}"
+
+
+def content(facts: Facts) -> dict[str, Any]:
+    """What the page and the PDF say in the same words."""
+    return {
+        "version": __version__,
+        "title": title_of(facts),
+        "verdict": verdict_word(facts.evaluation),
+        "headline": headline(facts),
+        "meaning": meaning(facts),
+        "key_facts": key_facts(facts),
+        "warnings": facts.evaluation.warnings,
+        "amplify": AMPLIFY,
+        "limits": limitations(facts),
+    }
 
 
 def build_html(facts: Facts, clips: list[Clip]) -> bytes:
@@ -53,29 +70,21 @@ def build_html(facts: Facts, clips: list[Clip]) -> bytes:
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     environment.filters["exact"] = repr
     template = environment.from_string(read_template("report.html"))
-    figures = draw_figures(facts)
     steps = reproduction(facts)
+    recipe = ["cat > recipe.yaml <<'END'", steps.recipe.rstrip("\n"), "END"] if steps.recipe else []
     return template.render(
         style=Markup(read_template("style.css")),
         script=Markup(read_template("player.js")),
-        title=title_of(facts),
-        verdict=verdict_word(facts.evaluation),
-        headline=headline(facts),
-        meaning=meaning(facts),
-        key_facts=key_facts(facts),
-        warnings=facts.evaluation.warnings,
+        **content(facts),
         tables=all_tables(facts),
         numeric=is_numeric,
-        figures=group_figures(figures),
+        figures=group_figures(draw_figures(facts)),
         clips=clips,
         pairs=len(facts.pairs),
-        no_clips=_no_clips(facts),
-        amplify=AMPLIFY,
+        no_clips="No videos were asked for." if facts.pairs else _NO_RUNS,
         method=describe_method(facts.manifest) if facts.manifest else [],
-        commands=_commands(steps),
+        commands=[*recipe, *steps.commands],
         missing=steps.missing,
-        limits=limitations(facts),
-        version=__version__,
     ).encode()
 
 
@@ -102,27 +111,10 @@ def key_facts(facts: Facts) -> list[tuple[str, str]]:
     """The few facts of the first screen."""
     found = [("videos of each model", str(facts.evaluation.units)), ("prompts", str(facts.evaluation.prompts))]
     if facts.manifest is not None:
-        coverage = facts.manifest.coverage
+        coverage, codes = facts.manifest.coverage, facts.manifest.coverage.bits_per_quantized_value
         found += [
-            ("bits a weight + its basis", _bits(coverage)),
+            ("bits a weight + its basis", f"{codes:g} + {coverage.bits_with_basis - codes:.2f}"),
             ("Linear FLOPs in W4A4", f"{100 * coverage.flop_share:.1f} %"),
             ("blocks in high precision", str(len(facts.manifest.high_precision))),
         ]
     return found
-
-
-def _bits(coverage: Coverage) -> str:
-    codes = coverage.bits_per_quantized_value
-    return f"{codes:g} + {coverage.bits_with_basis - codes:.2f}"
-
-
-def _no_clips(facts: Facts) -> str:
-    if not facts.pairs:
-        return "The two generation directories are not both here, so there are no videos in this report."
-    return "No videos were asked for."
-
-
-def _commands(steps: Any) -> list[str]:
-    if steps.recipe is None:
-        return list(steps.commands)
-    return ["cat > recipe.yaml <<'END'", steps.recipe.rstrip("\n"), "END", *steps.commands]

@@ -55,8 +55,17 @@ def find_checkpoint(sources: Sources, evaluation: Evaluation) -> Path | None:
     """
     recorded = evaluation.candidate.checkpoint_digest
     if sources.checkpoint is not None:
-        _require_checkpoint(sources.checkpoint, recorded)
-        return sources.checkpoint
+        directory = sources.checkpoint
+        if not (directory / MANIFEST_FILE).is_file():
+            raise PtqError(
+                f"{directory} is not a packed checkpoint (no {MANIFEST_FILE}). Make one with `ptq quantize`."
+            )
+        found = identify_model(str(directory), directory).digest
+        if recorded is not None and found != recorded:
+            raise UsageError(
+                f"The evaluation judged a checkpoint with digest {recorded[:12]}, but {directory} has {found[:12]}. Pass the checkpoint that made the candidate run, or evaluate this one."
+            )
+        return directory
     if recorded is None:
         return None
     guesses = [Path(evaluation.candidate.model)] if evaluation.candidate.model else []
@@ -66,16 +75,6 @@ def find_checkpoint(sources: Sources, evaluation: Evaluation) -> Path | None:
         if (guess / MANIFEST_FILE).is_file() and identify_model(str(guess), guess).digest == recorded:
             return guess
     return None
-
-
-def _require_checkpoint(directory: Path, recorded: str | None) -> None:
-    if not (directory / MANIFEST_FILE).is_file():
-        raise PtqError(f"{directory} is not a packed checkpoint (no {MANIFEST_FILE}). Make one with `ptq quantize`.")
-    found = identify_model(str(directory), directory).digest
-    if recorded is not None and found != recorded:
-        raise UsageError(
-            f"The evaluation judged a checkpoint with digest {recorded[:12]}, but {directory} has {found[:12]}. Pass the checkpoint that made the candidate run, or evaluate this one."
-        )
 
 
 def find_run(sources: Sources, info: RunSide, role: str) -> Path | None:

@@ -10,9 +10,11 @@ from ptq.checkpoint.manifest import LayerEntry, Manifest
 from ptq.report.cells import Cell, Table, count, error, flatten, number, plain, share, size
 from ptq.report.facts import ROLES, Facts
 from ptq.rules import block_budget
+from ptq.store.calibration import CalibrationInfo
 from ptq.store.evaluation import FILE as EVALUATION_FILE
 from ptq.store.evaluation_units import FILE as UNITS_FILE
 from ptq.store.files import sha256_file
+from ptq.store.sensitivity import SensitivityTable
 from ptq.wan.variants import EXPERTS
 
 SHOWN_LAYERS = 10
@@ -38,9 +40,9 @@ def checkpoint_tables(facts: Facts) -> Iterable[Table]:
 def provenance_tables(facts: Facts) -> Iterable[Table]:
     """How it was made: recipe, generation settings, runs, environment, hashes."""
     if facts.manifest is not None:
-        yield Table.of(
-            "recipe", f"Recipe {facts.manifest.recipe_name}, as resolved", ("key", "value"), _recipe(facts.manifest)
-        )
+        recipe = flatten(facts.manifest.recipe.model_dump(mode="json", exclude={"description", "format"}))
+        title = f"Recipe {facts.manifest.recipe_name}, as resolved"
+        yield Table.of("recipe", title, ("key", "value"), recipe.items())
     if facts.ablation is not None:
         rows = [[_ablation_cell(value) for value in row] for row in facts.ablation.rows]
         yield Table.of("ablation", facts.ablation.title, facts.ablation.columns, rows, facts.ablation.note)
@@ -57,29 +59,33 @@ def provenance_tables(facts: Facts) -> Iterable[Table]:
     yield _hashes(facts)
 
 
+def size_rows(manifest: Manifest) -> dict[str, Cell]:
+    """Size, coverage and cost, as the report and `ptq compare` name them."""
+    coverage = manifest.coverage
+    return {
+        "quantized weight values": count(coverage.quantized_parameters),
+        "share of Linear parameters in W4A4": share(coverage.parameter_share),
+        "share of Linear FLOPs in W4A4": share(coverage.flop_share),
+        "bits per quantized value, scales included": number(coverage.bits_per_quantized_value),
+        "these values in bfloat16": size(2 * coverage.quantized_parameters),
+        "these values packed": size(coverage.quantized_bytes),
+        "smoothing vectors or learned blocks beside them": size(coverage.basis_bytes),
+        "transformers, original weight files": size(coverage.original_bytes),
+        "quantization took": Cell(f"{manifest.seconds:.0f} s", (manifest.seconds,)),
+        "peak memory": size(manifest.peak_memory_bytes),
+    }
+
+
 def _size(manifest: Manifest, checkpoint: Path) -> Table:
-    c = manifest.coverage
     weights = [name for name in manifest.files if name.endswith(".safetensors") and name.partition("/")[0] in EXPERTS]
     on_disk = sum((checkpoint / name).stat().st_size for name in weights if (checkpoint / name).is_file())
-    protected = ", ".join(manifest.high_precision) or "none"
-    budget, scope = (
-        block_budget(manifest.format),
-        "in each expert" if manifest.budget_scope == "per-expert" else "in total",
-    )
+    budget = block_budget(manifest.format)
+    scope = "in each expert" if manifest.budget_scope == "per-expert" else "in total"
     rows: list[tuple[str, Cell | str]] = [
-        ("quantized weight values", count(c.quantized_parameters)),
-        ("share of Linear parameters in W4A4", share(c.parameter_share)),
-        ("share of Linear FLOPs in W4A4", share(c.flop_share)),
-        ("bits per quantized value, scales included", number(c.bits_per_quantized_value)),
-        ("these values in bfloat16", size(2 * c.quantized_parameters)),
-        ("these values packed", size(c.quantized_bytes)),
-        ("smoothing vectors or learned blocks beside them", size(c.basis_bytes)),
-        ("transformers, original weight files", size(c.original_bytes)),
+        *size_rows(manifest).items(),
         ("transformers, packed weight files", size(on_disk)),
-        ("blocks kept in high precision", protected),
+        ("blocks kept in high precision", ", ".join(manifest.high_precision) or "none"),
         ("allowed by the rules", "any: no rule for this format" if budget is None else f"{budget} {scope}"),
-        ("quantization took", Cell(f"{manifest.seconds:.0f} s", (manifest.seconds,))),
-        ("peak memory", size(manifest.peak_memory_bytes)),
     ]
     return Table.of("size", "Size and coverage", ("", "value"), rows)
 
@@ -90,23 +96,28 @@ def _experts(manifest: Manifest) -> Table:
     return Table.of("experts", "Denoiser output error", ("expert", "relative error", "records"), rows, note)
 
 
-def _mean(values: list[float]) -> float:
+def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _layer_kinds(manifest: Manifest) -> Table:
+def layers_by_kind(manifest: Manifest) -> dict[str, list[LayerEntry]]:
+    """The layers of one name over all blocks and experts."""
     groups: dict[str, list[LayerEntry]] = {}
     for row in manifest.layers:
         groups.setdefault(row.layer, []).append(row)
+    return groups
+
+
+def _layer_kinds(manifest: Manifest) -> Table:
     rows = []
-    for name, layers in groups.items():
+    for name, layers in layers_by_kind(manifest).items():
         sqnr = [row.weight_sqnr_db for row in layers if row.weight_sqnr_db is not None]
         rows.append((
             name,
             count(len(layers)),
-            error(_mean([row.output_error for row in layers])),
-            error(_mean([row.output_error_rtn for row in layers])),
-            number(_mean(sqnr) if sqnr else None, 3),
+            error(mean([row.output_error for row in layers])),
+            error(mean([row.output_error_rtn for row in layers])),
+            number(mean(sqnr) if sqnr else None, 3),
         ))  # fmt: skip
     note = "Mean over the blocks of relative squared output errors with quantized inputs; plain rounding in the same basis."
     return Table.of("kinds", "Errors by kind of layer", ("layer", "layers", *LAYER_COLUMNS), rows, note)
@@ -142,38 +153,30 @@ def _blocks(manifest: Manifest) -> Table:
     return Table.of("blocks", "Error after each block", ("block", "stream error", "precision", "why"), rows, note)
 
 
-def _choices(sensitivity: Any) -> Table:
-    rows = [(name, error(value)) for name, value in sensitivity["comparison"].items()]
+def _choices(sensitivity: SensitivityTable) -> Table:
+    rows = [(name, error(value)) for name, value in sensitivity.comparison.items()]
     return Table.of("choices", "Which blocks to protect: error of each choice", ("choice", "denoiser error"), rows)
 
 
-def _picks(sensitivity: Any) -> Table:
-    rows = [(f"{p['expert']}:{p['block']}", error(p["before"]), error(p["after"])) for p in sensitivity["picks"]]
+def _picks(sensitivity: SensitivityTable) -> Table:
+    rows = [(f"{pick.expert}:{pick.block}", error(pick.before), error(pick.after)) for pick in sensitivity.picks]
     note = "" if rows else "No block was worth protecting."
     return Table.of(
         "picks", "Protected blocks, in the order chosen", ("block", "error before", "error after"), rows, note
     )
 
 
-def _recipe(manifest: Manifest) -> list[tuple[str, str]]:
-    return [
-        (key, value)
-        for key, value in flatten(manifest.recipe.model_dump(mode="json")).items()
-        if key not in ("description", "format")
-    ]
-
-
 def _ablation_cell(value: str | int | float) -> Cell:
     return Cell(value) if isinstance(value, str) else Cell(plain(value, 6), (float(value),))
 
 
-def _calibration(calibration: Any) -> list[tuple[str, str]]:
-    preset = calibration["preset"]
+def _calibration(calibration: CalibrationInfo) -> list[tuple[str, str]]:
+    preset = calibration.preset
     return [
-        ("prompts", f"{len(calibration['samples'])} of {calibration['prompts']['name']}"),
-        ("records per prompt", str(calibration["records_per_prompt"])),
+        ("prompts", f"{len(calibration.samples)} of {calibration.prompts['name']}"),
+        ("records per prompt", str(calibration.records_per_prompt)),
         ("video", f"{preset['width']} x {preset['height']}, {preset['num_frames']} frames, {preset['steps']} steps"),
-        ("seed", str(calibration["seed"])),
+        ("seed", str(calibration.seed)),
     ]
 
 
@@ -191,7 +194,7 @@ def _runs(facts: Facts) -> Table:
             _ROLE_NAMES[role],
             count(len(lines)),
             ", ".join(devices) or "not recorded",
-            number(_mean(seconds) if seconds else None, 3),
+            number(mean(seconds) if seconds else None, 3),
             size(max(memory)) if memory else Cell("not recorded"),
         ))  # fmt: skip
     columns = ("run", "videos", "device", "seconds a video", "peak memory")

@@ -18,12 +18,10 @@ import typst
 from ptq.report.cells import Table
 from ptq.report.facts import Facts
 from ptq.report.figures import draw_figures
-from ptq.report.html import all_tables, group_figures, is_numeric, key_facts, read_template, title_of
+from ptq.report.html import all_tables, content, group_figures, is_numeric, read_template
 from ptq.report.method import describe_method
 from ptq.report.reproduce import reproduction
-from ptq.report.videos import AMPLIFY, Clip
-from ptq.report.wording import headline, limitations, meaning, verdict_word
-from ptq.version import __version__
+from ptq.report.videos import Clip
 
 SHOWN_CLIPS = 4
 _SMALL = 240
@@ -51,21 +49,13 @@ def report_data(facts: Facts, clips: list[Clip], folder: Path) -> dict[str, Any]
             (folder / f"{figure.key}.svg").write_bytes(figure.svg)
     gaps = " ".join(text for text in facts.omissions if text.startswith("The packed checkpoint"))
     return {
-        "title": title_of(facts),
-        "version": __version__,
-        "verdict": verdict_word(facts.evaluation),
-        "headline": headline(facts),
-        "meaning": meaning(facts),
-        "key_facts": key_facts(facts),
-        "warnings": facts.evaluation.warnings,
+        **content(facts),
         "tables": {key: _table(table) for key, table in all_tables(facts).items()},
         "figures": figures,
         "method": [vars(step) for step in describe_method(facts.manifest)] if facts.manifest else [],
         "no_method": gaps,
         "clips": [_clip(index, clip, folder) for index, clip in enumerate(clips)],
         "no_clips": "The videos of both runs are not part of this report, so there are no frames to show.",
-        "amplify": AMPLIFY,
-        "limits": limitations(facts),
         "recipe": steps.recipe,
         "commands": steps.commands,
         "missing": steps.missing,

@@ -54,7 +54,8 @@ def reproduction(facts: Facts) -> Steps:
             missing.append(
                 f"The checkpoint was made by an earlier version with recipe keys that are gone ({keys}): the recipe below leaves them out, so quantizing again gives other codes."
             )
-        recipe = yaml.safe_dump(_plain_recipe(facts.manifest), sort_keys=True, allow_unicode=True)
+        chosen = facts.manifest.recipe.model_dump(mode="json", exclude={"description"}, exclude_none=True)
+        recipe = yaml.safe_dump(chosen, sort_keys=True, allow_unicode=True)
         _quantize(facts, facts.manifest, model, checkpoint, commands, missing)
     settings = facts.evaluation.candidate.settings
     prompts = _prompts(facts)
@@ -77,16 +78,6 @@ def join(*parts: str | int | float) -> str:
     return shlex.join(str(part) for part in parts)
 
 
-def _plain_recipe(manifest: Manifest) -> dict[str, Any]:
-    """The resolved recipe without its description and without the keys that are left to the format."""
-    recipe = {key: value for key, value in manifest.recipe.model_dump(mode="json").items() if key != "description"}
-    return {key: _without_defaults(value) for key, value in _without_defaults(recipe).items()}
-
-
-def _without_defaults(value: Any) -> Any:
-    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
-
-
 def _quantize(
     facts: Facts, manifest: Manifest, model: str, checkpoint: str, commands: list[str], missing: list[str]
 ) -> None:
@@ -94,32 +85,37 @@ def _quantize(
     if calibration is None or manifest.calibration is None:
         missing.append("The calibration directory is not here, so `ptq calibrate` cannot be listed with its settings.")
     else:
-        preset = calibration["preset"]
-        flags = {
-            "--num-prompts": len(calibration["samples"]),
-            "--records-per-prompt": calibration["records_per_prompt"],
+        shown = ("steps", "height", "width", "num_frames", "flow_shift", "guidance_scale", "guidance_scale_2")
+        options = {
+            "prompts": calibration.prompts["name"],
+            "out": "calibration",
+            "num_prompts": len(calibration.samples),
+            "records_per_prompt": calibration.records_per_prompt,
+            "seed": calibration.seed,
+            **{name: calibration.preset[name] for name in shown},
+            "negative_prompt": _unless(_default_negative_prompt(facts), calibration.preset["negative_prompt"]),
         }
-        shown = ("steps", "height", "width", "num_frames", "flow_shift", "guidance_scale")
-        flags |= {"--seed": calibration["seed"], **{_option(name): preset[name] for name in shown}}
-        if preset["guidance_scale_2"] is not None:
-            flags["--guidance-scale-2"] = preset["guidance_scale_2"]
-        if preset["negative_prompt"] != _default_negative_prompt(facts):
-            flags["--negative-prompt"] = preset["negative_prompt"]
-        prompts = calibration["prompts"]["name"]
-        commands.append(join("ptq", "calibrate", model, "--prompts", prompts, "--out", "calibration", *_listed(flags)))
-    flags = {"--format": manifest.format, "--recipe": RECIPE_FILE, "--budget-scope": manifest.budget_scope}
-    flags["--high-precision"] = ",".join(manifest.high_precision) or "none"
-    commands.append(
-        join("ptq", "quantize", model, "--calibration", "calibration", "--out", checkpoint, *_listed(flags))
-    )
+        commands.append(join("ptq", "calibrate", model, *_listed(options)))
+    options = {
+        "calibration": "calibration",
+        "out": checkpoint,
+        "format": manifest.format,
+        "recipe": RECIPE_FILE,
+        "budget_scope": manifest.budget_scope,
+        "high_precision": ",".join(manifest.high_precision) or "none",
+    }
+    commands.append(join("ptq", "quantize", model, *_listed(options)))
 
 
-def _listed(flags: Mapping[str, str | int | float]) -> list[str | int | float]:
-    return [part for pair in flags.items() for part in pair]
+def _listed(options: Mapping[str, Any]) -> list[Any]:
+    """Names and values as on a command line, without those that are None."""
+    given = {f"--{name.replace('_', '-')}": value for name, value in options.items() if value is not None}
+    return [part for pair in given.items() for part in pair]
 
 
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def _unless(default: Any, value: Any) -> Any:
+    """The value, or None (not listed) where it is the default."""
+    return None if value == default else value
 
 
 def _prompts(facts: Facts) -> str | None:
@@ -132,18 +128,14 @@ def _prompts(facts: Facts) -> str | None:
 def _generate(model: str, prompts: str, out: str, settings: Mapping[str, Any], facts: Facts) -> str:
     run = facts.runs.get("candidate") or facts.runs.get("reference")
     plan = run.info.plan if run else RunPlan()
-    flags: dict[str, str | int | float] = {
-        _option(name): settings[name] for name in _GENERATE_OPTIONS if settings.get(name) is not None
+    options = {name: settings.get(name) for name in _GENERATE_OPTIONS}
+    options |= {
+        "negative_prompt": _unless(_default_negative_prompt(facts), settings.get("negative_prompt")),
+        "samples_per_prompt": _unless(1, plan.samples_per_prompt),
+        "num_prompts": (plan.prompts or {}).get("samples"),
     }
-    if settings.get("negative_prompt") == _default_negative_prompt(facts):
-        flags.pop("--negative-prompt", None)
-    if plan.samples_per_prompt != 1:
-        flags["--samples-per-prompt"] = plan.samples_per_prompt
-    samples = (plan.prompts or {}).get("samples")
-    if samples:
-        flags["--num-prompts"] = samples
-    switches = [_option(name) for name in ("save_frames", "image_to_video") if settings.get(name)]
-    return join("ptq", "generate", model, "--prompts", prompts, "--out", out, *_listed(flags), *switches)
+    switches = [flag for flag in ("--save-frames", "--image-to-video") if settings.get(flag[2:].replace("-", "_"))]
+    return join("ptq", "generate", model, "--prompts", prompts, "--out", out, *_listed(options), *switches)
 
 
 def _default_negative_prompt(facts: Facts) -> str | None:
@@ -158,24 +150,23 @@ def _default_negative_prompt(facts: Facts) -> str | None:
 
 def _evaluate(facts: Facts) -> str:
     evaluation = facts.evaluation
-    flags: dict[str, str | int | float] = {"--suite": evaluation.suite, "--out": "evaluation"}
-    if evaluation.format:
-        flags["--format"] = evaluation.format
-    if evaluation.gate and evaluation.gate != "mean_signed":
-        flags["--gate"] = evaluation.gate
-    if evaluation.stride not in (None, 1):
-        flags["--stride"] = evaluation.stride  # type: ignore[assignment]
-    if evaluation.vbench is not None and set(evaluation.dimensions) != set(get_suite(evaluation.suite).gate):
-        flags["--dimensions"] = ",".join(evaluation.dimensions)
-    flags |= {"--bootstrap": evaluation.bootstrap.resamples, "--seed": evaluation.bootstrap.seed}
+    narrowed = evaluation.vbench is not None and set(evaluation.dimensions) != set(get_suite(evaluation.suite).gate)
+    options = {
+        "suite": evaluation.suite,
+        "out": "evaluation",
+        "format": evaluation.format,
+        "gate": _unless("mean_signed", evaluation.gate),
+        "stride": _unless(1, evaluation.stride),
+        "dimensions": ",".join(evaluation.dimensions) if narrowed else None,
+        "bootstrap": evaluation.bootstrap.resamples,
+        "seed": evaluation.bootstrap.seed,
+    }
     if evaluation.reference.file and evaluation.candidate.file:
-        return join(
-            "ptq", "evaluate", "--import-vbench", evaluation.reference.file, evaluation.candidate.file, *_listed(flags)
-        )
+        files = evaluation.reference.file, evaluation.candidate.file
+        return join("ptq", "evaluate", "--import-vbench", *files, *_listed(options))
+    runs = "--reference", REFERENCE_OUT, "--candidate", CANDIDATE_OUT
     switches = ["--allow-missing"] if evaluation.excluded else []
-    command = join(
-        "ptq", "evaluate", "--reference", REFERENCE_OUT, "--candidate", CANDIDATE_OUT, *_listed(flags), *switches
-    )
+    command = join("ptq", "evaluate", *runs, *_listed(options), *switches)
     imported = [file["path"] for file in (evaluation.vbench or {}).get("files", ())]
     if imported:
         return f"{command} {join('--import-vbench', *imported)}"

@@ -6,20 +6,19 @@ from collections.abc import Iterable
 from typing import Any
 
 from ptq.evaluation.statistics import AGGREGATES
-from ptq.evaluation.suites import PAIRED_MEASURES, RUN_DIMENSIONS
-from ptq.report.cells import Cell, Table, count, number, percent, points, signed
+from ptq.evaluation.suites import DRIFT_NOTE, PAIRED_MEASURES, RUN_DIMENSIONS
+from ptq.report.cells import Cell, Table, count, number, percent, signed
 from ptq.report.facts import Facts
-from ptq.report.wording import DRIFT
-from ptq.store.evaluation import Evaluation
+from ptq.store.evaluation import Estimate, Evaluation
+from ptq.ui import shorten
 
 SHOWN_UNITS = 12
 _PROMPT_CHARS = 90
 
 
-def evaluation_tables(facts: Facts) -> Iterable[Table]:
-    """Tables of the evaluation, in reading order; those without content are left out."""
-    evaluation = facts.evaluation
-    if evaluation.verdict is not None:
+def evaluation_tables(evaluation: Evaluation) -> Iterable[Table]:
+    """Tables of evaluation.json, in reading order; those without content are left out."""
+    if evaluation.dimensions:
         yield _gate(evaluation)
         yield _averages(evaluation)
     totals = (evaluation.vbench or {}).get("totals")
@@ -29,8 +28,6 @@ def evaluation_tables(facts: Facts) -> Iterable[Table]:
         yield _measures(evaluation)
     if evaluation.paired:
         yield _drift(evaluation)
-    if evaluation.dimensions and facts.units:
-        yield _worst_units(facts)
 
 
 def _gate(evaluation: Evaluation) -> Table:
@@ -40,13 +37,20 @@ def _gate(evaluation: Evaluation) -> Table:
             percent(value.relative_loss),
             number(value.reference),
             number(value.candidate),
-            points(value.points),
+            _points(value.points),
             count(value.units),
         )
         for name, value in evaluation.dimensions.items()
     ]
-    columns = ("dimension", "loss, 95 % interval", "original", "quantized", "loss in points", "videos")
-    return Table.of("gate", "Loss by dimension", columns, rows, "Positive: the quantized model is worse.")
+    columns = ("dimension", "loss, 95 % interval", "original", "quantized", "points", "videos")
+    note = "Positive: the quantized model is worse. Points are 100 x the difference of the scores."
+    return Table.of("gate", "Loss by dimension", columns, rows, note)
+
+
+def _points(estimate: Estimate) -> Cell:
+    """A difference of scores; the interval, which says what that of the loss says, is among the values only."""
+    values = (estimate.value, estimate.low, estimate.high)
+    return Cell(signed(estimate.value, 2), tuple(value for value in values if value is not None))
 
 
 def _averages(evaluation: Evaluation) -> Table:
@@ -54,7 +58,8 @@ def _averages(evaluation: Evaluation) -> Table:
         (f"{AGGREGATES[key]}{' (decides)' if key == evaluation.gate else ''}", percent(value))
         for key, value in evaluation.aggregates.items()
     ]
-    note = f"Limit: {100 * (evaluation.limit or 0):g} %. All four are shown, so that a pass by cancellation is visible."
+    limit = "" if evaluation.limit is None else f"Limit: {100 * evaluation.limit:g} %. "
+    note = f"{limit}All four are shown, so that a pass by cancellation is visible."
     return Table.of("averages", "Averages over the dimensions", ("average", "loss, 95 % interval"), rows, note)
 
 
@@ -85,30 +90,31 @@ def _drift(evaluation: Evaluation) -> Table:
         for name, v in evaluation.paired.items()
     ]
     sources = ", ".join(f"{n} from {source}" for source, n in sorted(evaluation.sources.items()))
-    note = DRIFT + (f" Frames: {sources}." if sources else "")
+    note = DRIFT_NOTE + (f" Frames: {sources}." if sources else "")
     return Table.of(
         "drift", "Drift between the paired videos", ("measure", "mean", "lowest", "highest", "videos"), rows, note
     )
 
 
-def _worst_units(facts: Facts) -> Table:
+def worst_units(facts: Facts) -> Table:
     """Videos with the largest mean drop of the gate's scores: where to look first."""
     names = list(facts.evaluation.dimensions)
     drops = []
     for line in facts.units:
-        both = [(line["reference"].get(n), line["candidate"].get(n)) for n in names]
+        both = [(line.reference.get(n), line.candidate.get(n)) for n in names]
         scored = [(r, c) for r, c in both if r is not None and c is not None]
         if scored:
-            drops.append((sum(r - c for r, c in scored) / len(scored), line["unit"]))
+            drops.append((sum(r - c for r, c in scored) / len(scored), line.unit))
     prompts = {reference.name: str(reference.line.prompt) for reference, _ in facts.pairs}
     worst = sorted(drops, key=lambda item: (-item[0], item[1]))[:SHOWN_UNITS]
-    rows = [(unit, _short(prompts.get(unit, "")), Cell(signed(drop, 4), (drop,))) for drop, unit in worst]
+    rows = [
+        (unit, shorten(prompts.get(unit, ""), _PROMPT_CHARS), Cell(signed(drop, 4), (drop,))) for drop, unit in worst
+    ]
     title = f"The {len(rows)} videos with the largest loss"
-    note = "Mean difference original minus quantized over the gate's dimensions of one video, in scores from 0 to 1."
-    if any(d.reference > 1 for d in facts.evaluation.dimensions.values()):
-        note = "Mean difference original minus quantized over the gate's dimensions of one video, in their own units."
+    unit = (
+        "their own units"
+        if any(d.reference > 1 for d in facts.evaluation.dimensions.values())
+        else "scores from 0 to 1"
+    )
+    note = f"Mean difference original minus quantized over the gate's dimensions of one video, in {unit}."
     return Table.of("units", title, ("video", "prompt", "drop"), rows, note)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _PROMPT_CHARS else f"{text[:_PROMPT_CHARS].rstrip()} ..."

@@ -12,18 +12,16 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import av
 import numpy as np
 
 from ptq import ui
-from ptq.errors import DamagedFileError
 from ptq.evaluation.frames import VIDEO, frames_of
 from ptq.evaluation.runs import Unit, verify_video
-from ptq.generation.video import CODEC, ENCODER_OPTIONS, PIXEL_FORMAT, encode_video, write_video
+from ptq.generation.video import encode_stream, encode_video, write_video
 from ptq.report.cells import plain
 from ptq.report.facts import Facts
+from ptq.store.evaluation_units import UnitLine
 
 AMPLIFY = 8
 PREVIEW_WIDTH = 416
@@ -31,7 +29,8 @@ BUDGET_BYTES = 10_000_000
 """Raw bytes of all videos of a page; base64 adds a third."""
 
 _SIDE_BY_SIDE, _GAP_PIXELS, _ZOOM = 6, 4, 4
-_PREVIEW_CRF = "28"
+_CRF = "28"
+"""Of what is encoded for the page."""
 _DRIFT = (("ssim", "SSIM"), ("psnr", "PSNR"), ("latent_relative_l2", "latent error"))
 
 
@@ -53,7 +52,7 @@ class Clip:
     drift: str
     width: int
     height: int
-    fps: float
+    fps: int
     movies: tuple[Movie, ...]
     preview: bool
 
@@ -68,10 +67,10 @@ def make_clips(facts: Facts, limit: int) -> list[Clip]:
     sizes = [sum(unit.video.stat().st_size for unit in pair) for pair, _ in chosen]
     # Differences are not made yet; they are smaller than the two videos, so half of the budget is theirs at most.
     preview = sum(sizes) > BUDGET_BYTES * 2 // 3
+    if not chosen:
+        return []
     clips: list[Clip] = []
     total = 0
-    if not chosen:
-        return clips
     with ui.progress("Embedding videos", len(chosen)) as bar:
         for (reference, candidate), drift in chosen:
             clip = _clip(reference, candidate, drift, preview)
@@ -89,35 +88,36 @@ def make_clips(facts: Facts, limit: int) -> list[Clip]:
 def choose_units(facts: Facts, limit: int) -> list[tuple[tuple[Unit, Unit], str]]:
     """Pairs at even ranks of drift, the most drifted first, with the drift in words."""
     by_name = {pair[0].name: pair for pair in facts.pairs}
-    lines = [line for line in facts.units if line["unit"] in by_name]
+    lines = [line for line in facts.units if line.unit in by_name]
     ranked = _ranked(lines)
     if len(ranked) > limit:
         ranked = [ranked[i] for i in np.linspace(0, len(ranked) - 1, limit).round().astype(int)]
-    return [(by_name[line["unit"]], words) for line, words in ranked]
+    return [(by_name[line.unit], words) for line, words in ranked]
 
 
-def _ranked(lines: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
+def _ranked(lines: list[UnitLine]) -> list[tuple[UnitLine, str]]:
     """Lines from the most drifted to the least, with the drift in words; by name where none was measured."""
     for key, name in _DRIFT:
-        if lines and all(line["paired"].get(key) is not None for line in lines):
+        known = [(value, line) for line in lines if (value := line.paired.get(key)) is not None]
+        if known and len(known) == len(lines):
             sign = -1 if key == "latent_relative_l2" else 1
-            ordered = sorted(lines, key=lambda line: (sign * line["paired"][key], line["unit"]))
-            return [(line, f"{name} {plain(line['paired'][key], 3)}") for line in ordered]
-    return [(line, "") for line in sorted(lines, key=lambda line: line["unit"])]
+            known.sort(key=lambda pair: (sign * pair[0], pair[1].unit))
+            return [(line, f"{name} {plain(value, 3)}") for value, line in known]
+    return [(line, "") for line in sorted(lines, key=lambda line: line.unit)]
 
 
 def _clip(reference: Unit, candidate: Unit, drift: str, preview: bool) -> Clip:
     for unit in (reference, candidate):
         verify_video(unit)
     line = reference.line
-    width, height, frames, fps = line.width or 0, line.height or 0, line.frames or 0, line.fps or 8
+    width, height, frames, fps = line.width or 0, line.height or 0, line.frames or 0, round(line.fps or 8)
     shown = _preview_size(width, height) if preview else (width, height)
     movies = []
     for role, unit in (("original", reference), ("quantized", candidate)):
         poster = _poster(frames_of(unit, VIDEO), frames, shown)
-        data = encode(frames_of(unit, VIDEO), fps, shown) if preview else unit.video.read_bytes()
+        data = unit.video.read_bytes() if not preview else encode_stream(frames_of(unit, VIDEO), fps, shown, crf=_CRF)
         movies.append(Movie(role, data, poster))
-    data = encode(difference(reference, candidate), fps, shown)
+    data = encode_stream(difference(reference, candidate), fps, shown, crf=_CRF)
     movies.append(Movie("difference", data, _poster(difference(reference, candidate), frames, shown)))
     return Clip(reference.name, str(line.prompt), drift, width, height, fps, tuple(movies), preview)
 
@@ -127,23 +127,6 @@ def difference(reference: Unit, candidate: Unit) -> Iterator[np.ndarray]:
     for ours, theirs in zip(frames_of(reference, VIDEO), frames_of(candidate, VIDEO), strict=True):
         gap = np.abs(theirs.astype(np.int16) - ours) * AMPLIFY
         yield np.minimum(gap, 255).astype(np.uint8)
-
-
-def encode(frames: Iterator[np.ndarray], fps: float, size: tuple[int, int]) -> bytes:
-    """A small mp4 of RGB frames, scaled to (width, height); the same frames give the same bytes."""
-    buffer = io.BytesIO()
-    try:
-        with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-            stream = container.add_stream(CODEC, rate=round(fps), options={**ENCODER_OPTIONS, "crf": _PREVIEW_CRF})
-            stream.width, stream.height, stream.pix_fmt = *size, PIXEL_FORMAT
-            stream.thread_count = 1
-            for frame in frames:
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-                container.mux(stream.encode(picture.reformat(*size, format=PIXEL_FORMAT)))
-            container.mux(stream.encode())
-    except av.FFmpegError as error:
-        raise DamagedFileError(f"A video for the report could not be encoded ({error}).") from error
-    return buffer.getvalue()
 
 
 def _preview_size(width: int, height: int) -> tuple[int, int]:

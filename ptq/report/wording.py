@@ -6,6 +6,7 @@ Every sentence follows from the facts; none is written unless it is true of this
 from __future__ import annotations
 
 from ptq.evaluation.statistics import AGGREGATES, FAIL, INCONCLUSIVE, PASS
+from ptq.evaluation.suites import DRIFT_NOTE
 from ptq.report.cells import signed
 from ptq.report.facts import Facts
 from ptq.store.evaluation import Evaluation
@@ -20,7 +21,6 @@ SUITE_SCOPE = {
     "core": "Suite core measures drift and integrity only; it has no verdict. A verdict needs suite tiny or VBench results.",
     "tiny": "The score is of the embedded tiny model in its own small world: a rehearsal of the method with exact prompt adherence. It says how well the toolkit works, not how a 14-billion-parameter model scores.",
 }
-DRIFT = "PSNR, SSIM and latent errors compare two samples of a chaotic process: they show drift, not quality, and never decide the verdict."
 
 
 def verdict_word(evaluation: Evaluation) -> str:
@@ -97,7 +97,7 @@ def limitations(facts: Facts) -> list[str]:
     if scope:
         found.append(scope)
     found.append(held_out(facts))
-    found.append(DRIFT)
+    found.append(DRIFT_NOTE)
     if evaluation.verdict is not None:
         found.append(
             f"Intervals ({evaluation.bootstrap.method}; {evaluation.bootstrap.resamples} resamples, seed {evaluation.bootstrap.seed}) cover the choice of prompts and seeds, not a change of resolution, steps or sampler."

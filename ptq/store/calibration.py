@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ptq.errors import DamagedFileError, PtqError
-from ptq.store.files import read_json, sha256_file, write_json
+from ptq.store.files import read_json, sha256_file
 from ptq.store.records import IMAGE, INDEX_FILE, NEGATIVE_FILE, RECORDS_DIR, TEXT, Record, read_embeds
 from ptq.store.schema import Schema, parse, parse_lines
 
@@ -70,11 +70,6 @@ def read_calibration(path: Path) -> CalibrationInfo:
     """
     advice = "Restore it, or record again with `ptq calibrate --fresh`."
     return parse(CalibrationInfo, read_json(path), path, advice)
-
-
-def write_calibration(directory: Path, info: CalibrationInfo) -> None:
-    """Write calibration.json atomically."""
-    write_json(directory / FILE, info.as_json())
 
 
 class DenoiserCall(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ptq.errors import PtqError
-from ptq.store.files import read_json, write_json
+from ptq.store.files import read_json
 from ptq.store.schema import Schema, parse
 
 FILE = "evaluation.json"
@@ -129,8 +129,3 @@ def read_evaluation(directory: str | Path) -> Evaluation:
         raise PtqError(f"{directory} is not an evaluation directory: it has no {FILE}. Make one with `ptq evaluate`.")
     advice = "Nothing was written. Run `ptq evaluate` again into that directory."
     return parse(Evaluation, read_json(path), path, advice)
-
-
-def write_evaluation(directory: Path, evaluation: Evaluation) -> None:
-    """Write evaluation.json atomically."""
-    write_json(directory / FILE, evaluation.as_json())

@@ -85,36 +85,28 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         os.close(handle)
 
 
-class ShardLock:
-    """The exclusive right to one shard of a directory, from `acquire` until `release` or the end of the process."""
+@contextlib.contextmanager
+def shard_lock(state: Path, shard: Shard) -> Iterator[None]:
+    """Hold the exclusive right to one shard of a directory while the block runs.
 
-    def __init__(self, state: Path, shard: Shard) -> None:
-        self._path, self._handle = state / f"shard-{shard.tag}{_LOCK_SUFFIX}", -1
-
-    def acquire(self) -> None:
-        """Take the lock, or refuse.
-
-        Raises:
-            PtqError: another process works on this shard; says which.
-        """
-        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+    Raises:
+        PtqError: another process works on this shard; says which.
+    """
+    path = state / f"shard-{shard.tag}{_LOCK_SUFFIX}"
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
         deadline = time.monotonic() + _PROBE_RETRY_S
-        while not _flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        while not _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
             if time.monotonic() > deadline:
-                holder = _describe(self._path)
-                self.release()
                 raise PtqError(
-                    f"{self._path.parent.parent} is in use: {holder} is making this shard. Wait for it, stop it, or choose another --out or another --shard."
+                    f"{state.parent} is in use: {_describe(path)} is making this shard. Wait for it, stop it, or choose another --out or another --shard."
                 )
             time.sleep(0.05)
-        os.ftruncate(self._handle, 0)
-        os.pwrite(self._handle, json.dumps(owner()).encode(), 0)
-
-    def release(self) -> None:
-        """Let go of the shard."""
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(owner()).encode(), 0)
+        yield
+    finally:
+        os.close(handle)
 
 
 def refuse_other_counts(state: Path, shard: Shard) -> None:

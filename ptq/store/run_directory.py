@@ -8,13 +8,13 @@ were writing is swept. Which parts are finished is the stage's own business: eac
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.store.files import sweep_partials
-from ptq.store.locks import ShardLock, directory_mutex, exclusive, live_shards, refuse_other_counts
+from ptq.store.locks import directory_mutex, exclusive, live_shards, refuse_other_counts, shard_lock
 from ptq.store.sharding import Shard
 
 STATE_DIR = "state"
@@ -82,22 +82,15 @@ class RunDirectory:
             PtqError: another process makes this shard, or shards of another N; the run differs.
         """
         self.refuse_foreign(locked=False)  # before anything is written into it
-        lock = ShardLock(self.state, self.shard)
-        with directory_mutex(self.state):
-            lock.acquire()
-            try:
+        with ExitStack() as held:
+            with directory_mutex(self.state):
+                held.enter_context(shard_lock(self.state, self.shard))
                 self.refuse_foreign()
                 refuse_other_counts(self.state, self.shard)
                 anew = self.enter(wanted, fresh=fresh)
                 sweep_partials(self.path, self.targets())
                 self.write_settings(anew=anew)
-            except BaseException:
-                lock.release()
-                raise
-        try:
             yield
-        finally:
-            lock.release()
 
     def refuse_foreign(self, *, locked: bool = True) -> None:
         """Refuse a directory of something else. Unlocked, one with a state folder is left to the check under the lock:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ptq.errors import PtqError
-from ptq.store.files import read_json, write_json
+from ptq.store.files import read_json
 from ptq.store.schema import Schema, parse
 
 FILE = "run.json"
@@ -57,8 +57,3 @@ def read_run_info(directory: Path) -> RunInfo:
         )
     advice = "Nothing was changed. Restore it, or generate into another --out."
     return parse(RunInfo, read_json(path), path, advice)
-
-
-def write_run_info(directory: Path, info: RunInfo) -> None:
-    """Write run.json atomically."""
-    write_json(directory / FILE, info.as_json())

@@ -201,3 +201,8 @@ def read_lines(directory: Path) -> dict[str, ManifestLine]:
     manifests = Manifests(directory)
     manifests.refresh()
     return {line.unit: line for line in manifests}
+
+
+def finished_lines(directory: Path) -> dict[str, ManifestLine]:
+    """As `read_lines`, of the finished units only."""
+    return {unit: line for unit, line in read_lines(directory).items() if line.is_done}

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
 
 from ptq.errors import DamagedFileError
-from ptq.store.files import read_jsonl
+from ptq.store.files import read_jsonl, write_json
 
 SHOWN_PROBLEMS = 4
 
@@ -26,6 +26,10 @@ class Schema(BaseModel):
     def as_json(self) -> dict[str, Any]:
         """The content of the file: keys in the order of the fields, without those that were never given."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+    def write(self, path: Path) -> None:
+        """Write the file atomically."""
+        write_json(path, self.as_json())
 
 
 def _finite(value: Any) -> int | float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ptq.checkpoint.manifest import Manifest
+from ptq.report.cells import percent
 from ptq.report.reproduce import Steps
 from ptq.store.evaluation import PASS, Evaluation
 from ptq.wan.variants import variant_title
@@ -14,7 +15,7 @@ def readme(manifest: Manifest, judged: Evaluation) -> str:
     coverage = manifest.coverage
     return f"""# W4A4 {manifest.format.upper()} checkpoint of {variant_title(manifest.variant)}
 {marked}
-Verdict: **{judged.verdict}**. Mean relative loss {_loss(judged)}, limit {"none" if judged.limit is None else f"{judged.limit:.1%}"},
+Verdict: **{judged.verdict}**. Mean relative loss {percent(judged.deciding).text} (95 % interval), limit {"none" if judged.limit is None else f"{judged.limit:.1%}"},
 over {judged.units} paired videos, suite {judged.suite}.
 High-precision blocks: {", ".join(manifest.high_precision) or "none"}. W4A4 share of Linear parameters
 {coverage.parameter_share:.2%}, of Linear FLOPs {coverage.flop_share:.2%}; {coverage.bits_per_quantized_value} bits a value,
@@ -35,15 +36,6 @@ High-precision blocks: {", ".join(manifest.high_precision) or "none"}. W4A4 shar
 Check it: `pip install ./source`, then `ptq verify submission.tar.gz`.
 Use it: `import ptq; pipe = ptq.load_pipeline("weights")`.
 """
-
-
-def _loss(judged: Evaluation) -> str:
-    if judged.deciding is None:
-        return "not measured"
-    value, low, high = judged.deciding.value, judged.deciding.low, judged.deciding.high
-    if low is None or high is None:
-        return f"{value:+.3%} (no interval)"
-    return f"{value:+.3%} [{low:+.3%}, {high:+.3%}] (95 % interval)"
 
 
 def reproduce_script(steps: Steps, manifest: Manifest) -> str:

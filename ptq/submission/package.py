@@ -15,7 +15,7 @@ import yaml
 
 from ptq.checkpoint.manifest import Manifest, verify_files
 from ptq.errors import PtqError, UsageError
-from ptq.report import Sources
+from ptq.report import Report, Sources
 from ptq.report.facts import gather
 from ptq.report.reproduce import RECIPE_FILE, reproduction
 from ptq.rules import check_budget
@@ -24,7 +24,7 @@ from ptq.store.evaluation import PASS, ROLES, Evaluation, read_evaluation
 from ptq.store.evaluation_units import FILE as UNITS_FILE
 from ptq.store.files import files_below, sha256_file
 from ptq.store.run_info import FILE as RUN_FILE
-from ptq.store.run_manifest import PATTERN, read_lines
+from ptq.store.run_manifest import PATTERN, finished_lines
 from ptq.store.submission import FILE as SUBMISSION
 from ptq.store.submission import SubmissionInfo
 from ptq.submission.archive import write_archive
@@ -37,15 +37,13 @@ SOURCE_SUFFIXES = {".py", ".yaml", ".json", ".html", ".typ", ".css", ".js", ".sa
 PROJECT_FILES = ("pyproject.toml", "constraints.txt", "LICENSE", "README.md", "Makefile")
 
 
-def collect(
-    checkpoint: Path, evaluation: Path, *, pdf: bytes, html: bytes, allow_failing: bool
-) -> dict[str, Path | bytes]:
+def collect(checkpoint: Path, evaluation: Path, report: Report, *, allow_failing: bool) -> dict[str, Path | bytes]:
     """Members of the archive, checksums included.
 
     Args:
         checkpoint: packed checkpoint.
         evaluation: its evaluation directory.
-        pdf, html: the technical report and the page.
+        report: the technical report and the page.
         allow_failing: accept a gate that did not pass; the archive is then marked.
 
     Raises:
@@ -64,8 +62,8 @@ def collect(
         members[f"runs/{role}/{RUN_FILE}"] = run / RUN_FILE
         members |= {f"runs/{role}/{path.name}": path for path in sorted(run.glob(PATTERN))}
     members |= {f"source/{name}": path for name, path in source_files().items()}
-    members["report/report.pdf"] = pdf
-    members["report/report.html"] = html
+    members["report/report.pdf"] = report.pdf
+    members["report/report.html"] = report.html
     members[RECIPE_FILE] = yaml.safe_dump(
         manifest.recipe.model_dump(mode="json"), sort_keys=True, allow_unicode=True
     ).encode()
@@ -78,12 +76,9 @@ def collect(
     return members
 
 
-def package(
-    checkpoint: Path, evaluation: Path, out: Path, *, pdf: bytes, html: bytes, allow_failing: bool = False
-) -> int:
+def package(checkpoint: Path, evaluation: Path, out: Path, report: Report, *, allow_failing: bool = False) -> int:
     """Write the archive; returns its size in bytes. Arguments and errors as `collect`."""
-    members = collect(checkpoint, evaluation, pdf=pdf, html=html, allow_failing=allow_failing)
-    write_archive(out, members)
+    write_archive(out, collect(checkpoint, evaluation, report, allow_failing=allow_failing))
     return out.stat().st_size
 
 
@@ -98,10 +93,10 @@ def check_submittable(checkpoint: Path, manifest: Manifest, judged: Evaluation, 
     Raises:
         UsageError: names the rule and what to do.
     """
-    protected: dict[str, dict[int, str]] = {}
+    protected: dict[str, set[str]] = {}
     for item in manifest.high_precision:
         expert, _, block = item.partition(":")
-        protected.setdefault(expert, {})[int(block)] = "from the manifest"
+        protected.setdefault(expert, set()).add(block)
     check_budget(manifest.format, protected, manifest.budget_scope)
     digest = identify_model(str(checkpoint), checkpoint).digest
     evaluated = judged.candidate.checkpoint_digest
@@ -144,7 +139,7 @@ def _run_directory(judged: Evaluation, role: str) -> Path:
 
 def _prompts(run: Path) -> bytes:
     """Prompts and seeds of every finished unit, one JSON line each, in unit order."""
-    lines = {unit: line for unit, line in read_lines(run).items() if line.is_done}
+    lines = finished_lines(run)
     keys = ("unit", "dataset", "sample_id", "k", "prompt", "score_prompt", "seed", "latent_sha256", "image_sha256")
     text = [json.dumps({key: getattr(lines[unit], key) for key in keys}, ensure_ascii=False) for unit in sorted(lines)]
     return ("\n".join(text) + "\n").encode()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,8 +24,8 @@ from ptq.rules import check_budget, loss_limit
 from ptq.store.evaluation import PASS, ROLES, read_evaluation
 from ptq.store.evaluation_units import read_units
 from ptq.store.files import sha256_file
-from ptq.store.run_info import RunInfo, read_run_info
-from ptq.store.run_manifest import ManifestLine, read_lines
+from ptq.store.run_info import read_run_info
+from ptq.store.run_manifest import finished_lines
 from ptq.store.submission import FILE as SUBMISSION
 from ptq.store.submission import read_submission
 from ptq.submission.archive import extract_archive
@@ -64,21 +65,21 @@ def verify(archive: Path, *, max_bytes: int, regenerate: bool = True) -> list[Ch
     with TemporaryDirectory(prefix="ptq-verify-") as folder:
         root = Path(folder)
         names = extract_archive(archive, root, max_bytes)
-        checks: list[tuple[str, Callable[[], None]]] = [
+        checks: list[tuple[str, Callable[[], object]]] = [
             ("all required members are there", lambda: check_members(names)),
             ("every member has its recorded checksum", lambda: check_checksums(root, names)),
-            ("the checkpoint is as its manifest says", lambda: _check_manifest(root)),
+            ("the checkpoint is as its manifest says", lambda: verify_files(root / WEIGHTS)),
             ("protected blocks are within the budget, counted from the tensors", lambda: check_blocks(root / WEIGHTS)),
             ("the evaluation judged this checkpoint", lambda: check_evaluation(root)),
             ("the verdict follows from the scores of the units", lambda: check_verdict(root)),
-            ("the checkpoint loads", lambda: _check_loads(root / WEIGHTS)),
+            ("the checkpoint loads", lambda: load_pipeline(root / WEIGHTS)),
         ]
         if regenerate:
             checks.append(("one unit, generated again, has its recorded hash", lambda: check_unit(root)))
         return list(_run(checks))
 
 
-def _run(checks: list[tuple[str, Callable[[], None]]]) -> Iterator[Check]:
+def _run(checks: list[tuple[str, Callable[[], object]]]) -> Iterator[Check]:
     for name, check in checks:
         try:
             check()
@@ -129,7 +130,7 @@ def check_blocks(weights: Path) -> None:
         UsageError: more than the budget.
     """
     manifest, layout = read_manifest(weights), read_layout(weights)
-    protected: dict[str, dict[int, str]] = {}
+    protected: dict[str, set[int]] = {}
     for expert, config in layout.experts.items():
         entries = ShardSet(weights / expert).entries
         found = {
@@ -144,7 +145,7 @@ def check_blocks(weights: Path) -> None:
             raise DamagedFileError(
                 f"{expert}: config.json declares protected blocks {declared}, the tensors say {found}"
             )
-        protected[expert] = dict.fromkeys(sorted(found), "tensors")
+        protected[expert] = found
     listed = {f"{expert}:{index}" for expert, blocks in protected.items() for index in blocks}
     if listed != set(manifest.high_precision):
         raise DamagedFileError(
@@ -174,7 +175,7 @@ def check_evaluation(root: Path) -> None:
         if getattr(evaluation, role).run_digest != read_run_info(root / f"runs/{role}").digest:
             raise DamagedFileError(f"the evaluation's {role} run is another one than runs/{role}")
     units = {line.unit for line in read_units(root / "evaluation")}
-    done = set(_finished(root / "runs/candidate"))
+    done = set(finished_lines(root / "runs/candidate"))
     if units != done and not evaluation.excluded:
         raise DamagedFileError(f"the evaluation scored {len(units)} units, the candidate run finished {len(done)}")
 
@@ -210,7 +211,7 @@ def check_unit(root: Path) -> None:
         DamagedFileError: other bytes; says whether machine and versions are the recorded ones.
     """
     run = read_run_info(root / "runs/candidate")
-    finished = _finished(root / "runs/candidate")
+    finished = finished_lines(root / "runs/candidate")
     candidates = [unit for unit in sorted(finished) if not finished[unit].image_sha256 and finished[unit].k == 0]
     if not candidates:
         raise DamagedFileError("no unit can be generated from the archive alone: all of them start from an image")
@@ -221,30 +222,12 @@ def check_unit(root: Path) -> None:
         model = identify_model(WEIGHTS, root / WEIGHTS)
         settings = Settings.from_json(run.settings)
         run_generation(lambda: load_pipeline(root / WEIGHTS), [sample], settings, out, model=model)
-        again = _finished(out)[line.unit]
+        again = finished_lines(out)[line.unit]
     keys = ("latent_sha256", "final_latents_sha256", "video_sha256")
     different = [key for key in keys if getattr(again, key) != getattr(line, key)]
     if different:
-        versions = "the same" if _has_versions_of(run) else "other"
+        installed = {name: version(name) for name in run.versions if name != "ptq"}
+        versions = "the same" if installed.items() <= run.versions.items() else "other"
         raise DamagedFileError(
             f"{line.unit}: {', '.join(different)} differ. Recorded on {line.device}, here {again.device}, with {versions} library versions; bit-equality is promised on the same hardware and versions only."
         )
-
-
-def _has_versions_of(run: RunInfo) -> bool:
-    """Whether a run's recorded library versions are those installed here."""
-    from importlib.metadata import version
-
-    return all(name == "ptq" or version(name) == value for name, value in run.versions.items())
-
-
-def _finished(run: Path) -> dict[str, ManifestLine]:
-    return {unit: line for unit, line in read_lines(run).items() if line.is_done}
-
-
-def _check_manifest(root: Path) -> None:
-    verify_files(root / WEIGHTS)
-
-
-def _check_loads(weights: Path) -> None:
-    load_pipeline(weights)

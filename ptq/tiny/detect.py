@@ -7,7 +7,6 @@ a model drew (blurred, off-colour) as well as on rendered ones. It judges no pro
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -34,8 +33,7 @@ class Detection:
     ``colour_distance`` (RGB distance, 0-441), ``shape_overlap`` (soft IoU with the template, 0-1) and
     ``angle_error`` (degrees) hold a value for every name. ``displacement`` is the length of the
     fitted path in pixels of a 64-pixel frame, ``path_error`` the centroids' rms distance from it,
-    ``area`` the mean mask area in pixels of a 64x64 frame, ``visible`` the share of frames with an
-    object, ``centroids`` float64 ``[T, 2]`` (x, y), NaN where there is none.
+    ``visible`` the share of frames with an object.
     """
 
     colour: str | None
@@ -48,9 +46,7 @@ class Detection:
     angle_error: dict[str, float]
     displacement: float
     path_error: float
-    area: float
     visible: float
-    centroids: np.ndarray
 
 
 def object_mask(frames: np.ndarray) -> np.ndarray:
@@ -64,11 +60,6 @@ def object_mask(frames: np.ndarray) -> np.ndarray:
     if peak < _MIN_CHROMA:
         return np.zeros_like(chroma)
     return np.clip((chroma / peak - 0.15) / 0.7, 0.0, 1.0)
-
-
-@functools.lru_cache(maxsize=4)
-def _grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.arange(width) + 0.5, np.arange(height) + 0.5
 
 
 def _overlaps(mask: np.ndarray, cx: float, cy: float, area: float) -> np.ndarray:
@@ -110,7 +101,7 @@ def detect(frames: np.ndarray) -> Detection:
     mask = object_mask(frames)
     count, height, width = mask.shape
     scale = min(height, width) / 64.0
-    xs, ys = _grid(height, width)
+    xs, ys = np.arange(width) + 0.5, np.arange(height) + 0.5
     areas = mask.sum((1, 2))
     seen = areas >= _MIN_AREA * scale**2
     centroids = np.full((count, 2), np.nan)
@@ -118,7 +109,7 @@ def detect(frames: np.ndarray) -> Detection:
     if not seen.any():
         none = Detection(
             None, None, None, None, background, dict.fromkeys(_COLOUR_NAMES, 441.7), dict.fromkeys(shapes.SHAPES, 0.0),
-            dict.fromkeys(_DIRECTION_NAMES, 180.0), 0.0, 0.0, 0.0, 0.0, centroids,
+            dict.fromkeys(_DIRECTION_NAMES, 180.0), 0.0, 0.0, 0.0,
         )  # fmt: skip
         return none
     overlaps = np.zeros(len(shapes.SHAPES))
@@ -151,9 +142,7 @@ def detect(frames: np.ndarray) -> Detection:
         angle_error=dict(zip(_DIRECTION_NAMES, angles.tolist(), strict=True)),
         displacement=displacement,
         path_error=path_error / scale,
-        area=area,
         visible=float(seen.mean()),
-        centroids=centroids,
     )
 
 

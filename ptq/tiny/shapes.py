@@ -11,13 +11,9 @@ import functools
 import numpy as np
 
 SHAPES: tuple[str, ...] = ("circle", "triangle", "ring")
-_EXTENT = {"circle": 1.0, "triangle": 1.5, "ring": 1.15}
+EXTENT = {"circle": 1.0, "triangle": 1.5, "ring": 1.15}
+"""How far a shape reaches from its origin, in radii (of the worst axis)."""
 _RING_HOLE = 0.56
-
-
-def extent(shape: str) -> float:
-    """How far the shape reaches from its origin, in radii (of the worst axis)."""
-    return _EXTENT[shape]
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
@@ -30,7 +26,7 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.nda
         return np.maximum(slanted, y) - 0.75 * radius
     if shape == "ring":
         r = np.hypot(x, y)
-        return np.maximum(r - _EXTENT["ring"] * radius, _RING_HOLE * radius - r)
+        return np.maximum(r - EXTENT["ring"] * radius, _RING_HOLE * radius - r)
     raise ValueError(f"shape {shape!r} is unknown; choose from {', '.join(SHAPES)}")
 
 

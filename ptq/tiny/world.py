@@ -133,7 +133,7 @@ def render(
     gen = np.random.default_rng(rng)
     scale = min(height, width) / 64.0
     radius = SIZES[scene.size] * scale
-    extent = shapes.extent(scene.shape) * radius + 0.5
+    extent = shapes.EXTENT[scene.shape] * radius + 0.5
     unit = np.array(DIRECTIONS[scene.direction])
     length = gen.uniform(*_TRAVEL) * scale
     half = np.abs(unit) * length / 2.0

@@ -5,7 +5,7 @@ Rich live display on a terminal, plain lines otherwise (a log file gets a line a
 """
 
 from ptq.ui.console import console, details, info, stderr, table, warn
-from ptq.ui.progress import Progress, format_bytes, format_seconds, progress
+from ptq.ui.progress import Progress, format_bytes, format_seconds, progress, shorten
 
 __all__ = [
     "Progress",
@@ -15,6 +15,7 @@ __all__ = [
     "format_seconds",
     "info",
     "progress",
+    "shorten",
     "stderr",
     "table",
     "warn",

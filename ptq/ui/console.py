@@ -10,6 +10,8 @@ from rich.table import Table
 
 console = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
+_NARROW, _RULED = 9, 3
+"""Characters that a first column can be read in, and those of a column's margins and rule."""
 
 
 def info(message: str) -> None:
@@ -31,10 +33,17 @@ def details(title: str, values: Mapping[str, object]) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a result table to stdout; the first column is left-aligned, the others right-aligned."""
+    """Print a result table to stdout; the first column is left-aligned, the others right-aligned.
+
+    Where the others fit beside a narrow first column, only that one is broken over lines.
+    """
+    texts = [[str(cell) for cell in row] for row in rows]
+    lengths = [max(map(len, cells)) for cells in zip(columns, *texts, strict=True)]
+    fits = _NARROW + sum(lengths[1:]) + _RULED * len(columns) < console.width
     result = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        result.add_row(*(escape(str(cell)) for cell in row))
+        numbers = index > 0
+        result.add_column(column, justify="right" if numbers else "left", overflow="fold", no_wrap=numbers and fits)
+    for row in texts:
+        result.add_row(*map(escape, row))
     console.print(result)

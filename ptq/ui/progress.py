@@ -66,9 +66,14 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
 
 
-def format_bytes(count: float) -> str:
+def shorten(text: str, limit: int = 60) -> str:
+    """The start of a text that is longer than `limit` characters."""
+    return text if len(text) <= limit else f"{text[:limit].rstrip()}..."
+
+
+def format_bytes(count: float, digits: int = 1) -> str:
     """Bytes as 3.1 GB, 12.0 MB or 4.0 KB (powers of ten)."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if count >= size:
-            return f"{count / size:.1f} {unit}"
+            return f"{count / size:.{digits}f} {unit}"
     return f"{int(count)} B"

@@ -35,7 +35,7 @@ def never():
 
 def test_what_lies_on_disk(t2v, whole):
     records = CalibrationSet(whole)
-    assert len(records.records) == 5 * 4 and list(dict.fromkeys(r.sample_id for r in records)) == [
+    assert len(records.records) == 5 * 4 and [sample.id for sample in records.info.samples] == [
         f"p{i}" for i in range(5)
     ]
     lines = [json.loads(line) for line in (whole / "records.jsonl").read_text().splitlines()]
@@ -209,10 +209,9 @@ def test_the_organisers_file(t2v, tmp_path):
     plan = CalibrationPlan(base.layout, base.preset, found.samples, 4, 0, {"name": found.path.name, "sha256": "0"})
     calibrate(plan, lambda: load(str(t2v)), tmp_path / "records")
     records = CalibrationSet(tmp_path / "records")
-    assert (
-        list(dict.fromkeys(r.sample_id for r in records)) == [sample.id for sample in found.samples]
-        and len(records.records) == 32
-    )
+    assert {r.sample_id for r in records.records} == {sample.id for sample in found.samples} and len(
+        records.records
+    ) == 32
     first, second = (records.load(r).encoder_hidden_states for r in records.records[::4][:2])
     assert not torch.equal(first, second)
 

@@ -16,7 +16,7 @@ from ptq.calibration.run import calibrate
 from ptq.cli.main import app
 from ptq.errors import PtqError, UsageError
 from ptq.store.calibration import CalibrationSet
-from ptq.store.locks import ShardLock
+from ptq.store.locks import shard_lock
 from ptq.store.run_directory import STATE_DIR
 from ptq.store.sharding import Shard
 
@@ -58,9 +58,7 @@ def test_the_launcher_decides_the_shard(t2v, tmp_path, monkeypatch):
 def test_two_processes_cannot_have_the_same_part(t2v, whole, tmp_path):
     out = tmp_path / "records"
     record(t2v, out, 5, shard=(0, 2))
-    lock = ShardLock(out / STATE_DIR, Shard(1, 2))
-    lock.acquire()
-    try:
+    with shard_lock(out / STATE_DIR, Shard(1, 2)):
         with pytest.raises(PtqError, match=rf"in use: process {os.getpid()} .* is making this shard"):
             calibrate(make_plan(t2v, 5), never, out, shard=Shard(1, 2))
         with pytest.raises(PtqError, match="another number of shards than 3"):
@@ -69,8 +67,6 @@ def test_two_processes_cannot_have_the_same_part(t2v, whole, tmp_path):
             calibrate(make_plan(t2v, 5, seed=4), never, out, shard=Shard(0, 2), fresh=True)
         assert read_status(out).running == ["1of2"]
         calibrate(make_plan(t2v, 5), never, out, shard=Shard(0, 2))  # the other part is free
-    finally:
-        lock.release()
     record(t2v, out, 5, shard=(1, 2))
     assert file_digests(out) == file_digests(whole)
 

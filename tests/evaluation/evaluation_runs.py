@@ -12,9 +12,20 @@ import av
 import numpy as np
 from safetensors.numpy import save_file
 
+from ptq import evaluation
 from ptq.store.files import sha256_file
 from ptq.tiny.grammar import held_out_prompts, parse_prompt
 from ptq.tiny.world import render
+
+
+def evaluate_runs(*runs: Path, **options: Any) -> dict[str, Any]:
+    """The content of evaluation.json."""
+    return evaluation.evaluate_runs(*runs, **options).as_json()
+
+
+def evaluate_imported(*files: Path, **options: Any) -> dict[str, Any]:
+    """The content of evaluation.json."""
+    return evaluation.evaluate_imported(*files, **options).as_json()
 
 
 def write_video(path: Path, frames: np.ndarray, fps: int = 8, quality: int = 10) -> None:

@@ -11,8 +11,11 @@ import pytest
 from evaluation_runs import make_run, tiny_clips
 from typer.testing import CliRunner
 
+from ptq import ui
 from ptq.cli.main import app
 from ptq.errors import PtqError, UsageError
+from ptq.report.cells import percent, plain
+from ptq.store.evaluation import Estimate
 from ptq.store.files import read_json
 
 runner = CliRunner()
@@ -34,16 +37,26 @@ def evaluate(runs, *options):
     return runner.invoke(app, ["evaluate", "--reference", runs[0], "--candidate", runs[1], *options])
 
 
-def test_verdict_comes_first_and_the_numbers_are_those_of_the_file(runs, tmp_path):
+def test_verdict_comes_first_and_the_numbers_are_those_of_the_file(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(ui.console, "width", 120)
     result = evaluate(runs, "--out", str(tmp_path / "out"), "--suite", "tiny")
     content = read_json(tmp_path / "out" / "evaluation.json")
     assert result.exit_code == 0 and result.stdout.startswith("FAIL  mean signed relative loss")
     assert content["verdict"] == "FAIL" and "limit 1.0 % (mxfp4)" in result.stdout
     for name, value in content["dimensions"].items():
-        loss, row = value["relative_loss"], next(line for line in result.stdout.splitlines() if f" {name} " in line)
-        assert f"{100 * loss['value']:+.2f} [{100 * loss['low']:+.2f}, {100 * loss['high']:+.2f}]" in row
-    assert max(len(line) for line in result.stdout.splitlines()[1:]) <= 80
+        words = f" {name.replace('_', ' ')} "
+        row = next(line for line in result.stdout.splitlines() if words in line)
+        assert percent(Estimate(**value["relative_loss"])).text in row
     assert "Only 12 prompts" in result.stderr and "never decide the verdict" in result.stderr
+
+
+def test_tables_fit_a_narrow_terminal(runs, tmp_path):
+    result = evaluate(runs, "--out", str(tmp_path / "out"), "--suite", "tiny")
+    lines = result.stdout.splitlines()[1:]
+    assert max(map(len, lines)) <= 80
+    drift = next(line for line in lines if "SSIM" in line)
+    values = read_json(tmp_path / "out" / "evaluation.json")["paired"]["ssim"]
+    assert all(plain(values[key]) in drift for key in ("mean", "min", "max"))
 
 
 def test_json_is_the_file(runs, tmp_path):

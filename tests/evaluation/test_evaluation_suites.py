@@ -7,11 +7,11 @@ import json
 
 import numpy as np
 import pytest
-from evaluation_runs import make_run, moving_noise, tiny_clips
+from evaluation_runs import evaluate_runs, make_run, moving_noise, tiny_clips
 from PIL import Image
 
 from ptq.errors import DamagedFileError, PtqError, UsageError
-from ptq.evaluation import evaluate_runs, pairs
+from ptq.evaluation import pairs
 from ptq.store.evaluation import read_evaluation
 from ptq.store.files import read_json, read_jsonl
 

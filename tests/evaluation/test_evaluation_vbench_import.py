@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation_runs import make_run, moving_noise
+from evaluation_runs import evaluate_imported, evaluate_runs, make_run, moving_noise
 
 from ptq.errors import DamagedFileError, PtqError, UsageError
-from ptq.evaluation import evaluate_imported, evaluate_runs
 from ptq.evaluation.scores import Scores
 from ptq.evaluation.suites import get_suite
 from ptq.evaluation.vbench.results import parse_results

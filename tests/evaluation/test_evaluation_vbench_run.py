@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from evaluation_runs import make_run, moving_noise
+from evaluation_runs import evaluate_runs, make_run, moving_noise
 
 from ptq.errors import PtqError, UsageError
-from ptq.evaluation import VBenchSettings, evaluate_runs
+from ptq.evaluation import VBenchSettings
 from ptq.evaluation.suites import get_suite
 from ptq.evaluation.vbench.check import missing_weights, probe, required_weights, take_inventory
 from ptq.store.files import read_json, read_jsonl

@@ -12,7 +12,7 @@ from generation_helpers import MODEL, SETTINGS, file_digests, lines, make_sample
 from ptq.errors import PtqError
 from ptq.generation import read_status, run_generation
 from ptq.generation.claims import Claims
-from ptq.store.locks import ShardLock, live_shards
+from ptq.store.locks import live_shards, shard_lock
 from ptq.store.sharding import Shard
 
 
@@ -68,14 +68,12 @@ def test_another_number_of_shards_keeps_what_is_there(pipe_dir: Path, whole_run:
 
 
 def test_the_same_shard_twice_is_refused_while_the_first_runs(tmp_path: Path):
-    lock = ShardLock(tmp_path / "state", Shard(0, 2))
     (tmp_path / "state").mkdir()
-    lock.acquire()
-    for shard, text in ((Shard(0, 2), f"process {os.getpid()}"), (Shard(0, 3), "another number of shards")):
-        with pytest.raises(PtqError, match=text):
-            run_generation(None, make_samples(4), SETTINGS, tmp_path, model=MODEL, shard=shard)
-    assert live_shards(tmp_path / "state") == ["0of2"] and not (tmp_path / "run.json").exists()
-    lock.release()
+    with shard_lock(tmp_path / "state", Shard(0, 2)):
+        for shard, text in ((Shard(0, 2), f"process {os.getpid()}"), (Shard(0, 3), "another number of shards")):
+            with pytest.raises(PtqError, match=text):
+                run_generation(None, make_samples(4), SETTINGS, tmp_path, model=MODEL, shard=shard)
+        assert live_shards(tmp_path / "state") == ["0of2"] and not (tmp_path / "run.json").exists()
     assert live_shards(tmp_path / "state") == []
 
 
@@ -91,14 +89,12 @@ def test_fresh_in_one_shard_does_not_delete_what_others_made(pipe_dir: Path, who
 def test_fresh_with_other_settings_is_refused_while_another_shard_runs(pipe_dir: Path, tmp_path: Path):
     out = tmp_path / "run"
     run(pipe_dir, out, make_samples(2), shard=Shard(0, 2))
-    lock = ShardLock(out / "state", Shard(1, 2))
-    lock.acquire()
     changed = type(SETTINGS)(**{**SETTINGS.as_json(), "steps": 2})
-    before = file_digests(out)
-    with pytest.raises(PtqError, match="1of2"):
-        run(pipe_dir, out, make_samples(2), changed, shard=Shard(0, 2), fresh=True)
-    assert file_digests(out) == before
-    lock.release()
+    with shard_lock(out / "state", Shard(1, 2)):
+        before = file_digests(out)
+        with pytest.raises(PtqError, match="1of2"):
+            run(pipe_dir, out, make_samples(2), changed, shard=Shard(0, 2), fresh=True)
+        assert file_digests(out) == before
 
 
 def test_an_idle_shard_takes_over_what_others_left(pipe_dir: Path, whole_run: Path, tmp_path: Path):

@@ -53,7 +53,7 @@ def test_compare_two_checkpoints(packed):
     settings = {row["name"]: (row["a"]["text"], row["b"]["text"]) for row in tables["settings"]}
     assert settings["format"] == ("hif4", "mxfp4") and settings["high-precision blocks"] == ("none", "transformer:1")
     assert settings["recipe.scheme.transform"] == ("smoothed", "learned") and "recipe.solver.rounding" not in settings
-    bits = next(row for row in tables["sizes"] if row["name"] == "bits per quantized value")
+    bits = next(row for row in tables["sizes"] if row["name"] == "bits per quantized value, scales included")
     assert (bits["a"]["values"], bits["b"]["values"]) == ([4.5], [4.25])
     absent = next(row for row in tables["errors"] if row["name"] == "denoiser output, transformer_2")
     assert absent["b"] == {"text": "not there", "values": []}

@@ -19,11 +19,13 @@ from ptq.store.files import read_jsonl
 def test_facts_are_the_artifacts(job):
     facts = gather(Sources(job.evaluation))
     assert facts.evaluation.as_json() == job.content()
-    assert facts.units == read_jsonl(job.evaluation / "units.jsonl") and len(facts.units) == UNITS
+    assert [line.as_json() for line in facts.units] == read_jsonl(job.evaluation / "units.jsonl") and len(
+        facts.units
+    ) == UNITS
     assert facts.checkpoint == job.checkpoint.resolve()
-    assert facts.manifest == read_manifest(job.checkpoint) and facts.sensitivity == SENSITIVITY
-    assert facts.calibration["digest"] == facts.manifest.calibration["digest"]
-    assert [a.name for a, b in facts.pairs] == [line["unit"] for line in facts.units]
+    assert facts.manifest == read_manifest(job.checkpoint) and facts.sensitivity.as_json() == SENSITIVITY
+    assert facts.calibration.digest == facts.manifest.calibration["digest"]
+    assert [a.name for a, b in facts.pairs] == [line.unit for line in facts.units]
     assert len(facts.omissions) == 1 and "--ablation" in facts.omissions[0]
 
 

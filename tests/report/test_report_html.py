@@ -86,7 +86,7 @@ def test_videos_are_the_files_and_are_spread_over_the_drift(job, page):
     for index, pair in enumerate(chosen):
         for side, unit in enumerate(pair):
             assert base64.b64decode(sources[3 * index + side].split(",")[1]) == unit.video.read_bytes()
-    ssim = {line["unit"]: line["paired"]["ssim"] for line in facts.units}
+    ssim = {line.unit: line.paired["ssim"] for line in facts.units}
     drawn = [ssim[pair[0].name] for pair in chosen]
     assert drawn == sorted(drawn) and drawn[0] == min(ssim.values()) and drawn[-1] == max(ssim.values())
     assert len(videos.choose_units(facts, 1)) == 1 and len(videos.choose_units(facts, 100)) == UNITS

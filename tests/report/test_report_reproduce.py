@@ -42,7 +42,7 @@ def test_the_commands_are_valid_and_carry_the_recorded_values(job, commands):
     for line in steps.commands[1:]:
         parsed[line.split()[1]].append(parse(commands, line))
     assert list(parsed) == ["calibrate", "quantize", "generate", "evaluate", "report"]
-    preset = facts.calibration["preset"]
+    preset = facts.calibration.preset
     calibrate = parsed["calibrate"][0]
     assert (calibrate["steps"], calibrate["height"], calibrate["num_prompts"]) == (preset["steps"], preset["height"], 2)
     quantize = parsed["quantize"][0]

@@ -9,7 +9,7 @@ import pytest
 
 from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.store.files import read_json, write_json
-from ptq.store.locks import ShardLock, live_shards
+from ptq.store.locks import live_shards, shard_lock
 from ptq.store.run_directory import RunDirectory, hold_whole, name_all
 from ptq.store.sharding import Shard
 
@@ -78,20 +78,16 @@ def test_fresh_of_one_shard_keeps_the_others(tmp_path) -> None:
 def test_another_process_is_never_disturbed(tmp_path) -> None:
     out = tmp_path / "out"
     write(out, shard=Shard(0, 2))
-    lock = ShardLock(out / "state", Shard(1, 2))
-    lock.acquire()
-    for options, text in (
-        ({"shard": Shard(1, 2)}, "is making this shard"),
-        ({"shard": Shard(0, 3)}, "another number of shards than 3"),
-        (
-            {"shard": Shard(0, 2), "wanted": {"seed": 2}, "fresh": True},
-            r"Shard 1of2 is at work .*different: seed, size",
-        ),
-    ):
-        with pytest.raises(PtqError, match=text):
-            write(out, **options)
-    assert (out / "0.txt").read_text() == "a" and read_json(out / "letters.json") == WANTED
-    lock.release()
+    other = {"shard": Shard(0, 2), "wanted": {"seed": 2}, "fresh": True}
+    with shard_lock(out / "state", Shard(1, 2)):
+        for options, text in (
+            ({"shard": Shard(1, 2)}, "is making this shard"),
+            ({"shard": Shard(0, 3)}, "another number of shards than 3"),
+            (other, r"Shard 1of2 is at work .*different: seed, size"),
+        ):
+            with pytest.raises(PtqError, match=text):
+                write(out, **options)
+        assert (out / "0.txt").read_text() == "a" and read_json(out / "letters.json") == WANTED
 
 
 def test_leftovers_of_own_files_are_swept_and_those_of_others_are_not(tmp_path) -> None:

@@ -17,7 +17,7 @@ from ptq.errors import UsageError
 from ptq.evaluation import evaluate_runs
 from ptq.generation import Settings, identify_model, run_generation
 from ptq.prompts import Sample
-from ptq.report import Sources
+from ptq.report import Report, Sources
 from ptq.report.facts import gather
 from ptq.report.reproduce import reproduction
 from ptq.store.files import read_json, write_json
@@ -29,6 +29,8 @@ from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
 
 LIMIT = 10**9
+
+REPORT = Report("PASS", html=b"<html></html>", pdf=b"%PDF-1.7 report")
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +45,15 @@ def evaluated(packed, tmp_path_factory) -> tuple[Path, Path]:
     for run in runs:
         identity = identify_model("packed", checkpoint)
         run_generation(lambda: load_pipeline(checkpoint), samples, settings, run, model=identity)
-    content = evaluate_runs(*runs, root / "evaluation", suite="tiny", resamples=1000)
-    assert content["verdict"] == "PASS"
+    judged = evaluate_runs(*runs, root / "evaluation", suite="tiny", resamples=1000)
+    assert judged.verdict == "PASS"
     return checkpoint, root / "evaluation"
 
 
 @pytest.fixture(scope="module")
 def archive(evaluated, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("archive") / "submission.tar.gz"
-    package(*evaluated, path, pdf=b"%PDF-1.7 report", html=b"<html></html>")
+    package(*evaluated, path, REPORT)
     return path
 
 
@@ -81,7 +83,7 @@ def test_everything_holds_including_a_unit_generated_again(archive):
 
 
 def test_same_inputs_give_the_same_bytes(archive, evaluated, tmp_path):
-    package(*evaluated, tmp_path / "again.tar.gz", pdf=b"%PDF-1.7 report", html=b"<html></html>")
+    package(*evaluated, tmp_path / "again.tar.gz", REPORT)
     assert (tmp_path / "again.tar.gz").read_bytes() == archive.read_bytes()
 
 
@@ -150,9 +152,9 @@ def test_package_refuses_a_failed_gate_unless_told_and_then_marks_it(evaluated, 
     content = read_json(failing / "evaluation.json")
     write_json(failing / "evaluation.json", {**content, "verdict": "FAIL"})
     with pytest.raises(UsageError, match="allow-failing-gate"):
-        package(checkpoint, failing, tmp_path / "no.tar.gz", pdf=b"", html=b"")
+        package(checkpoint, failing, tmp_path / "no.tar.gz", REPORT)
     assert not (tmp_path / "no.tar.gz").exists()
-    package(checkpoint, failing, tmp_path / "marked.tar.gz", pdf=b"", html=b"", allow_failing=True)
+    package(checkpoint, failing, tmp_path / "marked.tar.gz", REPORT, allow_failing=True)
     extract_archive(tmp_path / "marked.tar.gz", tmp_path / "marked", LIMIT)
     assert read_json(tmp_path / "marked/submission.json")["failing_gate_allowed"] is True
     assert "although its gate did not pass" in (tmp_path / "marked/README.md").read_text()
@@ -167,13 +169,13 @@ def test_a_checkpoint_with_linked_components_is_packed_whole(evaluated, tmp_path
     (linked / "vae").symlink_to(tmp_path / "vae")
     archives = [tmp_path / "plain.tar.gz", tmp_path / "linked.tar.gz"]
     for source, archive in zip((checkpoint, linked), archives, strict=True):
-        package(source, evaluation, archive, pdf=b"", html=b"", allow_failing=True)
+        package(source, evaluation, archive, REPORT, allow_failing=True)
     assert archives[0].read_bytes() == archives[1].read_bytes()
 
 
 def test_package_refuses_an_evaluation_of_another_checkpoint(evaluated, packed, tmp_path):
     with pytest.raises(UsageError, match="judged a checkpoint"):
-        package(packed["mxfp4"], evaluated[1], tmp_path / "no.tar.gz", pdf=b"", html=b"")
+        package(packed["mxfp4"], evaluated[1], tmp_path / "no.tar.gz", REPORT)
 
 
 def test_package_refuses_more_protected_blocks_than_the_budget(evaluated, tmp_path):
@@ -183,7 +185,7 @@ def test_package_refuses_more_protected_blocks_than_the_budget(evaluated, tmp_pa
         lambda manifest: manifest["high_precision"].extend(["transformer:0", "transformer:1", "transformer_2:0"]),
     )
     with pytest.raises(UsageError, match="allows at most 2"):
-        package(checkpoint, evaluated[1], tmp_path / "no.tar.gz", pdf=b"", html=b"")
+        package(checkpoint, evaluated[1], tmp_path / "no.tar.gz", REPORT)
 
 
 def _refresh_manifest(checkpoint: Path, change: Callable[[dict], None]) -> None:

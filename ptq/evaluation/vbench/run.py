@@ -153,20 +153,18 @@ def _score(job: _Job, suite: Suite, settings: VBenchSettings, installation: Inst
     if kept.is_file():
         value = read_json(kept)
         if isinstance(value, dict) and value.get("inputs") == inputs:
-            return _checked(value["results"], job, suite)
+            return _checked(value["results"], job)
     results = _run_driver(job, suite, settings, installation)
-    rows = _checked(results, job, suite)
+    rows = _checked(results, job)
     write_json(kept, {"inputs": inputs, "results": results})
     return rows
 
 
-def _checked(results: Any, job: _Job, suite: Suite) -> DimensionRows:
+def _checked(results: Any, job: _Job) -> DimensionRows:
     """The dimension's rows; refuses fewer rows than videos, except where VBench leaves videos out by design."""
-    parsed = parse_results(results, f"the result of {job.dimension}")
-    rows = parsed[job.dimension]
+    rows = parse_results(results, f"the result of {job.dimension}")[job.dimension]
     missing = set(job.units) - set(rows.rows)
-    filtered = job.dimension in PARTIAL
-    if missing and not filtered:
+    if missing and job.dimension not in PARTIAL:
         raise PtqError(
             f"VBench scored {len(rows.rows)} of {len(job.units)} videos; {sorted(missing)[0]} is among the missing."
         )
