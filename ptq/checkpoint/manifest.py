@@ -124,13 +124,7 @@ class Manifest(_Strict):
     @classmethod
     def _translate_recipe(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("recipe"), dict):
-            recipe, earlier = translate(value["recipe"])
-            if "activations.ties" in earlier:
-                from ptq.scheme import FORMATS  # brings torch
-
-                fmt = FORMATS.get(value.get("format", ""))
-                if fmt is not None and earlier["activations.ties"] == fmt.ties_options[0]:
-                    del earlier["activations.ties"]  # layers round so
+            recipe, earlier = todays_recipe(value["recipe"], value.get("format"))
             return {**value, "recipe": recipe, "earlier_keys": earlier}
         return value
 
@@ -140,6 +134,17 @@ class Manifest(_Strict):
         from ptq.store.files import digest
 
         return digest(self.files)
+
+
+def todays_recipe(recipe: dict[str, Any], format_name: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`translate`, knowing how layers of this format round ties: the same is no difference."""
+    today, earlier = translate(recipe)
+    if "activations.ties" in earlier:
+        from ptq.scheme import FORMATS  # brings torch
+
+        if format_name in FORMATS and earlier["activations.ties"] == FORMATS[format_name].ties_options[0]:
+            del earlier["activations.ties"]
+    return today, earlier
 
 
 def package_versions() -> dict[str, str]:

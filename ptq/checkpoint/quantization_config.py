@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ptq.errors import PtqError
 from ptq.scheme import Scheme
@@ -23,12 +23,12 @@ FORMAT_VERSION: Final = 1
 class _Layers(BaseModel):
     """The keys besides the scheme's."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     quant_method: Literal["ptq"] = QUANT_METHOD
     format_version: Literal[1] = FORMAT_VERSION
-    targets: tuple[str, ...]
-    high_precision_blocks: tuple[int, ...] = ()
+    targets: tuple[str, ...] = Field(strict=False, min_length=1)
+    high_precision_blocks: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), strict=False)
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class PackedConfig:
         Raises:
             PtqError: another format version, unknown keys or values, what this version cannot run; the text names them.
         """
+        if not isinstance(value, Mapping):
+            raise PtqError(f"{where} should hold an object under quantization_config, found {type(value).__name__}.")
         version = value.get("format_version")
         if version != FORMAT_VERSION:
             raise PtqError(

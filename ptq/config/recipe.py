@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -20,7 +20,7 @@ from ptq.errors import UsageError
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class SchemeSettings(_Strict):
@@ -62,7 +62,7 @@ class SolverSettings(_Strict):
     """
 
     rounding: Literal["rtn", "gptq"] = "rtn"
-    smoothing: tuple[float, ...] = ()
+    smoothing: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(default=(), strict=False)
     clip_search: bool = False
     weight_rule: str | None = None
     damping: float = Field(default=0.03, gt=0, le=1)
@@ -146,7 +146,11 @@ def translate(earlier: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     flat = _flatten(earlier)
     if not any(key in flat for key in (*NOW_CALLED, *GONE)):
         return dict(earlier), {}
-    lost = {key: flat[key] for key, now in GONE.items() if flat.get(key, now) != now}
+    if any(not isinstance(earlier.get(group, {}), Mapping) for group in ("scheme", "solver", "records")):
+        return dict(earlier), {}  # neither of today nor of then: strict validation says why
+    idle = set() if _read_records(flat) else {"records.weighting", "records.inputs"}
+    idle |= set() if flat.get("rounding") == "gptq" else {"gptq.precision"}
+    lost = {key: flat[key] for key, now in GONE.items() if flat.get(key, now) != now and key not in idle}
     value: dict[str, Any] = {"scheme": {}, "solver": {}, "records": {}}
     for key, found in flat.items():
         group, _, name = NOW_CALLED.get(key, key).rpartition(".")
@@ -155,6 +159,12 @@ def translate(earlier: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     learned, smoothed = flat.get("learned_transform"), flat.get("smoothing")
     kind = "learned" if learned else "smoothed" if smoothed else "hadamard" if flat.get("rotation") else "none"
     return {**value, "scheme": {**value["scheme"], "transform": kind}}, lost
+
+
+def _read_records(flat: Mapping[str, Any]) -> bool:
+    """Whether a recipe before 0.2 took anything from the calibration records."""
+    ingredients = ("learned_transform", "clip_search", "smoothing", "bias_correction")
+    return flat.get("rounding") == "gptq" or any(flat.get(key) for key in ingredients)
 
 
 def load_recipe(name_or_file: str, format_name: str, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -178,6 +188,7 @@ def load_recipe(name_or_file: str, format_name: str, overrides: tuple[str, ...] 
     for override in overrides:
         _apply(value, override)
     _refuse_earlier(value, f"Recipe {name_or_file}")
+    _refuse_idle_block(value, overrides, f"Recipe {name_or_file}")
     recipe = validate(Recipe, value, f"Recipe {name_or_file}")
     check_format(recipe, name_or_file, format_name)
     return recipe
@@ -202,13 +213,24 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _refuse_earlier(value: Mapping[str, Any], where: str) -> None:
     flat = _flatten(value)
     renamed = [f"{key} is now called {new}" for key, new in NOW_CALLED.items() if key in flat]
-    renamed = [
-        text + (" (none, hadamard, smoothed or learned)" if "scheme.transform" in text else "") for text in renamed
-    ]
     gone = [f"{key} is gone: it measured as no gain" for key in GONE if key in flat]
+    if {"rotation", "learned_transform"} & flat.keys():
+        renamed.append("what used to follow from them is scheme.transform: none, hadamard, smoothed or learned")
     if renamed or gone:
         raise UsageError(
             f"{where} has keys of an earlier version: {'; '.join(renamed + gone)}. The installed recipes ({', '.join(list_configs('recipes'))}) have today's keys."
+        )
+
+
+def _refuse_idle_block(value: Mapping[str, Any], overrides: tuple[str, ...], where: str) -> None:
+    """A block size that nothing would use; `--set scheme.transform=none` may leave the recipe's own behind."""
+    scheme = value.get("scheme")
+    set_keys = {override.partition("=")[0].strip() for override in overrides}
+    if not isinstance(scheme, dict) or scheme.get("transform", "none") != "none" or not scheme.get("block"):
+        return
+    if "scheme.block" in set_keys or "scheme.transform" not in set_keys:
+        raise UsageError(
+            f"{where} asks for blocks of {scheme['block']} without a transform. Name one in scheme.transform (hadamard, smoothed, learned), or leave scheme.block out."
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from ptq.errors import PtqError
 from ptq.quantization.calls import ReplayRecord
 from ptq.quantization.collect import InputCollector, collecting
 from ptq.quantization.processes import ALONE, Processes
@@ -38,7 +39,11 @@ def find_block_inputs(
     """The distinct inputs of a block and the targets that read each, by running one record."""
     linears = {name: block.get_submodule(name) for name in targets}
     hidden = source[item.record.record].to(device)
-    groups, _ = find_shared_inputs(linears, lambda: run_block(block, hidden, item.context()))
+    groups, unreached = find_shared_inputs(linears, lambda: run_block(block, hidden, item.context()))
+    if unreached:
+        raise PtqError(
+            f"The recorded calls never reach {', '.join(unreached)} of a block, so nothing is known of their inputs. Record this model again with `ptq calibrate`."
+        )
     return groups
 
 

@@ -291,7 +291,7 @@ class Job:
         """
         self.check()
         settings, coverage, needs = self.settings, self.coverage(), self.needs()
-        plan = {"model": f"{self.layout.path} ({self.layout.preset.variant})", "format": settings.format}
+        plan = {"model": f"{self.layout.path} ({self.layout.preset.variant})", "layers": settings.scheme.describe()}
         for expert in self.layout.experts:
             records, recorded = self.used_records(expert), len(self.calibration.of_expert(expert))
             tokens, used = self.call_size(expert).tokens, settings.recipe.records

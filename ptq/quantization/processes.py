@@ -14,6 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ptq.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -25,10 +27,14 @@ class Processes:
     @classmethod
     def from_environment(cls) -> Processes:
         """What the launcher says (RANK and WORLD_SIZE); joins the process group on first use."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
+        size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        if rank >= size:
+            raise UsageError(
+                f"The launcher set RANK={rank} and WORLD_SIZE={size}: ranks count from 0 and stay below the number of processes. Unset RANK to run alone."
+            )
         if size > 1 and not dist.is_initialized():
             dist.init_process_group("gloo")
-        return cls(int(os.environ.get("RANK", "0")), size)
+        return cls(rank, size)
 
     @property
     def first(self) -> bool:

@@ -38,8 +38,10 @@ class _Identities:
         self._next = 0
 
     def of(self, tensor: Tensor) -> int:
-        version = 0 if tensor.is_inference() else tensor._version
-        known = self._known.get(id(tensor))
+        if tensor.is_inference():  # carries no version: a change in place could not be noticed
+            self._next += 1
+            return self._next
+        version, known = tensor._version, self._known.get(id(tensor))
         if known is not None and known[0]() is tensor and known[1] == version:
             return known[2]
         self._next += 1

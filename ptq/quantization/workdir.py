@@ -13,11 +13,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from ptq.checkpoint.manifest import MANIFEST_FILE, BlockEntry, LayerEntry, read_manifest
+from ptq.checkpoint.manifest import MANIFEST_FILE, BlockEntry, LayerEntry, read_manifest, todays_recipe
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header
 from ptq.config.recipe import Recipe, translate
 from ptq.errors import DamagedFileError, UsageError
-from ptq.store.files import digest, read_json, sweep_partials, sync_directory, write_json, write_tensors
+from ptq.store.files import PARTIAL_SUFFIX, digest, read_json, sweep_partials, sync_directory, write_json, write_tensors
 from ptq.store.run_directory import Difference, RunDirectory, name_all
 from ptq.store.sensitivity import PROTECTION_FILE
 
@@ -49,7 +49,7 @@ class WorkDir(RunDirectory):
         UsageError: `out` exists already, or an unfinished run with another signature is there (names the differences).
     """
 
-    kind, settings_file = "unfinished checkpoint", SIGNATURE_FILE
+    kind, settings_file = "work directory of `ptq quantize`", SIGNATURE_FILE
 
     def __init__(self, out: Path, signature: dict[str, Any], *, fresh: bool = False) -> None:
         super().__init__(out.with_name(out.name + ".partial"))
@@ -58,6 +58,7 @@ class WorkDir(RunDirectory):
             raise UsageError(
                 f"{out} exists already and is not empty. Finished checkpoints are never overwritten: choose another --out, or delete it first."
             )
+        self.refuse_foreign()
         if self.enter(signature, fresh=fresh) and not self.is_complete:
             write_json(self.settings_path, signature)
 
@@ -66,14 +67,25 @@ class WorkDir(RunDirectory):
         if not self.settings_path.exists():
             return None
         signature = read_json(self.settings_path)
-        recipe, lost = translate(signature["recipe"])
-        if recipe != signature["recipe"] and not lost:
-            today = Recipe.model_validate(recipe).model_dump(mode="json", exclude={"description"})
-            signature = {**signature, "recipe": today}
+        try:
+            recipe, lost = todays_recipe(signature["recipe"], signature["format"])
+            if recipe != signature["recipe"] and not lost:
+                today = Recipe.model_validate(recipe).model_dump(mode="json", exclude={"description"})
+                signature = {**signature, "recipe": today}
+        except (KeyError, TypeError, AttributeError, ValidationError) as error:
+            raise DamagedFileError(
+                f"{self.settings_path} does not say what the unfinished run is made from ({type(error).__name__}). Pass --fresh to start over, or choose another --out."
+            ) from error
         return signature
 
+    def foreign(self) -> str | None:
+        """Other files; a checkpoint that only lacks its final name, or what a killed process was writing, is none."""
+        written = any(not path.name.endswith(PARTIAL_SUFFIX) for path in self.path.iterdir())
+        return super().foreign() if written and not self.is_complete else None
+
     def refusal(self, different: list[Difference]) -> UsageError:
-        lost = translate(next((one.before for one in different if one.name == "recipe"), {}))[1]
+        before = {one.name: one.before for one in different}
+        lost = translate(before["recipe"])[1] if isinstance(before.get("recipe"), dict) else {}
         if lost:
             keys = ", ".join(f"{key} = {value}" for key, value in lost.items())
             return UsageError(

@@ -27,7 +27,7 @@ class DecodedCache:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.used_bytes = 0
-        self._entries: OrderedDict[tuple[int, ...], tuple[tuple[State, ...], Tensor]] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, ...], tuple[tuple[State, ...], Tensor, int]] = OrderedDict()
 
     def get(self, stored: tuple[Tensor, ...], nbytes: int, decode: Callable[[], Tensor]) -> Tensor | None:
         """What these tensors decode to, decoding them when absent; None when `nbytes` exceeds the limit.
@@ -47,7 +47,7 @@ class DecodedCache:
         while self.used_bytes + nbytes > self.limit_bytes:
             self._drop(next(iter(self._entries)))
         decoded = decode()
-        self._entries[identity] = (states, decoded)
+        self._entries[identity] = (states, decoded, nbytes)
         self.used_bytes += nbytes
         for tensor in stored:
             weakref.finalize(tensor, self._drop, identity)
@@ -56,7 +56,7 @@ class DecodedCache:
     def _drop(self, identity: tuple[int, ...]) -> None:
         entry = self._entries.pop(identity, None)
         if entry is not None:
-            self.used_bytes -= entry[1].nbytes
+            self.used_bytes -= entry[2]
 
 
 def tensor_state(tensor: Tensor) -> State:

@@ -92,13 +92,13 @@ class QuantLinear(nn.Module):
         basis undone; input quantization is not part of it)."""
         return self.scheme.transform.restore(self.packed.decode(), self.basis)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] of any float dtype -> [..., N] in the same dtype.
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., K] of any float dtype -> [..., N] in the same dtype.
 
         Raises:
             UsageError: a forced backend cannot run this layer here.
         """
-        return ops.linear(x, self.packed)
+        return ops.linear(input, self.packed)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme.key}"

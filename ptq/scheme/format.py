@@ -75,7 +75,7 @@ class Format(ABC):
     kernel_id: ClassVar[int | None] = None
     """What `ptq.runtime.kernels.formats` knows the format by; None: it runs on the CPU only."""
     block_scaled: ClassVar[bool] = False
-    """Whether packed codes and scales are operands of Blackwell's block-scaled tensor cores as they are."""
+    """Whether packed codes and scales are MXFP4's: operands of Blackwell's block-scaled tensor cores as they are."""
 
     # Public, shape-checked entry points.
 
@@ -274,12 +274,20 @@ FORMATS: dict[str, Format] = {}
 """Name -> format, in the order in which they were registered."""
 
 
+def check_name(name: str) -> None:
+    """Raise FormatError where a name is empty or holds blanks: names are words in `Scheme.key` and on command lines."""
+    if name.split() != [name]:
+        raise FormatError(f"A name is one word without blanks, found {name!r}.")
+
+
 def register_format(fmt: Format) -> None:
     """Make a format known by its name: recipes, checkpoints and the command line then take it.
 
     Raises:
         FormatError: another format has this name.
     """
+    for name in (fmt.name, *fmt.scale_rules):
+        check_name(name)
     if FORMATS.setdefault(fmt.name, fmt) is not fmt:
         raise FormatError(f"There is a format {fmt.name!r} already; give this one another name.")
 

@@ -28,6 +28,7 @@ class Hadamard(Transform):
 
     kind = "hadamard"
     title = "Block Hadamard rotation"
+    kernel = "hadamard"
     description = "Input and weight are rotated by an orthonormal Hadamard matrix in blocks of {block} channels: the layer's output stays the same, an outlier is spread over its block. The weight is rotated once, the input at run time."
 
     def check(self, group_size: int) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ptq.errors import PtqError
@@ -97,6 +97,11 @@ class Scheme:
 
     # Other forms.
 
+    def describe(self) -> str:
+        """For people: "HiF4, transform learned in blocks of 64, inputs by the rule mse"."""
+        blocks = f" in blocks of {self.transform.block}" if self.transform.block else ""
+        return f"{self.format.title}, transform {self.transform.kind}{blocks}, inputs by the rule {self.input_rule}"
+
     @property
     def key(self) -> str:
         """The scheme as one string, "mxfp4 learned 64 even"."""
@@ -147,7 +152,7 @@ class Scheme:
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class _Weights(_Strict):
@@ -167,7 +172,7 @@ class _Transform(_Strict):
     """Smoothing is a flag beside a Hadamard rotation, or beside none; every other transform is its kind."""
 
     type: str
-    block_size: int
+    block_size: int = Field(ge=0)
     smooth: bool
 
 

@@ -27,6 +27,7 @@ class Smoothed(Hadamard):
 
     kind = "smoothed"
     title = "Smoothing and block Hadamard rotation"
+    kernel = "hadamard"
     tensor = "smooth"
     needs_records = True
     smooths = True

@@ -4,7 +4,7 @@ Weight and input are quantized in another basis than the layer's own; the layer'
 basis stores besides its rule is one tensor a layer, called `basis` wherever layers run. Online order: change of basis, then
 quantize.
 
-The base class changes nothing ("none"). A transform of your own subclasses it, overrides what it does differently, and is
+A transform of your own subclasses `Transform`, overrides what it does differently, and is
 made known with `register_transform`. How a basis is chosen from statistics stands beside how it is applied; which of the
 candidates is kept is measured by the solvers.
 """
@@ -18,7 +18,7 @@ from typing import ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ptq.scheme.format import FormatError
+from ptq.scheme.format import FormatError, check_name
 
 OFF = "off"
 """Name of the candidate that nothing was chosen for."""
@@ -31,13 +31,13 @@ Kernel = Literal["hadamard", "blocks"]
 
 @dataclass(frozen=True)
 class Transform:
-    """No change of basis, and what every change of basis offers. All tensors along the last dimension K.
+    """What every change of basis offers; as it stands, it changes nothing. All tensors along the last dimension K.
 
     Attributes:
         block: size of the blocks that are mixed, 0 where channels stay apart.
     """
 
-    kind: ClassVar[str] = "none"
+    kind: ClassVar[str]
     """Name in recipes and in config.json."""
     title: ClassVar[str] = ""
     """Heading in the report."""
@@ -53,15 +53,17 @@ class Transform:
     """Whether exponents of smoothing are among what it tries."""
     decodes: ClassVar[bool] = False
     """Whether `decode` is worth keeping: what it returns may stand for the basis in every method."""
-    kernel: ClassVar[Kernel | None] = "hadamard"
-    """How the GPU quantizer does it; None: it cannot."""
+    kernel: ClassVar[Kernel | None] = None
+    """How the GPU quantizer does it; None: it cannot. A class that changes `input` says it anew."""
 
     block: int = 0
 
+    def __init_subclass__(cls) -> None:
+        if "input" in cls.__dict__ and "kernel" not in cls.__dict__:
+            cls.kernel = None
+
     def check(self, group_size: int) -> None:
         """Raise FormatError where the blocks do not fit a format with groups of this size."""
-        if self.block:
-            raise FormatError(f"Without a transform there are no blocks, found blocks of {self.block}.")
 
     def stored(self, k: int) -> tuple[tuple[int, ...], torch.dtype] | None:
         """(shape, dtype) of the basis of a layer with K input channels; integers or bfloat16, which loaders keep."""
@@ -128,6 +130,7 @@ def register_transform(transform: Kind) -> Kind:
     Raises:
         FormatError: another class has this kind.
     """
+    check_name(transform.kind)
     if TRANSFORMS.setdefault(transform.kind, transform) is not transform:
         raise FormatError(f"There is a transform {transform.kind!r} already; give this one another kind.")
     return transform
@@ -141,9 +144,20 @@ def get_transform(kind: str, block: int) -> Transform:
     """
     if kind not in TRANSFORMS:
         raise FormatError(f"Unknown transform {kind!r}; choose one of {', '.join(TRANSFORMS)}.")
-    return TRANSFORMS[kind](block if kind != Transform.kind else 0)
+    return TRANSFORMS[kind](block if kind != UNCHANGED.kind else 0)
 
 
-register_transform(Transform)
-UNCHANGED = Transform()
+@register_transform
+class Unchanged(Transform):
+    """No change of basis."""
+
+    kind = "none"
+    kernel = "hadamard"
+
+    def check(self, group_size: int) -> None:
+        if self.block:
+            raise FormatError(f"Without a transform there are no blocks, found blocks of {self.block}.")
+
+
+UNCHANGED = Unchanged()
 """The layer's own basis."""

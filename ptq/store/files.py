@@ -125,14 +125,10 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dic
     Raises:
         PtqError: the disk is full or not writable.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    with atomic_path(path) as temporary:
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(None, str(error)) from error
+    # Not `save_file`: it writes to a temporary file of its own, which a killed process leaves behind.
+    write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
 
 def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:

@@ -127,7 +127,7 @@ def test_keys_of_an_earlier_version_are_refused_with_todays_name(tmp_path: Path,
     message = f"{re.escape(key)} is gone" if key in GONE else f"{re.escape(key)} is now called {NOW_CALLED[key]}"
     with pytest.raises(UsageError, match=message) as caught:
         recipe(tmp_path, text, "mxfp4", *overrides)
-    assert ("none, hadamard, smoothed or learned" in str(caught.value)) == (key == "learned_transform")
+    assert ("none, hadamard, smoothed or learned" in str(caught.value)) == (key in ("learned_transform", "rotation"))
 
 
 def test_all_earlier_keys_are_named_at_once(tmp_path: Path) -> None:
@@ -214,3 +214,23 @@ def test_recipes_do_not_change_after_validation() -> None:
         load_recipe("rtn", "mxfp4").format = "hif4"  # type: ignore[misc]
     with pytest.raises(ValidationError):
         load_recipe("rtn", "mxfp4").scheme.block = 16  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "overrides", [("scheme.block=64",), ("scheme.block=abc",), ("scheme.transform=none", "scheme.block=64")]
+)
+def test_blocks_without_a_transform_are_refused(overrides: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError, match=r"blocks of (64|abc) without a transform.*scheme\.transform"):
+        load_recipe("rtn", "hif4", overrides)
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-3", "9", "true"])
+def test_exponents_of_smoothing_are_numbers_from_0_to_1(value: str) -> None:
+    with pytest.raises(UsageError, match=r"solver\.smoothing\.0"):
+        load_recipe("hif4", "hif4", (f"solver.smoothing=[{value}]",))
+
+
+@pytest.mark.parametrize("override", ["solver.damping=true", "records.for_report=true", "scheme.block='64'"])
+def test_one_type_is_not_taken_for_another(override: str) -> None:
+    with pytest.raises(UsageError, match=override.partition("=")[0].replace(".", r"\.")):
+        load_recipe("hif4", "hif4", (override,))

@@ -76,11 +76,21 @@ def test_the_default_recipes_are_todays(name: str) -> None:
 
 
 @pytest.mark.parametrize("format_name", ["mxfp4", "hif4"])
-def test_rtn_is_todays_and_its_weighting_is_returned(format_name: str) -> None:
+def test_rtn_is_todays_whatever_weighed_records_that_it_does_not_read(format_name: str) -> None:
     value, lost = translate(EARLIER)
-    assert Recipe.model_validate(value) == load_recipe("rtn", format_name)
-    assert lost == {"records.weighting": "d_sigma2"}
+    assert EARLIER["records"]["weighting"] == "d_sigma2"
+    assert Recipe.model_validate(value) == load_recipe("rtn", format_name) and lost == {}
     assert translate(earlier({"records.weighting": "uniform"})) == (value, {})
+
+
+@pytest.mark.parametrize("reads", [{"rounding": "gptq"}, {"clip_search": True}, {"smoothing": [0.5]}])
+def test_the_weighting_of_records_that_were_read_is_returned(reads: dict[str, Any]) -> None:
+    assert translate(earlier(reads))[1] == {"records.weighting": "d_sigma2"}
+
+
+def test_neither_of_today_nor_of_then_is_left_to_validation() -> None:
+    for value in ({"rotation": 64, "scheme": 3}, {"rounding": "rtn", "records": None}):
+        assert translate(value) == (value, {})
 
 
 @pytest.mark.parametrize(
@@ -101,7 +111,7 @@ def test_rtn_is_todays_and_its_weighting_is_returned(format_name: str) -> None:
 def test_the_change_of_basis_is_kept(changes: dict[str, Any], expected: Scheme) -> None:
     value, lost = translate(earlier(changes))
     recipe = Recipe.model_validate(value)
-    assert scheme(recipe, "mxfp4") == expected and lost == {"records.weighting": "d_sigma2"}
+    assert scheme(recipe, "mxfp4") == expected and lost.keys() <= {"records.weighting"}
     assert recipe.solver.smoothing == tuple(changes.get("smoothing", ()))
 
 
@@ -140,9 +150,9 @@ def test_what_cannot_be_said_is_returned_and_changes_nothing_else() -> None:
         "records.weighting": "d_sigma2",
         "records.inputs": "propagated",
     }
-    value, lost = translate(earlier(gone))
+    value, lost = translate(earlier({"rounding": "gptq", **gone}))
     assert lost == gone
-    assert value == translate(EARLIER)[0]
+    assert value == translate(earlier({"rounding": "gptq"}))[0]
 
 
 def test_todays_recipes_come_back_as_they_are() -> None:

@@ -221,3 +221,20 @@ def test_a_failure_half_way_puts_every_linear_back():
     with pytest.raises(SolverError, match=r"^1: .*NaN"):
         ptq.quantize_module(model, [{"input": torch.randn(4, 64)}], "mxfp4", "rtn")
     assert list(model) == linears
+
+
+def test_inputs_changed_in_place_are_not_shared_in_inference_mode():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            y = self.a(x)
+            x.mul_(100.0)
+            return y + self.b(x)
+
+    model = InPlace()
+    with torch.inference_mode():
+        groups, _ = find_shared_inputs(dict(model.named_children()), lambda: model(torch.randn(3, 64)))
+    assert [group.names for group in groups] == [("a",), ("b",)]

@@ -18,7 +18,7 @@ from quantization_helpers import (
     start_child,
 )
 
-from ptq.errors import UsageError
+from ptq.errors import DamagedFileError, UsageError
 from ptq.quantization import expert as expert_module
 from ptq.store.files import read_json, write_json
 
@@ -185,3 +185,26 @@ def test_a_run_begun_with_keys_that_are_gone_is_refused_by_their_names(model, re
     with pytest.raises(UsageError, match=r"recipe keys that are gone \(bias_correction = True\).*--fresh"):
         run(model, records, out, SETTINGS["rtn"])
     assert blocks_done(out) == 1
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"recipe": null}', '{"recipe": {"rotation": 64, "gptq": {"x": 1}}, "format": "hif4"}']
+)
+def test_a_damaged_settings_file_is_refused_and_fresh_starts_over(model, records, uninterrupted, tmp_path, content):
+    out = tmp_path / "out"
+    unfinished_by_the_earlier_version(model, records, out)
+    (out.with_name("out.partial") / "run.json").write_text(content)
+    with pytest.raises(DamagedFileError, match=r"run\.json does not say.*--fresh"):
+        run(model, records, out, SETTINGS["rtn"])
+    run(model, records, out, SETTINGS["rtn"], fresh=True)
+    assert file_digests(out) == file_digests(uninterrupted["rtn"])
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_directory_of_something_else_is_left_alone(model, records, tmp_path, fresh):
+    thesis = tmp_path / "out.partial" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    with pytest.raises(UsageError, match="holds other files"):
+        run(model, records, tmp_path / "out", SETTINGS["rtn"], fresh=fresh)
+    assert thesis.read_text() == "years of work" and list(thesis.parent.iterdir()) == [thesis]

@@ -12,7 +12,7 @@ from ptq.errors import UsageError
 from ptq.runtime import QuantLinear, backends, cpu, ops
 from ptq.runtime.backends import BACKENDS, Call, Machine, choose, obstacle
 from ptq.scheme import MXFP4 as MXFP4Format
-from ptq.scheme import Placement, Scheme, Transform
+from ptq.scheme import Hadamard, Placement, Scheme, Transform
 from ptq.scheme.placement import DECODED
 
 HOPPER = Machine("cuda", (9, 0), True)
@@ -256,3 +256,15 @@ def test_gpu_equals_the_cpu(backend, name, rows):
         return
     error = (on_gpu(x_gpu).float().cpu() - expected).abs().max() / expected.abs().max()
     assert error < 6e-3  # bfloat16 output and, on FP8 units, about 14 bits of accumulator
+
+
+def test_a_transform_that_changes_inputs_its_own_way_has_no_gpu_kernel_unless_it_says_so() -> None:
+    class Flipped(Hadamard):
+        kind = "flipped"
+
+        def input(self, x, basis):
+            return -x
+
+    scheme = Scheme(formats.get("mxfp4"), Flipped(64))
+    call = Call(scheme, 1000, 64, 64, DECODED, HOPPER)
+    assert obstacle(BACKENDS["bf16-decode"], call) == "the transform flipped has no GPU kernel"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq import formats
 from ptq.runtime import PackedWeight, QuantLinear, cpu
@@ -222,3 +222,11 @@ def test_state_is_the_checkpoint_layout() -> None:
         "weight_packed": (N, K // 2),
         "weight_scale": (N, K // 32),
     }
+
+
+def test_it_is_called_as_the_linear_it_replaces() -> None:
+    layer = nn.Linear(64, 8)
+    scheme = Scheme.of("hif4")
+    quantized = QuantLinear.from_codes(scheme.format.quantize(layer.weight.detach()), scheme, layer.bias.detach(), None)
+    x = torch.randn(3, 64)
+    assert torch.equal(quantized(input=x), quantized(x))

@@ -32,6 +32,7 @@ from ptq.scheme import (
 from ptq.scheme.format import with_sign
 from ptq.scheme.hadamard import BLOCK_SIZES
 from ptq.scheme.placement import DECODED
+from ptq.scheme.transform import UNCHANGED
 
 BLOCKS = {"none": (0,), "hadamard": BLOCK_SIZES, "smoothed": (0, *BLOCK_SIZES), "learned": (32, 64, 128)}
 EVERY = [
@@ -87,7 +88,7 @@ def test_copies_are_the_same_value_with_the_registered_format(scheme: Scheme) ->
 @pytest.mark.parametrize(
     ("transform", "written"),
     [
-        (Transform(), {"type": "none", "block_size": 0, "smooth": False}),
+        (UNCHANGED, {"type": "none", "block_size": 0, "smooth": False}),
         (Hadamard(64), {"type": "hadamard", "block_size": 64, "smooth": False}),
         (Smoothed(64), {"type": "hadamard", "block_size": 64, "smooth": True}),
         (Smoothed(0), {"type": "none", "block_size": 0, "smooth": True}),
@@ -183,7 +184,7 @@ def test_other_strings_are_no_keys(key: str) -> None:
 
 def test_blocks_of_a_transform_given_directly_are_checked() -> None:
     with pytest.raises(FormatError, match="no blocks, found blocks of 64"):
-        Scheme(get_format("hif4"), Transform(64))
+        Scheme(get_format("hif4"), type(UNCHANGED)(64))
     with pytest.raises(FormatError, match="whole groups of 64"):
         Scheme(get_format("hif4"), Learned(32))
 

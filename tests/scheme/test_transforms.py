@@ -4,10 +4,10 @@ import pytest
 import torch
 from scipy.linalg import hadamard
 
-from ptq.scheme import FormatError, Hadamard, Learned, Smoothed, Transform
+from ptq.scheme import FormatError, Hadamard, Learned, Smoothed
 from ptq.scheme.hadamard import BLOCK_SIZES, hadamard_matrix, rotation_factors
 from ptq.scheme.learned import encode_blocks
-from ptq.scheme.transform import settle
+from ptq.scheme.transform import UNCHANGED, settle
 
 K = 256
 
@@ -26,7 +26,7 @@ def learned_basis(size):
 
 
 EVERY = {
-    "none": (Transform(), None),
+    "none": (UNCHANGED, None),
     **{f"hadamard {size}": (Hadamard(size), None) for size in BLOCK_SIZES},
     "smoothed 0": (Smoothed(0), tensors()[2]),
     "smoothed 64": (Smoothed(64), tensors()[2]),
@@ -165,7 +165,7 @@ def test_a_decoded_basis_stands_for_the_stored_one(transform, basis):
 
 def test_no_transform_leaves_tensors_unchanged():
     x, w, _ = tensors()
-    none, w32 = Transform(), w.float()
+    none, w32 = UNCHANGED, w.float()
     assert none.input(x, None) is x and none.hessian(x, None) is x and none.restore(x, None) is x
     assert none.weight(w32, None) is w32 and torch.equal(none.weight(w, None), w32)
 
@@ -199,9 +199,9 @@ def test_learned_blocks_hold_whole_groups(size, group):
 
 
 def test_without_a_transform_there_are_no_blocks():
-    Transform().check(32)
+    UNCHANGED.check(32)
     with pytest.raises(FormatError, match="no blocks, found blocks of 64"):
-        Transform(64).check(32)
+        type(UNCHANGED)(64).check(32)
 
 
 def test_blocks_that_do_not_divide_k():

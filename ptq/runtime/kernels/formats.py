@@ -10,6 +10,7 @@ from ptq.runtime.kernels import blocks as b
 from ptq.runtime.kernels import hif4, mxfp4
 from ptq.scheme import get_format
 
+MXFP4 = tl.constexpr(get_format("mxfp4").kernel_id)
 HIF4 = tl.constexpr(get_format("hif4").kernel_id)
 
 
@@ -26,6 +27,7 @@ def decode_tile(packed, scales, exponent, FORMAT: tl.constexpr):
     if FORMAT == HIF4:
         values, factor = hif4.decode(nibbles, scales)
     else:
+        tl.static_assert(FORMAT == MXFP4, "no device functions for this format")
         values, factor = mxfp4.decode(nibbles, scales, exponent)
     SHARED: tl.constexpr = L // factor.shape[1]
     return tl.reshape(tl.reshape(values, (R, L // SHARED, SHARED)) * factor[:, :, None], (R, L))
@@ -44,4 +46,5 @@ def store_tile(
     if FORMAT == HIF4:
         hif4.store(x, unit, offset, inside, values_ptr, scales_ptr, L, ROWS, OUT, RULE)
     else:
+        tl.static_assert(FORMAT == MXFP4, "no device functions for this format")
         mxfp4.store(x, unit, offset, inside, values_ptr, scales_ptr, counters_ptr, L, ROWS, OUT, RULE, E_REF)
