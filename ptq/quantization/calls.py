@@ -63,11 +63,7 @@ class ExpertCalls:
     """
 
     def __init__(
-        self,
-        expert: str,
-        replay: ExpertReplay,
-        calibration: CalibrationSet,
-        limit: int | None = None,
+        self, expert: str, replay: ExpertReplay, calibration: CalibrationSet, limit: int | None = None
     ) -> None:
         self._replay, self._calibration = replay, calibration
         records = spread(calibration.of_expert(expert), limit)
@@ -79,9 +75,6 @@ class ExpertCalls:
             ReplayRecord(record, importance, self._context_of(record))
             for record, importance in zip(records, importances(records), strict=True)
         ]
-
-    def __len__(self) -> int:
-        return len(self.items)
 
     def start(self, scratch: Path | None = None) -> Stream:
         """A stream with the inputs of block 0 (memory-mapped in `scratch` if given)."""

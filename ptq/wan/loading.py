@@ -23,7 +23,7 @@ ORIGINAL_CLASS = "WanModel"
 """Class name in the config.json of such a release."""
 
 
-def resolve_model(model: str, revision: str | None = None) -> ModelLayout:
+def resolve_model(model: str) -> ModelLayout:
     """Find MODEL: `tiny`, a local diffusers directory, or a hub id (downloaded to the usual cache).
 
     Raises:
@@ -36,8 +36,8 @@ def resolve_model(model: str, revision: str | None = None) -> ModelLayout:
     if embedded is not None:
         return read_layout(embedded)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        _read_directory(_download(model, revision, "*.json"))  # refused before 70 GB are fetched
-        return read_layout(_download(model, revision))
+        _read_directory(_download(model, "*.json"))  # refused before 70 GB are fetched
+        return read_layout(_download(model))
     raise UsageError(
         f"There is no model {model!r}: not a directory, not an embedded model, not a hub id of the form owner/name. Pass a pipeline directory of Wan 2.2 or 2.1, Wan-AI/Wan2.2-T2V-A14B-Diffusers, or `tiny`."
     )
@@ -101,12 +101,12 @@ def _embedded(model: str) -> Path | None:
     return outlier_directory(directory)
 
 
-def _download(model: str, revision: str | None, only: str | None = None) -> Path:
+def _download(model: str, only: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=only))
+        return Path(snapshot_download(model, allow_patterns=only))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise PtqError(
             f"Could not download {model} ({type(error).__name__}: {error}). Check the name and the network, or pass a local directory."

@@ -16,7 +16,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ptq.runtime.kernels import blocks as b
 from ptq.runtime.kernels.gemm_fp8 import tile_origin
 from ptq.runtime.kernels.tiles import Tile, tile_for
-from ptq.scheme import get_format
 
 
 def gemm_dot_scaled(
@@ -46,20 +45,6 @@ def gemm_dot_scaled(
     arguments = (a_desc, a_scale, w_desc, weight_scale, out, bias, m, n)
     gemm_dot_scaled_kernel[grid](*arguments, **constants(tile, 2 * half_k), **tile.options)
     return out
-
-
-def gemm_dot_scaled_reference(
-    a_packed: Tensor,
-    a_scale: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """The same in torch: decode both to float32, F.linear, round once."""
-    fmt = get_format("mxfp4")
-    a, weight = fmt.decode_packed(a_packed, a_scale), fmt.decode_packed(weight_packed, weight_scale)
-    return torch.nn.functional.linear(a, weight, None if bias is None else bias.float()).to(out_dtype)
 
 
 def constants(tile: Tile, k: int) -> dict[str, object]:

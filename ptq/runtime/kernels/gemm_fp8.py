@@ -52,16 +52,6 @@ def gemm_fp8(
     return out
 
 
-def gemm_fp8_reference(
-    a: Tensor, w: Tensor, exponent: int, row_exponents: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    """The same with float32 operands and F.linear, rounded once."""
-    y = a.float() @ w.float().T * 2.0**exponent
-    if row_exponents is not None:
-        y = torch.ldexp(y, row_exponents)
-    return (y if bias is None else y + bias.float()).to(out_dtype)
-
-
 def constants(tile: Tile, k: int, accurate: bool) -> dict[str, object]:
     """Compile-time arguments of `gemm_fp8_kernel`."""
     chunk = max(PROMOTE_EVERY, tile.k) if accurate else -(-k // tile.k) * tile.k

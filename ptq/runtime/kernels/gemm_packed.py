@@ -39,12 +39,6 @@ def gemm_packed(x: Tensor, weight: PackedWeight, out_dtype: torch.dtype, *, tile
     return out
 
 
-def gemm_packed_reference(x: Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> Tensor:
-    """The same in torch: decode to float32, F.linear, round once."""
-    bias = None if weight.bias is None else weight.bias.float()
-    return torch.nn.functional.linear(x.float(), weight.decode(), bias).to(out_dtype)
-
-
 def constants(tile: Tile, fmt: Format, k: int) -> dict[str, object]:
     """Compile-time arguments of `gemm_packed_kernel`."""
     block_k = min(tile.k, tile_length(k))
