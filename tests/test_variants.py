@@ -36,9 +36,11 @@ def ptq(*arguments: object) -> str:
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    """Two samples: one starts from a picture, one from the first frame of a clip (a real one where it is at hand)."""
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "a.png")
-    second: dict[str, str] = {"image": str(tmp_path / "a.png")} if not CLIPS else {"video": str(CLIPS[0])}
+    """Two samples: one starts from a picture, one from the first frame of a clip (another picture where none is at hand)."""
+    for seed, name in enumerate(("a.png", "b.png")):
+        picture = np.random.default_rng(seed).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / name)
+    second: dict[str, str] = {"image": str(tmp_path / "b.png")} if not CLIPS else {"video": str(CLIPS[0])}
     samples = [
         {"id": "one", "prompt": "a red ball rolls", "image": str(tmp_path / "a.png")},
         {"id": "two", "prompt": "a person looks up", **second},

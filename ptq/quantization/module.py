@@ -204,5 +204,5 @@ def _summary(skipped: Mapping[str, str]) -> str:
     """The first reasons, for an error text."""
     if not skipped:
         return "it has no nn.Linear"
-    lines = [f"{name}: {reason}" for name, reason in list(skipped.items())[:3]]
+    lines = [f"{name}: {reason}" if name else reason for name, reason in list(skipped.items())[:3]]
     return "; ".join(lines) + (" ..." if len(skipped) > 3 else "")

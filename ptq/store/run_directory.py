@@ -135,8 +135,15 @@ class RunDirectory:
 
 
 def name_all(different: list[Difference]) -> str:
-    """Names of the settings, for a message."""
-    return ", ".join(difference.name for difference in different)
+    """Names of the settings, for a message; of the groups and keys that differ where a setting has some."""
+    return ", ".join(name for one in different for name in _names(*one))
+
+
+def _names(name: str, before: Any, after: Any) -> list[str]:
+    if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
+        return [name]
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return [inner for key in keys for inner in _names(f"{name}.{key}", before.get(key), after.get(key))]
 
 
 @contextmanager

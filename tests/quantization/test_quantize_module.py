@@ -238,3 +238,8 @@ def test_inputs_changed_in_place_are_not_shared_in_inference_mode():
     with torch.inference_mode():
         groups, _ = find_shared_inputs(dict(model.named_children()), lambda: model(torch.randn(3, 64)))
     assert [group.names for group in groups] == [("a",), ("b",)]
+
+
+def test_a_lone_linear_is_refused_in_whole_sentences():
+    with pytest.raises(UsageError, match=r"No Linear of Linear can be quantized to hif4: it is the whole model, "):
+        ptq.quantize_module(nn.Linear(64, 64), [{"input": torch.randn(4, 64)}], format="hif4")

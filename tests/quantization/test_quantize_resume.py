@@ -110,7 +110,7 @@ def test_a_damaged_block_is_made_again(model, records, uninterrupted, unfinished
 @pytest.mark.parametrize(
     ("settings", "difference"),
     [
-        (make_settings("hif4", *FULL, "solver.damping=0.02"), "recipe"),
+        (make_settings("hif4", *FULL, "solver.damping=0.02"), "recipe.solver.damping"),
         (make_settings("mxfp4", *FULL), "format"),
         (make_settings("hif4", *FULL, seed=1), "seed"),
         (make_settings("hif4", *FULL, protected={"transformer": {0: "named"}}), "high_precision"),
