@@ -30,11 +30,11 @@ from ptq.store.evaluation import FILE, ROLES, Bootstrap, Evaluation, RunSide, Su
 from ptq.store.evaluation_units import FILE as UNITS_FILE
 from ptq.store.evaluation_units import UnitLine, write_units
 from ptq.store.files import sweep_partials
-from ptq.store.run_directory import RunDirectory, hold_whole
+from ptq.store.run_directory import OutputDirectory, hold_whole
 from ptq.version import __version__
 
 
-class EvaluationDirectory(RunDirectory):
+class EvaluationDirectory(OutputDirectory):
     """The results of one comparison. Which units are kept is decided line by line (`pairs.py`), so no settings refuse."""
 
     kind, settings_file = "directory of an earlier evaluation", FILE

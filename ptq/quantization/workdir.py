@@ -53,14 +53,13 @@ class WorkDir(RunDirectory):
 
     def __init__(self, out: Path, signature: dict[str, Any], *, fresh: bool = False) -> None:
         super().__init__(out.with_name(out.name + ".partial"))
-        self.out, self.signature = out, digest(signature)
+        self.out, self._made_from, self.signature = out, signature, digest(signature)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UsageError(
                 f"{out} exists already and is not empty. Finished checkpoints are never overwritten: choose another --out, or delete it first."
             )
         self.refuse_foreign()
-        if self.enter(signature, fresh=fresh) and not self.is_complete:
-            write_json(self.settings_path, signature)
+        self.write_settings(anew=self.enter(signature, fresh=fresh))
 
     def found(self) -> dict[str, Any] | None:
         """The signature of the run that is there; a recipe of an earlier version as today's where that says the same."""
@@ -97,6 +96,10 @@ class WorkDir(RunDirectory):
 
     def delete(self, *, own: bool) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def write_settings(self, *, anew: bool) -> None:
+        if anew and not self.is_complete:
+            write_json(self.settings_path, self._made_from)
 
     @property
     def is_complete(self) -> bool:

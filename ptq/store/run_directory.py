@@ -7,6 +7,7 @@ were writing is swept. Which parts are finished is the stage's own business: eac
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -29,27 +30,19 @@ class Difference(NamedTuple):
     after: Any
 
 
-class RunDirectory:
-    """One stage's directory, as one process sees it; a stage overrides what is its own.
+class OutputDirectory:
+    """A directory that a stage takes as its own: an empty one, or one with its settings file.
 
-    path: the directory. settings_path: the JSON file that says how its content is made. shard: the part of this process.
+    path: the directory. settings_path: the JSON file that says how its content is made. state: folder of the locks.
     """
 
     kind: ClassVar[str]
     """What it is, for messages: "generation directory"."""
     settings_file: ClassVar[str]
 
-    def __init__(self, path: str | Path, shard: Shard | None = None) -> None:
-        self.path, self.shard = Path(path), shard or Shard()
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
         self.settings_path, self.state = self.path / self.settings_file, self.path / STATE_DIR
-
-    def found(self) -> Mapping[str, Any] | None:
-        """Settings of the run that is there, under the names of the messages; None in a new directory."""
-        raise NotImplementedError
-
-    def begun(self) -> bool:
-        """Whether there is something that must not be mixed with what other settings make."""
-        return True
 
     def foreign(self) -> str | None:
         """Why a directory without settings file cannot be taken, as a whole message."""
@@ -57,21 +50,55 @@ class RunDirectory:
             return None
         return f"{self.path} holds other files and is not a {self.kind}; choose another --out."
 
+    def refuse_foreign(self, *, locked: bool = True) -> None:
+        """Refuse a directory of something else. Unlocked, one with a state folder is left to the check under the lock:
+        another process may be starting in it right now.
+
+        Raises:
+            UsageError: says what is there.
+        """
+        if self.settings_path.exists() or not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise UsageError(f"{self.path} is a file and not a {self.kind}; choose another --out.")
+        message = self.foreign()
+        if message is not None and (locked or not self.state.is_dir()):
+            raise UsageError(message)
+
+
+class RunDirectory(OutputDirectory, ABC):
+    """One stage's directory, as one process sees it; a stage says what is its own.
+
+    shard: the part of this process.
+    """
+
+    def __init__(self, path: str | Path, shard: Shard | None = None) -> None:
+        super().__init__(path)
+        self.shard = shard or Shard()
+
+    @abstractmethod
+    def found(self) -> Mapping[str, Any] | None:
+        """Settings of the run that is there, under the names of the messages; None in a new directory."""
+
+    def begun(self) -> bool:
+        """Whether there is something that must not be mixed with what other settings make."""
+        return True
+
+    @abstractmethod
     def refusal(self, different: list[Difference]) -> PtqError:
         """The error for other settings without `fresh`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delete(self, *, own: bool) -> None:
         """Delete what the run made; `own`: only the part of this shard."""
-        raise NotImplementedError
 
     def targets(self) -> Container[Path]:
         """The files that only this process writes."""
         return ()
 
+    @abstractmethod
     def write_settings(self, *, anew: bool) -> None:
         """Write the settings file where it must change; `anew`: there is nothing to continue."""
-        raise NotImplementedError
 
     @contextmanager
     def hold(self, wanted: Mapping[str, Any], *, fresh: bool) -> Iterator[None]:
@@ -91,21 +118,6 @@ class RunDirectory:
                 sweep_partials(self.path, self.targets())
                 self.write_settings(anew=anew)
             yield
-
-    def refuse_foreign(self, *, locked: bool = True) -> None:
-        """Refuse a directory of something else. Unlocked, one with a state folder is left to the check under the lock:
-        another process may be starting in it right now.
-
-        Raises:
-            UsageError: says what is there.
-        """
-        if self.settings_path.exists() or not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise UsageError(f"{self.path} is a file and not a {self.kind}; choose another --out.")
-        message = self.foreign()
-        if message is not None and (locked or not self.state.is_dir()):
-            raise UsageError(message)
 
     def enter(self, wanted: Mapping[str, Any], *, fresh: bool) -> bool:
         """Continue, refuse, or start over; returns whether there is nothing to continue.
