@@ -64,7 +64,7 @@ def _show(results: list[DemoResult], out: Path) -> None:
             ui.format_bytes(coverage.quantized_bytes + coverage.basis_bytes),
         ))  # fmt: skip
     ui.table(
-        f"Verdict over {results[0].evaluation.units} held-out videos a run, and bytes of the quantized Linears",
+        f"{results[0].evaluation.units} held-out videos a run; bytes of the quantized Linears",
         ("format", "verdict", "loss, 95 % interval", "limit", "bf16", "packed"),
         rows,
     )
