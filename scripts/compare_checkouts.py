@@ -10,7 +10,7 @@ continues. Prints a table, writes DIR/summary.json, exits with 1 where anything 
 
 Compared whole, as bytes, is every file except what `MASKED` names in a few JSON files: times, memory, versions, the spelling of
 the recipe, and digests over these. The jobs spell recipes with today's keys; `spell` is their translation for checkouts that
-have the keys of 0.1.
+have flat keys.
 
 The embedded models are cut to two blocks an expert (`cut`, `cut-i2v`) where many recipes are tried; `tiny` runs whole with the
 recipes that are installed.

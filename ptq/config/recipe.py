@@ -127,7 +127,7 @@ NOW_CALLED = {
     "activations.scale_rule": "scheme.input_rule",
     "learned_transform": "scheme.transform",
 }
-"""Keys of recipes before 0.2 -> today's."""
+"""Keys of recipes from before they had groups -> today's."""
 GONE = {
     "gptq.precision": "float32",
     "activations.ties": None,
@@ -139,7 +139,7 @@ GONE = {
 
 
 def translate(earlier: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A recipe as manifests before 0.2 hold it -> the same as today's keys, and what cannot be said with them.
+    """A recipe as manifests held it before recipes had groups -> the same as today's keys, and what cannot be said with them.
 
     A recipe of today comes back as it is.
     """
@@ -162,7 +162,7 @@ def translate(earlier: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _read_records(flat: Mapping[str, Any]) -> bool:
-    """Whether a recipe before 0.2 took anything from the calibration records."""
+    """Whether a recipe without groups took anything from the calibration records."""
     ingredients = ("learned_transform", "clip_search", "smoothing", "bias_correction")
     return flat.get("rounding") == "gptq" or any(flat.get(key) for key in ingredients)
 

@@ -6,8 +6,8 @@ Rounding solvers use the third view, `steps` and `encode`: once scales are fixed
 format is a plain nearest-level quantizer on `x / step`.
 
 Tensors in CPU memory are converted by compiled kernels (`ptq.scheme.native`) where a format has them, all others by the
-eager functions of the formats, which are the definition: both give the same codes. Eager functions work on columns, [group, n] with n groups side
-by side, so that every operation runs along contiguous memory.
+eager functions of the formats, which are the definition: both give the same codes. Eager functions work on columns,
+[group, n] with n groups side by side, so that every operation runs along contiguous memory.
 
 Deliberately no nn.Module and no state: functions of tensors on whatever device they are.
 """
@@ -237,9 +237,10 @@ class Format(ABC):
             FormatError: dtype, K, scale rule or ties not accepted.
         """
         self._check_input(x)
-        return self._options(scale_rule, ties)
+        return self.options(scale_rule, ties)
 
-    def _options(self, scale_rule: str | None, ties: str | None) -> tuple[str, str]:
+    def options(self, scale_rule: str | None, ties: str | None = None) -> tuple[str, str]:
+        """(scale rule, ties), defaults filled in; FormatError where the format does not have one."""
         rule = scale_rule or self.scale_rules[0]
         ties = ties or self.ties_options[0]
         if rule not in self.scale_rules:

@@ -42,12 +42,7 @@ class Scheme:
 
     def __post_init__(self) -> None:
         self.transform.check(self.format.group_size)
-        rule = self.input_rule or self.format.scale_rules[0]
-        if rule not in self.format.scale_rules:
-            raise FormatError(
-                f"{self.format.name} has no scale rule {rule!r}; choose one of {', '.join(self.format.scale_rules)}."
-            )
-        object.__setattr__(self, "input_rule", rule)
+        object.__setattr__(self, "input_rule", self.format.options(self.input_rule)[0])
 
     @classmethod
     def of(
@@ -118,7 +113,7 @@ class Scheme:
         """The scheme's part of `quantization_config` in config.json."""
         fmt, transform = self.format, self.transform
         smoothed = transform.kind == Smoothed.kind
-        plain = "hadamard" if transform.block else "none"
+        plain = Hadamard.kind if transform.block else UNCHANGED.kind
         return {
             "format": fmt.name,
             "weights": _Weights(group_size=fmt.group_size, scale_layout=fmt.scale_layout).model_dump(),

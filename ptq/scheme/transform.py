@@ -4,9 +4,9 @@ Weight and input are quantized in another basis than the layer's own; the layer'
 basis stores besides its rule is one tensor a layer, called `basis` wherever layers run. Online order: change of basis, then
 quantize.
 
-A transform of your own subclasses `Transform`, overrides what it does differently, and is
-made known with `register_transform`. How a basis is chosen from statistics stands beside how it is applied; which of the
-candidates is kept is measured by the solvers.
+A transform of your own subclasses `Transform`, overrides what it does differently, and is made known with
+`register_transform`. How a basis is chosen from statistics stands beside how it is applied; which of the candidates is kept
+is measured by the solvers.
 """
 
 from __future__ import annotations

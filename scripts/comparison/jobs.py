@@ -19,14 +19,14 @@ RENAMED = {
     "scheme.block": "rotation",
     "scheme.input_rule": "activations.scale_rule",
 }
-"""Today's recipe keys -> those of 0.1, where both take the same values."""
+"""Today's recipe keys -> the flat ones of before, where both take the same values."""
 TRANSFORMS: dict[str, dict[str, object]] = {
     "none": {"learned_transform": False, "rotation": 0},
     "hadamard": {"learned_transform": False},
     "smoothed": {"learned_transform": False},
     "learned": {"learned_transform": True},
 }
-"""`scheme.transform` in the keys of 0.1."""
+"""`scheme.transform` in the flat keys."""
 
 VARIATIONS: dict[str, dict[str, object]] = {
     "hadamard": {"scheme.transform": "hadamard"},
@@ -82,7 +82,7 @@ class Job:
 
 
 def spell(recipe: Mapping[str, object], flat: bool) -> dict[str, object]:
-    """Recipe keys of today -> those of the checkout; `flat`: of 0.1.
+    """Recipe keys of today -> those of the checkout; `flat`: the flat ones.
 
     0.1 weighted records by d_sigma^2 where a recipe said nothing; today all weigh the same.
     """

@@ -1,4 +1,4 @@
-"""A recipe as manifests of 0.1 hold it says the same in today's keys; what cannot be said comes back beside it."""
+"""A recipe as manifests held it before recipes had groups says the same in today's keys; what cannot be said comes back beside it."""
 
 from __future__ import annotations
 
@@ -6,33 +6,13 @@ import copy
 from typing import Any
 
 import pytest
+from earlier_recipes import EARLIER_RTN
 
 from ptq.config import Recipe, load_recipe
 from ptq.config.recipe import translate
 from ptq.quantization.settings import QuantizeSettings
 from ptq.scheme import Scheme
 
-EARLIER: dict[str, Any] = {
-    "description": "Plain rounding to nearest, the baseline that every other recipe is compared with.",
-    "format": None,
-    "rounding": "rtn",
-    "rotation": 0,
-    "smoothing": [],
-    "learned_transform": False,
-    "clip_search": False,
-    "bias_correction": False,
-    "weight_scale_rule": None,
-    "gptq": {"damping": 0.03, "act_order": True, "precision": "float32"},
-    "activations": {"scale_rule": None, "ties": None},
-    "records": {
-        "weighting": "d_sigma2",
-        "inputs": "original",
-        "tokens_per_record": 128,
-        "hessian_tokens": None,
-        "for_report": 2,
-    },
-}
-"""The recipe `rtn`, whole, as a manifest of 0.1 holds it."""
 TUNED = {
     "rounding": "gptq",
     "rotation": 64,
@@ -57,7 +37,7 @@ DEFAULTS = {
 
 
 def earlier(changes: dict[str, Any]) -> dict[str, Any]:
-    value = copy.deepcopy(EARLIER)
+    value = copy.deepcopy(EARLIER_RTN)
     for key, change in changes.items():
         group, _, name = key.rpartition(".")
         (value[group] if group else value)[name] = change
@@ -77,8 +57,8 @@ def test_the_default_recipes_are_todays(name: str) -> None:
 
 @pytest.mark.parametrize("format_name", ["mxfp4", "hif4"])
 def test_rtn_is_todays_whatever_weighed_records_that_it_does_not_read(format_name: str) -> None:
-    value, lost = translate(EARLIER)
-    assert EARLIER["records"]["weighting"] == "d_sigma2"
+    value, lost = translate(EARLIER_RTN)
+    assert EARLIER_RTN["records"]["weighting"] == "d_sigma2"
     assert Recipe.model_validate(value) == load_recipe("rtn", format_name) and lost == {}
     assert translate(earlier({"records.weighting": "uniform"})) == (value, {})
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from earlier_recipes import EARLIER_RTN
 from quantization_helpers import (
     FULL,
     LEARNED,
@@ -141,30 +142,14 @@ def test_only_the_final_rename_was_missing(model, records, uninterrupted, tmp_pa
     assert file_digests(tmp_path / "out") == file_digests(uninterrupted["full"])
 
 
-EARLIER = {
-    "format": None,
-    "rounding": "rtn",
-    "rotation": 0,
-    "smoothing": [],
-    "learned_transform": False,
-    "clip_search": False,
-    "bias_correction": False,
-    "weight_scale_rule": None,
-    "gptq": {"damping": 0.03, "act_order": True, "precision": "float32"},
-    "activations": {"scale_rule": None, "ties": None},
-    "records": {
-        "weighting": "uniform",
-        "inputs": "original",
-        "tokens_per_record": 128,
-        "hessian_tokens": None,
-        "for_report": 2,
-    },
+EARLIER = {key: value for key, value in EARLIER_RTN.items() if key != "description"} | {
+    "records": EARLIER_RTN["records"] | {"weighting": "uniform"}
 }
-"""The recipe `rtn` as run.json of 0.1 holds it."""
+"""As run.json held it."""
 
 
 def unfinished_by_the_earlier_version(model: Path, records: Path, out: Path, **changes) -> None:
-    """A killed run whose recipe is written as 0.1 wrote it."""
+    """A killed run whose recipe has flat keys."""
     child = start_child(run_and_die, 5, model, records, out, SETTINGS["rtn"])
     child.join(120)
     signature = out.with_name("out.partial") / "run.json"

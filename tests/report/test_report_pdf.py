@@ -117,7 +117,7 @@ def test_every_equation_that_a_step_names_is_in_the_template(job, format_name, t
 
 
 def test_settings_of_an_earlier_version_are_named(copy_job):
-    """A manifest as 0.1 wrote it: what today's recipes say is described, the rest is listed."""
+    """A manifest with the flat recipe keys of before: what today's recipes say is described, the rest is listed."""
     path = copy_job.checkpoint / "ptq_manifest.json"
     manifest = json.loads(path.read_text())
     manifest["recipe"] = {
