@@ -228,17 +228,11 @@ class Job:
 
     def packed_bytes(self) -> int:
         """Bytes of all experts after quantization."""
-        scheme, total = self.settings.scheme, 0.0
-        for expert, shards in self.shards.items():
-            shapes = self.layout.linear_shapes(expert).values()
-            blocks = self.layout.num_blocks(expert) - len(self.settings.high_precision.get(expert, ()))
-            quantized = blocks * sum(n * k for n, k in shapes)
-            basis = blocks * sum(scheme.basis_bytes(k) for _, k in shapes)
-            entries = shards.entries.values()
-            itemsize = max(entry.torch_dtype.itemsize for entry in entries)
-            total += sum(entry.nbytes for entry in entries) - quantized * itemsize
-            total += quantized * scheme.format.bits_per_value / 8 + basis
-        return int(total)
+        covered = self.coverage()
+        entries = (entry for shards in self.shards.values() for entry in shards.entries.values())
+        itemsize = max(entry.torch_dtype.itemsize for entry in entries)
+        kept = covered.original_bytes - covered.quantized_parameters * itemsize
+        return kept + covered.quantized_bytes + covered.basis_bytes
 
     def needs(self) -> Needs:
         """Disk, RAM and GPU memory of the whole run; what an unfinished run has written already is not counted again.

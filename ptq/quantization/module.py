@@ -87,7 +87,7 @@ def quantize_module(
         model: any module; it is run in eval mode, and its training flags are restored.
         batches: keyword arguments of `model.forward`, one mapping a batch, on the model's device. All weigh the same.
             They run several times; an iterator that can be read only once is kept as a list.
-        format: "hif4" or "mxfp4".
+        format: name of a registered format ("hif4", "mxfp4", or your own).
         recipe: a recipe's name or file, or a `Recipe`; default: the format's own.
         targets: names of Linears; None takes every plain nn.Linear whose K is a multiple of the group and of the
             rotation block and that the batches reach, and reports the others as skipped.

@@ -21,7 +21,7 @@ class QuantizeSettings:
     """Resolved options of `ptq quantize`.
 
     Attributes:
-        format: "mxfp4" or "hif4".
+        format: name of a registered format.
         recipe, recipe_name: how.
         high_precision: expert -> protected block -> why it is protected.
         auto_protect: choose the protected blocks by measurement, up to the budget.

@@ -294,7 +294,7 @@ def register_format(fmt: Format) -> None:
 
 
 def get_format(name: str) -> Format:
-    """The format called `name` ("mxfp4" or "hif4").
+    """The format registered as `name`.
 
     Raises:
         FormatError: no such format.

@@ -22,7 +22,7 @@ _PROVENANCE = ("ptq_manifest.json", "ptq_preset.json")
 class ModelIdentity:
     """Which weights a run uses. model: as the user named it. digest: hex SHA-256, see `identify_model`.
 
-    format: "hif4" or "mxfp4" for a packed checkpoint, None for an unquantized model. weight_bytes: size on disk.
+    format: of a packed checkpoint, None for an unquantized model. weight_bytes: size on disk.
     """
 
     model: str
