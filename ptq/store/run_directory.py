@@ -62,7 +62,9 @@ class OutputDirectory:
         if not self.path.is_dir():
             raise UsageError(f"{self.path} is a file and not a {self.kind}; choose another --out.")
         message = self.foreign()
-        if message is not None and (locked or not self.state.is_dir()):
+        if message is None or self.settings_path.exists():  # another process may have begun since the first look
+            return
+        if locked or not self.state.is_dir():
             raise UsageError(message)
 
 

@@ -129,3 +129,20 @@ def test_a_whole_directory_is_held_by_a_file_beside_it(tmp_path, monkeypatch) ->
     monkeypatch.chdir(tmp_path)
     with hold_whole(Path(".")):
         assert (tmp_path.parent / f".{tmp_path.name}.lock").exists()
+
+
+def test_another_process_that_begins_between_two_looks_is_not_taken_for_other_files(tmp_path) -> None:
+    """Ranks of one job open the directory together: the settings may come while this one lists what is there."""
+
+    class Late(Letters):
+        def foreign(self):
+            write_json(self.settings_path, self.wanted)
+            return super().foreign()
+
+    out = tmp_path / "out"
+    out.mkdir()
+    Late(out).refuse_foreign()
+    assert read_json(out / "letters.json") == WANTED
+    (out / "letters.json").rename(out / "other.json")
+    with pytest.raises(UsageError, match="holds other files and is not a directory of letters"):
+        Letters(out).refuse_foreign()
