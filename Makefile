@@ -1,15 +1,17 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Both build .venv first.
 PYTHON ?= python3
+# CONSTRAINTS=constraints-lowest.txt tries the lowest versions that pyproject.toml promises
+CONSTRAINTS ?= constraints.txt
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint dist clean
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 demo: $(STAMP)
@@ -23,5 +25,19 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Wheel and sdist; then the wheel alone, in an empty environment and folder, does a small demo.
+dist: TRIAL := $(CURDIR)/build/trial
+dist:
+	rm -rf dist build
+	$(PYTHON) -m venv $(TRIAL)
+	$(TRIAL)/bin/python -m pip install --quiet build
+	$(TRIAL)/bin/python -m build --outdir dist
+	rm -rf $(TRIAL) && $(PYTHON) -m venv $(TRIAL)
+	$(TRIAL)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(TRIAL)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) dist/*.whl
+	cd build && $(TRIAL)/bin/ptq demo --format hif4 --units 4 --out trial-demo
+	@du -h dist/*
+	rm -rf build
+
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) demo-out build dist
