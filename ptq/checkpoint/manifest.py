@@ -19,6 +19,8 @@ from ptq.store.files import files_below, read_json, sha256_file, write_json
 from ptq.version import __version__
 
 MANIFEST_FILE = "ptq_manifest.json"
+CARD_FILE = "README.md"
+"""The model card: for people, rewritten when there is a verdict."""
 NOT_DONE = "No layer outside the protected blocks runs in higher precision at run time; no bf16 warm-up steps, no bf16 outlier columns, no pasting of the input image, no resetting of latents, no calibration on evaluation prompts."
 
 
@@ -154,13 +156,13 @@ def package_versions() -> dict[str, str]:
 
 
 def hash_files(directory: Path, exclude: Sequence[str] = ()) -> dict[str, str]:
-    """Relative path -> sha256 of every file except the manifest itself, sorted; linked components included.
+    """Relative path -> sha256 of every file except the manifest itself and the card, sorted; linked components included.
 
     Args:
         exclude: names directly below `directory` that are left out.
     """
     names = [str(path.relative_to(directory)) for path in files_below(directory)]
-    left_out = {MANIFEST_FILE, *exclude}
+    left_out = {MANIFEST_FILE, CARD_FILE, *exclude}
     return {name: sha256_file(directory / name) for name in names if name.split("/")[0] not in left_out}
 
 
@@ -195,6 +197,8 @@ def verify_files(directory: str | Path) -> Manifest:
     manifest = read_manifest(directory)
     found = hash_files(Path(directory))
     for name, expected in manifest.files.items():
+        if name == CARD_FILE:  # of the base model, in checkpoints from before there was a card
+            continue
         if name not in found:
             raise DamagedFileError(f"{directory} lacks {name}, which its manifest lists. Copy the checkpoint again.")
         if found[name] != expected:

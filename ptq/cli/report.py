@@ -10,7 +10,7 @@ import typer
 from ptq import ui
 from ptq.cli import options
 from ptq.cli.common import print_json
-from ptq.errors import UsageError
+from ptq.errors import PtqError, UsageError
 
 
 def report(
@@ -30,7 +30,7 @@ def report(
     videos: Annotated[int, typer.Option(min=0, help="Pairs of videos in the page (at most about 13 MB of them).")] = 6,
     as_json: options.Json = False,
 ) -> None:
-    """Write report.html and report.pdf; with only --html or --pdf, only that one.
+    """Write report.html and report.pdf; with only --html or --pdf, only that one. The checkpoint's model card gets the verdict.
 
     Example: ptq report evaluation --html hif4.html --pdf hif4.pdf
     """
@@ -62,5 +62,13 @@ def report(
                 write_bytes(target, content)
                 results[-1][kind] = str(target)
                 ui.info(f"{target}: {ui.format_bytes(len(content))}")
+        try:
+            card = made.write_card()
+        except PtqError as error:
+            ui.warn(f"The verdict is not in the checkpoint's model card. {error}")
+        else:
+            if card is not None:
+                results[-1]["card"] = str(card)
+                ui.info(f"{card}: model card with the verdict")
     if as_json:
         print_json(results)

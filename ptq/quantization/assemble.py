@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ptq.checkpoint.manifest import CARD_FILE
 from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.safetensors_file import TensorEntry
 from ptq.checkpoint.shards import ShardSet, write_component
@@ -45,7 +46,7 @@ def write_expert(
 
 
 def copy_components(layout: ModelLayout, target: Path, *, link: bool) -> None:
-    """Copy everything but the experts: VAE, text encoder, tokenizer, scheduler, model_index.json.
+    """Copy everything but the experts and the card: VAE, text encoder, tokenizer, scheduler, model_index.json.
 
     Args:
         link: make symbolic links to the original files instead of copies.
@@ -55,7 +56,7 @@ def copy_components(layout: ModelLayout, target: Path, *, link: bool) -> None:
     """
     try:
         for source in sorted(layout.path.iterdir()):
-            if source.name in layout.experts or source.name.startswith("."):
+            if source.name in (*layout.experts, CARD_FILE) or source.name.startswith("."):
                 continue
             destination = target / source.name
             if destination.is_symlink() or destination.is_file():

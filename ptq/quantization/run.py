@@ -23,6 +23,7 @@ from ptq.quantization.workdir import RUN_FILES, STREAMS_DIR, WorkDir
 from ptq.store.files import digest, free_space_hint
 from ptq.store.run_directory import hold_whole
 from ptq.version import __version__
+from ptq.wan.card import write_card
 from ptq.wan.replay import state_names
 
 
@@ -67,6 +68,7 @@ def _quantize(job: Job, start: float) -> Manifest:
             copy_components(job.layout, work.path, link=job.options.link)
             manifest = _manifest(chosen, job.signature, results, time.monotonic() - start)
             manifest.files = hash_files(work.path, exclude=RUN_FILES)
+            write_card(work.path, manifest)
             write_manifest(work.path, manifest)
     processes.wait()
     if processes.first:

@@ -7,8 +7,14 @@ read the same `Facts`. Heavy libraries (matplotlib, av, typst) are imported when
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ptq.checkpoint.manifest import CARD_FILE
 from ptq.report.locate import Sources, evaluation_directories
+
+if TYPE_CHECKING:
+    from ptq.report.facts import Facts
 
 __all__ = ["Report", "Sources", "evaluation_directories", "render"]
 
@@ -21,8 +27,25 @@ class Report:
     """A report that was built: the verdict in one sentence, and the files; empty where one was not asked for."""
 
     verdict: str
+    facts: Facts
     html: bytes = b""
     pdf: bytes = b""
+
+    def write_card(self) -> Path | None:
+        """Put the verdict into the checkpoint's model card.
+
+        Returns:
+            The card; None where the checkpoint was not found, or where somebody edited its card.
+
+        Raises:
+            PtqError: the checkpoint cannot be written to.
+        """
+        from ptq.wan.card import write_card
+
+        checkpoint, manifest = self.facts.checkpoint, self.facts.manifest
+        if checkpoint is None or manifest is None or not write_card(checkpoint, manifest, self.facts.evaluation):
+            return None
+        return checkpoint / CARD_FILE
 
 
 def render(sources: Sources, *, html: bool = True, pdf: bool = True, videos: int = DEFAULT_VIDEOS) -> Report:
@@ -50,4 +73,4 @@ def render(sources: Sources, *, html: bool = True, pdf: bool = True, videos: int
         from ptq.report.pdf import build_pdf
 
         document = build_pdf(facts, clips)
-    return Report(headline(facts), page, document)
+    return Report(headline(facts), facts, page, document)
