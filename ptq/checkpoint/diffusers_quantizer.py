@@ -17,6 +17,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
+from ptq.checkpoint.comparison import check_tensors
 from ptq.checkpoint.layers import replace_linears
 from ptq.checkpoint.quantization_config import QUANT_METHOD, PackedConfig
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header, tensor_crc32
@@ -72,25 +73,8 @@ class PtqQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         replace_linears(model, self.packed)
-        self._check_headers(model)
-
-    def _check_headers(self, model: nn.Module) -> None:
-        expected = model.state_dict()
-        where = next(iter(self._entries.values())).file.parent if self._entries else "the checkpoint"
-        for name, tensor in expected.items():
-            entry = self._entries.get(name)
-            if entry is None:
-                raise DamagedFileError(f"{where} lacks tensor {name}, which its config.json requires.")
-            packed_dtype = not tensor.is_floating_point()
-            if entry.shape != tuple(tensor.shape) or (packed_dtype and entry.torch_dtype != tensor.dtype):
-                raise DamagedFileError(
-                    f"{entry.file}: tensor {name} is {entry.dtype} {list(entry.shape)}, but config.json asks for {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}."
-                )
-        unexpected = [name for name in self._entries if name not in expected]
-        if unexpected:
-            raise DamagedFileError(
-                f"{self._entries[unexpected[0]].file} holds tensor {unexpected[0]}, which its config.json does not know ({len(unexpected)} such tensors). The configuration and the weights are not of one checkpoint."
-            )
+        where = next((entry.file.parent for entry in self._entries.values()), Path("the checkpoint"))
+        check_tensors(where, self._entries, model.state_dict())
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Called for each shard: compare the bytes with the checksums of the index."""

@@ -18,6 +18,8 @@ from ptq.store.files import read_json, write_json
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
+TRANSFORMERS_WEIGHTS_NAME = "model.safetensors"
+"""What the components of transformers call their weights; the index beside is called likewise."""
 SHARD_NAME = "diffusion_pytorch_model-{index:05d}-of-{count:05d}.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000
 CHECKSUMS_KEY = "ptq_crc32"
@@ -27,24 +29,29 @@ class ShardSet:
     """The tensors of one component, across its shards.
 
     Args:
-        directory: a diffusers component directory with an index and shards, or a single safetensors file.
+        directory: a component directory with an index and shards, or a single safetensors file.
+        weights_name: of the single file; the index is called after it.
 
     Raises:
         PtqError: no safetensors weights, or a shard named by the index is missing.
-        DamagedFileError: a shard is damaged, or the index and the shards disagree.
+        DamagedFileError: a shard is damaged, the index and the shards disagree, or there are two sets of weights.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, weights_name: str = WEIGHTS_NAME) -> None:
         self.directory = Path(directory)
         self.entries: dict[str, TensorEntry] = {}
-        index_path = self.directory / INDEX_NAME
-        if index_path.exists():
-            self.entries = _read_shards(index_path)
-        elif (self.directory / WEIGHTS_NAME).exists():
-            self.entries = read_header(self.directory / WEIGHTS_NAME)
+        single, index = self.directory / weights_name, self.directory / f"{weights_name}.index.json"
+        if index.exists() and single.exists():
+            raise DamagedFileError(
+                f"{self.directory} holds {index.name}, which names shards, and {single.name} beside it: two sets of weights, of which libraries take the one or the other. Remove the one that is not meant."
+            )
+        if index.exists():
+            self.entries = _read_shards(index)
+        elif single.exists():
+            self.entries = read_header(single)
         else:
             raise PtqError(
-                f"{self.directory} has neither {INDEX_NAME} nor {WEIGHTS_NAME}. A diffusers component with safetensors weights is expected; convert other checkpoints with diffusers first."
+                f"{self.directory} has neither {index.name} nor {single.name}. A component with safetensors weights is expected; pickled ones (.bin, .pth, .ckpt) are never opened. Download the model again, or convert it with diffusers first."
             )
         self.files = sorted({entry.file for entry in self.entries.values()})
 

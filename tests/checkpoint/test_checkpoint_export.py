@@ -62,7 +62,7 @@ def test_bf16_equals_runtime_weights_and_loads_without_us(plain, tmp_path, name)
 
     out = tmp_path / "bf16"
     export_pipeline(plain[name], read_layout(plain[name]).experts, out, "bf16")
-    model = WanTransformer3DModel.from_pretrained(out / "transformer", torch_dtype=torch.float32)
+    model = WanTransformer3DModel.from_pretrained(out / "transformer", dtype=torch.float32)
     weight = model.get_submodule(LAYER).weight
     assert torch.equal(weight, decoded(plain[name], LAYER))
 

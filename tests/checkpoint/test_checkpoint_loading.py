@@ -25,7 +25,7 @@ BOTH = pytest.mark.parametrize("format_name", ["hif4", "mxfp4"])
 
 
 def load_transformer(checkpoint: Path, dtype: torch.dtype = torch.float32, **kwargs) -> WanTransformer3DModel:
-    return WanTransformer3DModel.from_pretrained(checkpoint / "transformer", torch_dtype=dtype, **kwargs)
+    return WanTransformer3DModel.from_pretrained(checkpoint / "transformer", dtype=dtype, **kwargs)
 
 
 def quant_config(checkpoint: Path) -> dict:
@@ -168,7 +168,7 @@ def test_two_experts_in_a_fresh_process_with_one_import(packed: dict[str, Path],
     """diffusers is imported first, `import ptq` afterwards; the latents are those of this process, bit for bit."""
     code = (
         "import sys\nfrom diffusers import WanPipeline\nimport ptq\n"
-        "p = WanPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32)\n"
+        "p = WanPipeline.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
         "sys.path.insert(0, sys.argv[3])\nfrom conftest import GENERATE\nfrom safetensors.torch import save_file\n"
         "latents = p(**GENERATE, generator=torch.Generator().manual_seed(0)).frames\n"
         "save_file({'latents': latents}, sys.argv[2])"
@@ -190,7 +190,7 @@ def test_two_experts_in_a_fresh_process_with_one_import(packed: dict[str, Path],
 def test_both_ways_of_loading_give_the_same_pipeline(packed: dict[str, Path], format_name: str, generate) -> None:
     checkpoint = packed[format_name]
     ours = ptq.load_pipeline(checkpoint)
-    theirs = WanPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32)
+    theirs = WanPipeline.from_pretrained(checkpoint, dtype=torch.float32)
     assert (ours.transformer_2 is None) == (format_name == "mxfp4")
     assert len(list((checkpoint / "transformer").glob("*.safetensors"))) > 2
     quantized = [name for name, m in ours.transformer.named_modules() if isinstance(m, QuantLinear)]
@@ -223,7 +223,7 @@ def test_saving_again_changes_no_byte(packed, tmp_path: Path, format_name: str, 
     assert {name: entry.file.name for name, entry in again.entries.items()} == {
         name: entry.file.name for name, entry in ShardSet(source).entries.items()
     }
-    second = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.float32).state_dict()
+    second = WanTransformer3DModel.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
     assert all(torch.equal(second[name], tensor) for name, tensor in first.state_dict().items())
 
 

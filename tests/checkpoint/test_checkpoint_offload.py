@@ -122,7 +122,7 @@ def test_pipeline_with_mapped_experts(packed, generate, device_map: Any) -> None
     pipe = ptq.load_pipeline(packed["hif4"])
     for name in ("transformer", "transformer_2"):
         mapped = WanTransformer3DModel.from_pretrained(
-            packed["hif4"] / name, torch_dtype=torch.float32, device_map=device_map
+            packed["hif4"] / name, dtype=torch.float32, device_map=device_map
         )
         setattr(pipe, name, mapped)
     assert torch.equal(generate(pipe), expected)
@@ -134,7 +134,7 @@ def test_device_map_with_disk(packed, tmp_path: Path, generate) -> None:
     for name in ("transformer", "transformer_2"):
         mapped = WanTransformer3DModel.from_pretrained(
             packed["hif4"] / name,
-            torch_dtype=torch.float32,
+            dtype=torch.float32,
             device_map=block_weights_on_disk(pipe.transformer),
             offload_folder=tmp_path / name,
         )
