@@ -13,10 +13,11 @@ reason, and a forced backend (`PTQ_BACKEND`, `use_backend`) that cannot run is a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +100,7 @@ BACKENDS: dict[str, Backend] = {}
 """Name -> backend, in the order in which they are tried."""
 
 _forced: str | None = None
+_unreported = False
 
 
 def register_backend(backend: Backend) -> Backend:
@@ -192,10 +194,27 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@functools.lru_cache(maxsize=256)
 def report_once(format_name: str, backend: str, reason: str) -> None:
-    """Tell the user once per format, backend and reason."""
+    """Tell the user once per format, backend and reason; nothing of layers that are not the user's (`unreported`)."""
+    if not _unreported:
+        tell_once(format_name, backend, reason)
+
+
+@functools.lru_cache(maxsize=256)
+def tell_once(format_name: str, backend: str, reason: str) -> None:
+    """The message of `report_once`."""
     ui.info(f"{format_name} layers run on backend {backend}: {reason}.")
+
+
+@contextlib.contextmanager
+def unreported() -> Iterator[None]:
+    """While the block runs, choices are not reported: its layers are no part of the user's model."""
+    global _unreported
+    before, _unreported = _unreported, True
+    try:
+        yield
+    finally:
+        _unreported = before
 
 
 def _merit(backend: Backend, few: bool) -> str:

@@ -190,8 +190,11 @@ def test_forced_by_environment_or_call_is_an_error_on_the_cpu(monkeypatch):
 def test_choice_is_reported_once(monkeypatch):
     lines = []
     monkeypatch.setattr(ui, "info", lines.append)
-    backends.report_once.cache_clear()
+    backends.tell_once.cache_clear()
     layer, x = make_layer(), torch.randn(3, 128)
+    with backends.unreported():
+        layer(x)
+    assert lines == []
     for _ in range(3):
         layer(x)
     assert lines == ["mxfp4 layers run on backend cpu: the tensors are on the CPU."]
