@@ -23,6 +23,7 @@ from ptq.errors import UsageError
 from ptq.quantization.calls import ExpertCalls, spread
 from ptq.quantization.processes import ALONE, Processes
 from ptq.quantization.settings import QuantizeSettings
+from ptq.quantization.workdir import refuse_taken
 from ptq.rules import check_budget
 from ptq.scheme import FormatError
 from ptq.store.calibration import CalibrationSet
@@ -113,10 +114,11 @@ class Job:
         """Refuse contradictory inputs before any work.
 
         Raises:
-            UsageError: packed input, records of another model or of only one expert, widths that do not fit the scheme,
+            UsageError: an output directory that is taken, packed input, records of another model or of only one expert, widths that do not fit the scheme,
                 too many protected blocks.
         """
         layout, calibration = self.layout, self.calibration
+        refuse_taken(self.out)
         if layout.is_packed:
             raise UsageError(f"{layout.path} is already a packed checkpoint; quantize the original model instead.")
         if calibration.info.experts != {name: digest(config) for name, config in layout.experts.items()}:

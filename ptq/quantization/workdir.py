@@ -37,6 +37,18 @@ class FinishedBlock(BaseModel):
     layers: list[LayerEntry]
 
 
+def refuse_taken(out: Path) -> None:
+    """Refuse a directory that something is in already.
+
+    Raises:
+        UsageError: there is something.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(
+            f"{out} exists already and is not empty. Finished checkpoints are never overwritten: choose another --out, or delete it first."
+        )
+
+
 class WorkDir(RunDirectory):
     """Finished blocks of one run.
 
@@ -54,10 +66,7 @@ class WorkDir(RunDirectory):
     def __init__(self, out: Path, signature: dict[str, Any], *, fresh: bool = False) -> None:
         super().__init__(out.with_name(out.name + ".partial"))
         self.out, self._made_from, self.signature = out, signature, digest(signature)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(
-                f"{out} exists already and is not empty. Finished checkpoints are never overwritten: choose another --out, or delete it first."
-            )
+        refuse_taken(out)
         self.refuse_foreign()
         self.write_settings(anew=self.enter(signature, fresh=fresh))
 
