@@ -28,8 +28,8 @@ from ptq.checkpoint.safetensors_file import TensorEntry, read_header
 from ptq.checkpoint.shards import INDEX_NAME, WEIGHTS_NAME, ShardSet, write_component
 from ptq.errors import PtqError, UsageError
 from ptq.store.files import write_json
+from ptq.wan.foreign import find_original
 from ptq.wan.layout import read_layout
-from ptq.wan.loading import find_original
 from ptq.wan.replay import expected_shapes
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq import ui
+from ptq.calibration.directory import CalibrationDirectory
 from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.prompts import PromptSet, require_media
 from ptq.store.records import prompt_file
@@ -67,8 +68,11 @@ def record_plan(
         PtqError: problems of the machine. Otherwise as `calibrate`.
     """
     shard = shard or Shard()
+    CalibrationDirectory(out, plan.info(), shard, ()).refuse_foreign(
+        locked=False
+    )  # said before the machine is looked at
     if check and (fresh or prompts_left(plan, out, shard)):
-        preflight(plan.layout, lambda: estimate_needs(plan, out, shard, device, offload), out, device)
+        preflight(lambda: estimate_needs(plan, out, shard, device, offload), out, device)
 
     def load() -> Any:
         import torch

@@ -75,7 +75,7 @@ def quantize(
     quiet_libraries()
     job.check()
     if check:
-        preflight(layout, job.needs, out, device, format_name)
+        preflight(job.needs, out, device, format_name)
     manifest = run(job)
     if as_json:
         print_json(summary(manifest))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq.errors import UsageError
+from ptq.generation.directory import GenerationDirectory
 from ptq.generation.run import Summary, run_generation
 from ptq.generation.settings import Settings
 from ptq.prompts import Sample, make_sample, read_prompts, require_media
@@ -112,6 +113,7 @@ def make_videos(
         from ptq.generation.sampling import Sampler
 
         check_group(settings, os.environ, device, offload)
+    GenerationDirectory(out).refuse_foreign(locked=False)  # said before the machine is looked at
     if disk is not None:
         _check_machine(layout, settings, disk, out, device, offload)
     if grouped and join_group(device) != 0:
@@ -137,4 +139,4 @@ def _check_machine(layout: ModelLayout, settings: Settings, disk: int, out: Path
         memory = sampling_memory(layout, preset, device, offload, decode=True)
         return Needs(disk, memory["ram"], memory["vram"])
 
-    preflight(layout, estimate, out, device)
+    preflight(estimate, out, device)

@@ -6,16 +6,19 @@ Directories of other models, relatives of the family among them, are refused her
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ptq import ui
 from ptq.config.load import validate
-from ptq.errors import DamagedFileError, PtqError, UsageError
+from ptq.errors import PtqError, UsageError
 from ptq.store.files import read_json
+from ptq.store.schema import parse
 from ptq.wan.block import BlockInput, block_inputs, width
+from ptq.wan.foreign import refuse_method, refuse_no_pipeline, refuse_relative
 from ptq.wan.presets import PRESET_FILE, ModelPreset, load_preset
+from ptq.wan.schema import PARTS, ExpertConfig, PipelineIndex, SchedulerConfig
 from ptq.wan.variants import (
     EXPERTS,
     IMAGE_PIPELINE,
@@ -25,12 +28,12 @@ from ptq.wan.variants import (
     VARIANTS,
     Variant,
     recognise,
-    relative_of,
     structure_of,
 )
 
-CONFIG_KEYS = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "in_channels", "out_channels")
-"""What this package reads from a transformer's config.json."""
+OWN_METHOD = "ptq"
+"""`quant_method` of this package's checkpoints (`ptq.checkpoint.quantization_config`, which brings torch)."""
+ADVICE = "Download or copy the model again."
 IMAGE_MODEL_TEXT_TOKENS = 512
 """Text tokens of models whose blocks read image tokens: their attention splits its context at this fixed number."""
 
@@ -46,6 +49,7 @@ class ModelLayout:
         pipeline_class: class name in model_index.json.
         preset: generation defaults.
         boundary_ratio: timesteps at or above boundary_ratio * 1000 go to `transformer`; None with one expert.
+        components: name -> (library, class) of everything that model_index.json names.
     """
 
     path: Path
@@ -54,6 +58,7 @@ class ModelLayout:
     pipeline_class: str
     preset: ModelPreset
     boundary_ratio: float | None
+    components: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def num_blocks(self, expert: str) -> int:
         """Number of transformer blocks of an expert."""
@@ -106,7 +111,7 @@ class ModelLayout:
         preset = preset.model_copy(update={"guidance_scale_2": None if self.boundary_ratio is None else second})
         if self.variant.image_dim is not None and preset.max_sequence_length != IMAGE_MODEL_TEXT_TOKENS:
             raise UsageError(
-                f"{self.variant.title} reads exactly {IMAGE_MODEL_TEXT_TOKENS} text tokens, found {preset.max_sequence_length}; leave out --max-sequence-length."
+                f"{self.variant.title} reads exactly {IMAGE_MODEL_TEXT_TOKENS} text tokens, found {preset.max_sequence_length}; {'leave out --max-sequence-length' if given.get('max_sequence_length') else f'correct max_sequence_length in {self.path / PRESET_FILE}'}."
             )
         if self.variant.flow_shifts is None or given.get("flow_shift") is not None:
             return preset
@@ -120,58 +125,124 @@ class ModelLayout:
 
 
 def read_layout(path: str | Path) -> ModelLayout:
-    """Read and check a Wan pipeline directory.
+    """Read a Wan pipeline directory's JSON files and compare them with each other; weights need not be there.
 
     Raises:
-        PtqError: not a diffusers pipeline, not one of the variants, or a part is missing; says what was expected.
+        PtqError: not a diffusers pipeline, not one of the variants, made by another tool, or files that contradict each
+            other; names file and key.
     """
     path = Path(path)
     index_path = path / "model_index.json"
-    if not index_path.exists():
-        raise PtqError(
-            f"{path} is not a diffusers pipeline directory (no model_index.json). Expected a pipeline of Wan 2.2 or 2.1 in diffusers layout, a hub id such as Wan-AI/Wan2.2-T2V-A14B-Diffusers, or `tiny`."
-        )
-    index = _require(read_json(index_path), index_path, "_class_name")
-    pipeline_class = index["_class_name"]
-    if pipeline_class not in (TEXT_PIPELINE, IMAGE_PIPELINE):
+    if not index_path.is_file():
+        if path.exists():
+            refuse_no_pipeline(path)
+        raise PtqError(f"{path} does not exist. Pass a pipeline directory of Wan 2.2 or 2.1.")
+    content = read_json(index_path)
+    pipeline_class = content.get("_class_name") if isinstance(content, dict) else None
+    if isinstance(pipeline_class, str) and pipeline_class not in (TEXT_PIPELINE, IMAGE_PIPELINE):
         refuse_relative(path, pipeline_class)
-        raise PtqError(f"{index_path} names the pipeline {pipeline_class}. {SUPPORTED}.")
-    experts = {}
-    for name in EXPERTS:
-        if (index.get(name) or [None, None])[1] is None:
-            continue
-        config_path = path / name / "config.json"
-        config = _require(read_json(config_path), config_path, "_class_name")
-        refuse_relative(path, config["_class_name"], *config, "flf2v" if config.get("pos_embed_seq_len") else "")
-        if config["_class_name"] != TRANSFORMER_CLASS:
-            raise PtqError(f"{path / name} is a {config['_class_name']}; expected a {TRANSFORMER_CLASS}. {SUPPORTED}.")
-        experts[name] = _require(config, config_path, *CONFIG_KEYS)
-    if not experts:
+        raise PtqError(f"{index_path} names the pipeline {pipeline_class[:80]}. {SUPPORTED}.")
+    index = parse(PipelineIndex, content, index_path, ADVICE)
+    components = index.components
+    if not set(EXPERTS) & set(components):
         raise PtqError(f"{index_path} lists no transformer. {SUPPORTED}.")
-    variant, preset = _identify(path, structure_of(index, experts), next(iter(experts.values())))
-    return ModelLayout(path, variant, experts, pipeline_class, preset, index.get("boundary_ratio"))
+    _compare_experts(path, index, components)
+    experts = {name: _read_expert(path / name) for name in EXPERTS if name in components}
+    for name, schema in PARTS.items():
+        if name in components and (path / name / "config.json").is_file():
+            _read_part(path / name, schema)
+    _check_scheduler(path / "scheduler" / "scheduler_config.json", components["scheduler"][1])
+    _compare_structure(path, experts)
+    variant, preset = _identify(path, structure_of(content, experts), next(iter(experts.values())))
+    if preset.guidance_scale_2 is not None and len(experts) == 1:
+        raise PtqError(
+            f'{path / PRESET_FILE} has "guidance_scale_2": {preset.guidance_scale_2:g}, but the model has one expert. Set it to null.'
+        )
+    return ModelLayout(path, variant, experts, index.class_name, preset, index.boundary_ratio, components)
 
 
-def refuse_relative(path: Path, *names: Any) -> None:
-    """Refuse a relative of the family that class names, configuration keys or a model type give away.
+def _compare_experts(path: Path, index: PipelineIndex, components: Mapping[str, object]) -> None:
+    """The experts that model_index.json names, those that lie there, and its boundary_ratio."""
+    where = path / "model_index.json"
+    first, second = EXPERTS
+    if first not in components:
+        raise PtqError(
+            f"{where} names {second} but no {first}. A model of one expert calls it {first}; correct the index, or copy the model again."
+        )
+    if second not in components and (path / second).is_dir():
+        raise PtqError(
+            f'{where} has "{second}": null, but {path / second} is there. Correct the index, or remove the folder where the model has one expert.'
+        )
+    if (second in components) != (index.boundary_ratio is not None):
+        has = "two experts" if second in components else "one expert"
+        raise PtqError(
+            f'{where} has "boundary_ratio": {"null" if index.boundary_ratio is None else index.boundary_ratio}, but names {has} ("{second}"). With two experts it says where the second takes over, with one it is null; copy the index of the original model.'
+        )
+
+
+def _read_expert(folder: Path) -> dict[str, Any]:
+    """config.json of an expert, checked; as it stands, because digests are taken over it."""
+    where = folder / "config.json"
+    config = read_json(where)
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if isinstance(kind, str):
+        refuse_relative(folder.parent, kind, *config, "flf2v" if config.get("pos_embed_seq_len") else "")
+        if kind != TRANSFORMER_CLASS:
+            raise PtqError(f"{folder} is a {kind[:80]}; expected a {TRANSFORMER_CLASS}. {SUPPORTED}.")
+    _refuse_other_tools(folder, config)
+    parse(ExpertConfig, config, where, ADVICE)
+    return dict(config)
+
+
+def _read_part(folder: Path, schema: type) -> None:
+    config = read_json(folder / "config.json")
+    _refuse_other_tools(folder, config, own=None)
+    parse(schema, config, folder / "config.json", ADVICE)
+
+
+def _refuse_other_tools(folder: Path, config: object, own: str | None = OWN_METHOD) -> None:
+    if not isinstance(config, dict) or "quantization_config" not in config:
+        return
+    quantization = config["quantization_config"]
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != own or own is None:
+        refuse_method(folder, quantization)
+
+
+def _check_scheduler(where: Path, kind: str) -> None:
+    """Wan predicts the flow, and the pipeline never tells a scheduler the size of its video.
 
     Raises:
-        PtqError: it is one; names it.
+        PtqError: another prediction, or a shift that depends on the size.
     """
-    relative = relative_of(*names)
-    if relative is not None:
+    config = parse(SchedulerConfig, read_json(where), where, ADVICE)
+    wanted = {} if kind.startswith("FlowMatch") else {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    for key, value in wanted.items():
+        found = getattr(config, key)
+        if found != value:
+            raise PtqError(
+                f"{where} has {key} = {found!r}; Wan predicts the flow, so {kind} needs {key} = {value!r}. Copy the scheduler of the original model."
+            )
+    if config.use_dynamic_shifting:
         raise PtqError(
-            f"{path} is a Wan {relative} model, which has blocks or inputs that are not known here and would be left out. {SUPPORTED}."
+            f"{where} has use_dynamic_shifting = True; Wan's pipelines have one flow shift for all sizes. Set it to false, or copy the scheduler of the original model."
+        )
+    if config.flow_shift is None and config.shift is None:
+        raise PtqError(
+            f"{where} has neither flow_shift nor shift, so {kind} cannot be given the model's. Copy the scheduler of the original model."
         )
 
 
-def _require(value: Any, path: Path, *keys: str) -> dict[str, Any]:
-    missing = [key for key in keys if not isinstance(value, dict) or key not in value]
-    if missing:
-        raise DamagedFileError(
-            f"{path} should hold a JSON object with {', '.join(keys)}; it lacks {', '.join(missing)}."
-        )
-    return value
+def _compare_structure(path: Path, experts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Two experts are of one structure: the same latents, text and image go into both."""
+    first, *others = experts
+    for second in others:
+        pair = [ExpertConfig.model_validate(experts[name]) for name in (first, second)]
+        for key in ExpertConfig.model_fields:
+            before, after = (getattr(config, key) for config in pair)
+            if before != after:
+                raise PtqError(
+                    f'{path / second}/config.json has "{key}": {after}, but {path / first}/config.json has {before}. The two experts are not of one model; copy both from one release.'
+                )
 
 
 def _identify(path: Path, structure: str, config: Mapping[str, Any]) -> tuple[Variant, ModelPreset]:
@@ -181,9 +252,10 @@ def _identify(path: Path, structure: str, config: Mapping[str, Any]) -> tuple[Va
     preset = validate(ModelPreset, read_json(own), str(own)) if own.exists() else None
     if found is None:
         raise PtqError(f"{path} is none of the variants that are known: {structure}. {SUPPORTED}.")
+    exact = tuple(config[key] for key in ("num_attention_heads", "attention_head_dim", "ffn_dim", "num_layers"))
+    is_released = exact == (found.heads, found.head_dim, found.ffn, found.layers)
     if preset is None:
-        size = tuple(int(config[key]) for key in ("num_attention_heads", "attention_head_dim", "ffn_dim", "num_layers"))
-        if size != (found.heads, found.head_dim, found.ffn, found.layers):
+        if not is_released:
             ui.warn(
                 f"{path} has the structure of {found.title}, but another size; it gets the defaults of {found.name}."
             )
@@ -192,5 +264,9 @@ def _identify(path: Path, structure: str, config: Mapping[str, Any]) -> tuple[Va
     if structure not in named.structures:
         raise PtqError(
             f'{own} says "variant": "{named.name}" ({named.structures[0]}), but the directory has {structure}, as {found.title}. Correct the variant, or delete the file to take the defaults of {found.name}; a packed checkpoint made under the wrong variant has to be quantized again.'
+        )
+    if is_released and named is not found:
+        raise PtqError(
+            f'{own} says "variant": "{named.name}", but transformer/config.json has the size of {found.title} ({found.heads} heads of {found.head_dim}, {found.layers} blocks). Correct the variant, or delete the file to take the defaults of {found.name}.'
         )
     return named, preset

@@ -1,4 +1,4 @@
-"""Checks before long work: weights complete and fitting their configuration, disk, memory, and a trial checkpoint.
+"""Checks of the machine before long work: device, disk, memory, and a trial checkpoint.
 
 Every problem is found in one go and told in one paragraph each, so that a machine is made right once. What is needed is
 estimated (`estimates.py`), so memory can be refused wrongly: `--no-preflight` skips the checks.
@@ -15,11 +15,7 @@ import psutil
 import torch
 
 from ptq import ui
-from ptq.checkpoint.quantization_config import PackedConfig
-from ptq.checkpoint.shards import ShardSet
 from ptq.errors import PtqError, UsageError
-from ptq.wan.layout import ModelLayout
-from ptq.wan.replay import expected_shapes
 from ptq.wan.trial import run_trial
 
 
@@ -32,14 +28,11 @@ class Needs:
     vram: int = 0
 
 
-def preflight(
-    layout: ModelLayout, estimate: Callable[[], Needs], out: Path, device: str, format_name: str = "hif4"
-) -> None:
-    """Check everything that can be checked in a few seconds.
+def preflight(estimate: Callable[[], Needs], out: Path, device: str, format_name: str = "hif4") -> None:
+    """Check everything that can be checked in a few seconds; the model was checked when it was found (`check.py`).
 
     Args:
-        layout: the model.
-        estimate: gives what the work to come needs; called only when the weights are whole.
+        estimate: gives what the work to come needs; called only where the device can be used.
         out: where results go; the trial checkpoint is written beside it.
         device: where the work runs.
         format_name: format of the trial checkpoint.
@@ -47,7 +40,7 @@ def preflight(
     Raises:
         PtqError: one or more problems, a paragraph each.
     """
-    problems = [*check_device(device), *check_weights(layout)]
+    problems = check_device(device)
     if not problems:
         needs = estimate()
         problems += check_room(needs, out)
@@ -78,27 +71,6 @@ def check_device(device: str) -> list[str]:
     if (kind.index or 0) >= torch.cuda.device_count():
         return [f"{device} does not exist: torch sees {torch.cuda.device_count()} GPU(s), counted from 0."]
     return []
-
-
-def check_weights(layout: ModelLayout) -> list[str]:
-    """Every expert: files complete, and the tensors that its config.json asks for, of the right shapes."""
-    problems = []
-    for expert, config in layout.experts.items():
-        try:
-            entries = ShardSet(layout.path / expert).entries
-            packed = config.get("quantization_config")
-            parsed = None if packed is None else PackedConfig.parse(packed, f"{layout.path / expert}/config.json")
-        except PtqError as error:
-            problems.append(str(error))
-            continue
-        wanted = expected_shapes(config, parsed)
-        wrong = [name for name, shape in wanted.items() if name not in entries or entries[name].shape != shape]
-        if wrong:
-            found = entries.get(wrong[0])
-            problems.append(
-                f"{layout.path / expert}: {len(wrong)} of {len(wanted)} tensors do not fit its config.json, first {wrong[0]}: expected {list(wanted[wrong[0]])}, found {'none' if found is None else list(found.shape)}. Download or copy the model again."
-            )
-    return problems
 
 
 def check_room(needs: Needs, out: Path) -> list[str]:

@@ -18,7 +18,7 @@ PRESET_FILE = "ptq_preset.json"
 class ModelPreset(BaseModel):
     """Defaults of one variant. Sizes in pixels, `fps` in frames a second."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     variant: str
     hub_id: str | None = None

@@ -181,7 +181,12 @@ def state_names(config: dict[str, Any], packed: PackedConfig | None) -> list[str
 
 def expected_shapes(config: dict[str, Any], packed: PackedConfig | None) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape of an expert in state-dict order, original (None) or packed."""
-    return {name: tuple(tensor.shape) for name, tensor in _skeleton(config, packed).state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in expected_tensors(config, packed).items()}
+
+
+def expected_tensors(config: dict[str, Any], packed: PackedConfig | None) -> dict[str, Tensor]:
+    """Tensor name -> tensor on meta of an expert in state-dict order, original (None) or packed."""
+    return _skeleton(config, packed).state_dict()
 
 
 def _skeleton(config: dict[str, Any], packed: PackedConfig | None) -> nn.Module:

@@ -17,7 +17,7 @@ from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.quantization.shared_inputs import find_shared_inputs
 from ptq.store.calibration import DenoiserCall
 from ptq.wan.layout import read_layout
-from ptq.wan.loading import resolve_model
+from ptq.wan.loading import PIPELINE_FILES, resolve_model
 from ptq.wan.replay import ExpertReplay, run_block
 from ptq.wan.variants import VARIANTS, recognise
 
@@ -121,8 +121,6 @@ def test_a_5b_directory_may_name_the_image_pipeline(random_pipelines, copy_of) -
 @pytest.mark.parametrize(
     ("variant", "index", "config", "found"),
     [
-        ("T2V-14B", {"boundary_ratio": 0.9}, {}, "1 expert, a boundary_ratio"),
-        ("T2V-A14B", {"boundary_ratio": None}, {}, "2 experts, no boundary_ratio"),
         ("T2V-14B", {}, {"in_channels": 48}, "channels: 48 in, 16 out"),
         ("T2V-14B", {"_class_name": "WanImageToVideoPipeline"}, {}, "WanImageToVideoPipeline, 1 expert"),
         ("I2V-14B", {}, {"image_dim": None}, "context: only one of added_kv_proj_dim and image_dim"),
@@ -138,6 +136,82 @@ def test_unknown_structures_are_refused_with_what_was_found(
     with pytest.raises(PtqError, match="none of the variants that are known") as caught:
         read_layout(directory)
     assert found in str(caught.value) and "Wan 2.1 (T2V-1.3B, T2V-14B, I2V-14B)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variant", "index", "found"),
+    [
+        ("T2V-14B", {"boundary_ratio": 0.9}, '"boundary_ratio": 0.9, but names one expert'),
+        ("T2V-A14B", {"boundary_ratio": None}, '"boundary_ratio": null, but names two experts'),
+        ("T2V-A14B", {"transformer": [None, None]}, "names transformer_2 but no transformer"),
+        ("T2V-A14B", {"transformer_2": [None, None], "boundary_ratio": None}, '"transformer_2": null, but'),
+        *(
+            ("T2V-A14B", {"boundary_ratio": odd}, "boundary_ratio: ")
+            for odd in (0, 1, -1.0, 1e9, float("nan"), "0.9", True)
+        ),
+    ],
+)
+def test_the_index_contradicts_itself_or_the_directory(random_pipelines, copy_of, variant, index, found) -> None:
+    directory = copy_of(random_pipelines[variant])
+    edit(directory / "model_index.json", **index)
+    with pytest.raises(PtqError) as caught:
+        read_layout(directory)
+    assert found in str(caught.value) and "model_index.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("prediction_type", "epsilon"),
+        ("use_flow_sigmas", False),
+        ("use_dynamic_shifting", True),
+        ("flow_shift", None),
+        ("flow_shift", float("nan")),
+        ("flow_shift", -3.0),
+        ("num_train_timesteps", "1000"),
+    ],
+)
+def test_schedulers_that_wan_cannot_use(random_pipelines, copy_of, key: str, value: object) -> None:
+    directory = copy_of(random_pipelines["TI2V-5B"])
+    edit(directory / "scheduler" / "scheduler_config.json", **{key: value})
+    with pytest.raises(PtqError, match=rf"scheduler_config\.json .*{key}"):
+        read_layout(directory)
+
+
+def test_a_flow_matching_scheduler_needs_no_prediction_type(random_pipelines, copy_of) -> None:
+    directory = copy_of(random_pipelines["TI2V-5B"])
+    edit(directory / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    (directory / "scheduler" / "scheduler_config.json").write_text('{"shift": 5.0, "num_train_timesteps": 1000}')
+    assert resolve_model(str(directory)).variant.name == "TI2V-5B"
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_layers", 3), ("ffn_dim", 320), ("text_dim", 32), ("eps", 1e-5)])
+def test_experts_of_two_structures(random_pipelines, copy_of, key: str, value: float) -> None:
+    directory = copy_of(random_pipelines["T2V-A14B"])
+    edit(directory / "transformer_2" / "config.json", **{key: value})
+    with pytest.raises(PtqError, match=f'transformer_2/config.json has "{key}": {value}.* not of one model'):
+        read_layout(directory)
+
+
+def test_a_preset_of_another_size_is_refused_where_the_size_is_a_released_one(random_pipelines, copy_of) -> None:
+    directory = copy_of(random_pipelines["T2V-14B"])
+    size = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
+    edit(directory / "transformer" / "config.json", **size)
+    with pytest.raises(PtqError, match=r'"variant": "T2V-14B", but .* the size of Wan 2\.1 T2V-1\.3B'):
+        read_layout(directory)
+    edit(directory / "ptq_preset.json", variant="T2V-1.3B", guidance_scale_2=3.0)
+    with pytest.raises(PtqError, match=r'ptq_preset\.json has "guidance_scale_2": 3, but the model has one expert'):
+        read_layout(directory)
+
+
+def test_an_option_is_blamed_only_where_it_was_given(random_pipelines, copy_of) -> None:
+    directory = copy_of(random_pipelines["I2V-14B"])
+    with pytest.raises(UsageError, match="leave out --max-sequence-length"):
+        read_layout(directory).resolve_preset(max_sequence_length=64)
+    edit(directory / "ptq_preset.json", max_sequence_length=64)
+    with pytest.raises(UsageError, match=r"correct max_sequence_length in .*ptq_preset\.json") as caught:
+        read_layout(directory).resolve_preset()
+    assert "--" not in str(caught.value)
 
 
 def test_a_preset_of_another_variant_is_refused(random_pipelines, copy_of) -> None:
@@ -185,17 +259,17 @@ def test_a_hub_model_is_refused_before_its_weights_are_fetched(random_pipelines,
 
     directory, asked = copy_of(random_pipelines["T2V-14B"]), []
 
-    def snapshot(model: str, revision: str | None = None, allow_patterns: str | None = None) -> str:
+    def snapshot(model: str, revision: str | None = None, allow_patterns: list[str] | None = None) -> str:
         asked.append(allow_patterns)
         return str(directory)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert resolve_model("Wan-AI/Wan2.1-T2V-14B-Diffusers").variant.name == "T2V-14B"
-    assert asked == ["*.json", None]
+    assert asked == [["*.json"], PIPELINE_FILES] and not any("bin" in part for part in PIPELINE_FILES)
     edit(directory / "model_index.json", _class_name="WanVACEPipeline")
     with pytest.raises(PtqError, match="Wan VACE"):
         resolve_model("Wan-AI/Wan2.1-VACE-14B-diffusers")
-    assert asked[2:] == ["*.json"]
+    assert asked[2:] == [["*.json"]]
 
 
 @pytest.mark.parametrize("file", ["model_index.json", "transformer/config.json", "ptq_preset.json"])

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import PtqError, UsageError
-from ptq.wan.loading import ORIGINAL_FOLDERS, find_original, load_pipeline, resolve_model
+from ptq.wan.foreign import ORIGINAL_FOLDERS, find_original
+from ptq.wan.loading import load_pipeline, resolve_model
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from convert_original_wan import convert_original

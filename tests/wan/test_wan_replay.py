@@ -70,7 +70,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_original_model(random_pipelines, variant: str, expert: str, dtype: torch.dtype) -> None:
     directory = random_pipelines[variant] / expert
-    model = WanTransformer3DModel.from_pretrained(directory, torch_dtype=dtype).eval()
+    model = WanTransformer3DModel.from_pretrained(directory, dtype=dtype).eval()
     arguments = call(variant)
     expected = run_model(model, arguments, dtype)
     found = replayed(open_replay(random_pipelines[variant], expert, dtype), arguments)
@@ -83,7 +83,7 @@ def test_original_model(random_pipelines, variant: str, expert: str, dtype: torc
 )
 def test_packed_model(packed, random_pipelines, format_name: str, variant: str, expert: str) -> None:
     directory = packed[format_name]
-    model = WanTransformer3DModel.from_pretrained(directory / expert, torch_dtype=torch.float32).eval()
+    model = WanTransformer3DModel.from_pretrained(directory / expert, dtype=torch.float32).eval()
     arguments = call(variant)
     expected = run_model(model, arguments)
     assert torch.equal(replayed(open_replay(directory, expert), arguments), expected)
@@ -134,7 +134,7 @@ def test_blocks_are_independent(random_pipelines) -> None:
 def test_state_names_are_those_of_the_model(packed, random_pipelines) -> None:
     for directory in (random_pipelines["I2V-14B"], packed["hif4"], packed["mxfp4"]):
         config = read_layout(directory).experts["transformer"]
-        model = WanTransformer3DModel.from_pretrained(directory / "transformer", torch_dtype=torch.float32)
+        model = WanTransformer3DModel.from_pretrained(directory / "transformer", dtype=torch.float32)
         found = state_names(config, open_replay(directory).packed)
         assert found == list(model.state_dict())
 
