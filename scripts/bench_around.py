@@ -43,7 +43,7 @@ def load_expert(directory: Path) -> None:
     import torch
     from diffusers import WanTransformer3DModel
 
-    WanTransformer3DModel.from_pretrained(directory, torch_dtype=torch.bfloat16)
+    WanTransformer3DModel.from_pretrained(directory, dtype=torch.bfloat16)
 
 
 def measure(candidates: dict[str, Callable[[], None]], files: list[Path], *, cold: bool, repeats: int) -> None:

@@ -120,7 +120,7 @@ def generate(pipe: DiffusionPipeline, prompt: str, seed: int, settings: dict[str
 def evaluate(work: Path, directory: Path, units: int) -> dict[str, float]:
     """Means of the adherence scores over ``units`` held-out (prompt, seed) units; also saves the clips."""
     settings = json.loads((directory / PRESET).read_text(encoding="utf-8"))
-    pipe = DiffusionPipeline.from_pretrained(directory, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(directory, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     rows, clips, began = [], [], time.time()
     prompts = held_out_prompts(units)

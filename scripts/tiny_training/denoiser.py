@@ -72,7 +72,7 @@ def starting_weights(work: Path, stage: str, init: Path | None) -> dict[str, Ten
     kind = stage.removeprefix("i2v-")
     if init is not None:
         folder = init / ("transformer" if kind == "high" else "transformer_2")
-        weights = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32).state_dict()
+        weights = WanTransformer3DModel.from_pretrained(folder, dtype=torch.float32).state_dict()
     else:
         weights = torch.load(work / f"{'trunk' if stage == kind else kind}.pt", weights_only=False)["ema"]
     return weights if stage == kind else i2v.widened(weights)

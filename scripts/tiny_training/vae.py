@@ -92,7 +92,7 @@ def train(work: Path, steps: int, seed: int, freeze_at: int, init: Path | None =
     torch.manual_seed(seed)
     vae = AutoencoderKLWan(**VAE_CONFIG)
     if init is not None:
-        vae.load_state_dict(AutoencoderKLWan.from_pretrained(init / "vae", torch_dtype=torch.float32).state_dict())
+        vae.load_state_dict(AutoencoderKLWan.from_pretrained(init / "vae", dtype=torch.float32).state_dict())
     opts = optimisers(vae)
     ema = Ema(vae, 0.99)
     log, path, first = Log(work / "vae.jsonl"), work / "vae.pt", 0

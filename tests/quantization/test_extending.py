@@ -369,7 +369,7 @@ def test_diffusers_loads_and_runs_the_checkpoint(known, pipeline, checkpoint):
     assert config["format"] == Int4.name and config["input_activations"]["scale_rule"] == "tight"
     scheme = Scheme.of(Int4.name, transform=Sorted.kind, input_rule="tight")
     assert PackedConfig.parse(config).scheme == scheme
-    model = WanTransformer3DModel.from_pretrained(checkpoint / "transformer", torch_dtype=torch.float32)
+    model = WanTransformer3DModel.from_pretrained(checkpoint / "transformer", dtype=torch.float32)
     original = load_pipeline(pipeline[0]).transformer
     rows = {f"blocks.{row.block}.{row.layer}": row for row in read_manifest(checkpoint).layers}
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
@@ -414,7 +414,7 @@ def test_without_gptq_the_checkpoint_holds_plain_rounding_of_the_sorted_weights(
 
 def test_it_is_exported_as_dense_bfloat16_only(known, checkpoint, tmp_path):
     export_component(checkpoint / "transformer", tmp_path / "dense", "bf16")
-    dense = WanTransformer3DModel.from_pretrained(tmp_path / "dense", torch_dtype=torch.float32).state_dict()
+    dense = WanTransformer3DModel.from_pretrained(tmp_path / "dense", dtype=torch.float32).state_dict()
     packed = load_pipeline(checkpoint).transformer
     for name, layer in packed.named_modules():
         if isinstance(layer, QuantLinear):

@@ -27,7 +27,7 @@ def model(request) -> str:
 def pipe(model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loaded = DiffusionPipeline.from_pretrained(assets_dir(model), torch_dtype=torch.float32)
+        loaded = DiffusionPipeline.from_pretrained(assets_dir(model), dtype=torch.float32)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
