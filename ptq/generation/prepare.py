@@ -11,11 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ptq import ui
+from ptq.checkpoint.manifest import MANIFEST_FILE
 from ptq.errors import UsageError
 from ptq.generation.directory import GenerationDirectory
 from ptq.generation.run import Summary, run_generation
-from ptq.generation.settings import Settings
+from ptq.generation.settings import Settings, departures
 from ptq.prompts import Sample, make_sample, read_prompts, require_media
+from ptq.store.files import read_json
 from ptq.wan.layout import ModelLayout
 
 DTYPES = ("float32", "bfloat16")
@@ -41,7 +44,20 @@ def resolve_settings(
     if dtype not in (None, *DTYPES):
         raise UsageError(f"--dtype must be {' or '.join(DTYPES)}, found {dtype!r}.")
     values = layout.resolve_preset(**(given or {})).model_dump(exclude={"variant", "hub_id"})
-    return Settings(**values, dtype=dtype or ("bfloat16" if device.startswith("cuda") else "float32"), **others)
+    settings = Settings(**values, dtype=dtype or ("bfloat16" if device.startswith("cuda") else "float32"), **others)
+    differing = departures(settings, calibrated_with(layout)) if layout.is_packed else []
+    if differing:
+        ui.info(f"Other settings than the checkpoint was calibrated with: {', '.join(differing)}.")
+    return settings
+
+
+def calibrated_with(layout: ModelLayout) -> dict[str, Any]:
+    """The settings of the records that a packed checkpoint was made from; {} where an earlier version did not note them."""
+    manifest = layout.path / MANIFEST_FILE
+    content = read_json(manifest) if manifest.is_file() else {}
+    calibration = content.get("calibration") if isinstance(content, dict) else None
+    settings = calibration.get("settings") if isinstance(calibration, dict) else None
+    return settings if isinstance(settings, dict) else {}
 
 
 def read_samples(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ptq import ui
 from ptq.errors import DamagedFileError, UsageError
 
 
@@ -66,3 +67,21 @@ class Settings:
             return cls(**values)
         except TypeError as error:
             raise DamagedFileError(f"The settings of the run are not those of this version ({error}).") from error
+
+
+def departures(settings: Settings, calibrated: Mapping[str, Any]) -> list[str]:
+    """Settings that are not those of a checkpoint's records, each with both values.
+
+    Args:
+        calibrated: name -> value of the records; a name that `Settings` does not have is passed over.
+    """
+    own = settings.as_json()
+    return [
+        f"{name} {_shown(own[name])} (calibrated with {_shown(value)})"
+        for name, value in calibrated.items()
+        if name in own and own[name] != value
+    ]
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else ui.shorten(repr(value), 40)

@@ -18,7 +18,7 @@ from ptq.checkpoint.shards import ShardSet, write_component
 from ptq.errors import PtqError
 from ptq.store.files import write_bytes, write_json
 from ptq.wan.layout import ModelLayout
-from ptq.wan.presets import PRESET_FILE
+from ptq.wan.presets import PRESET_FILE, ModelPreset
 
 
 def write_expert(
@@ -45,10 +45,11 @@ def write_expert(
     write_bytes(directory / "config.json", (json.dumps(own, indent=2, sort_keys=True) + "\n").encode())
 
 
-def copy_components(layout: ModelLayout, target: Path, *, link: bool) -> None:
+def copy_components(layout: ModelLayout, target: Path, preset: ModelPreset, *, link: bool) -> None:
     """Copy everything but the experts and the card: VAE, text encoder, tokenizer, scheduler, model_index.json.
 
     Args:
+        preset: generation defaults of the checkpoint.
         link: make symbolic links to the original files instead of copies.
 
     Raises:
@@ -73,4 +74,4 @@ def copy_components(layout: ModelLayout, target: Path, *, link: bool) -> None:
         raise PtqError(
             f"Could not copy {layout.path} to {target}: {error}. Free some space, or pass --link to link the components instead of copying them; then run the same command again."
         ) from error
-    write_json(target / PRESET_FILE, layout.preset.model_dump())
+    write_json(target / PRESET_FILE, preset.model_dump())

@@ -19,6 +19,7 @@ from ptq import ui
 from ptq.checkpoint.manifest import Coverage, package_versions
 from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet
+from ptq.config.load import validate
 from ptq.errors import UsageError
 from ptq.quantization.calls import ExpertCalls, spread
 from ptq.quantization.processes import ALONE, Processes
@@ -40,6 +41,7 @@ from ptq.wan.estimates import (
 )
 from ptq.wan.layout import ModelLayout
 from ptq.wan.preflight import Needs
+from ptq.wan.presets import SAMPLING, ModelPreset
 from ptq.wan.replay import ExpertReplay
 
 STREAM_BYTES = 4
@@ -157,6 +159,13 @@ class Job:
             "seed": settings.seed,
             "versions": package_versions(),
         }
+
+    @property
+    def recorded_preset(self) -> ModelPreset:
+        """The model's preset with the settings that the records were made with: defaults of what is made from them."""
+        recorded = {name: value for name, value in self.calibration.info.preset.items() if name in SAMPLING}
+        where = f"{self.calibration.directory}/calibration.json"
+        return validate(ModelPreset, self.layout.preset.model_dump() | recorded, where)
 
     def replay(self, expert: str) -> ExpertReplay:
         """The original expert, block by block."""

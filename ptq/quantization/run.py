@@ -65,7 +65,7 @@ def _quantize(job: Job, start: float) -> Manifest:
             results = _run_experts(chosen, work)
         if processes.first:
             work.remove_leftovers()
-            copy_components(job.layout, work.path, link=job.options.link)
+            copy_components(job.layout, work.path, job.recorded_preset, link=job.options.link)
             manifest = _manifest(chosen, job.signature, results, time.monotonic() - start)
             manifest.files = hash_files(work.path, exclude=RUN_FILES)
             write_card(work.path, manifest)
@@ -125,6 +125,8 @@ def _manifest(job: Job, signature: dict[str, Any], results: list[ExpertResult], 
             "prompts": calibration.info.prompts,
             "samples": [sample.as_json() for sample in calibration.info.samples],
             "records": len(calibration.records),
+            "settings": job.recorded_preset.sampling(),
+            "defaults": job.layout.preset.sampling(),
         },
         high_precision=[f"{name}:{index}" for name, blocks in settings.high_precision.items() for index in blocks],
         budget_scope=settings.budget_scope,

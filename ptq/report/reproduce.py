@@ -139,12 +139,15 @@ def _generate(model: str, prompts: str, out: str, settings: Mapping[str, Any], f
 
 
 def _default_negative_prompt(facts: Facts) -> str | None:
-    """What `ptq generate` takes without the option; a checkpoint carries its model's defaults."""
+    """What `ptq generate` takes without the option, for the original as for the checkpoint, which carries the settings of
+    its records; None where the two differ."""
     if facts.manifest is None or facts.checkpoint is None:
         return None
     own = facts.checkpoint / PRESET_FILE
     if own.is_file():
-        return str(read_json(own).get("negative_prompt"))
+        carried = str(read_json(own).get("negative_prompt"))
+        defaults = (facts.manifest.calibration or {}).get("defaults", {})
+        return carried if defaults.get("negative_prompt", carried) == carried else None
     return load_preset(facts.manifest.variant).negative_prompt
 
 

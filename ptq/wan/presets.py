@@ -5,6 +5,8 @@ Sources: the model cards and the original repository's configuration files, as l
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ptq.config.load import CONFIGS, load_yaml, validate
@@ -13,6 +15,20 @@ from ptq.wan.variants import VARIANTS
 
 PRESET_FILE = "ptq_preset.json"
 """A model directory may carry its own preset under this name (the embedded, the random and the packed models do)."""
+
+
+SAMPLING = (
+    "height",
+    "width",
+    "num_frames",
+    "steps",
+    "flow_shift",
+    "guidance_scale",
+    "guidance_scale_2",
+    "negative_prompt",
+    "max_sequence_length",
+)
+"""Fields of a preset that decide what a denoiser is called with: records are made with them, and carry them on."""
 
 
 class ModelPreset(BaseModel):
@@ -39,6 +55,10 @@ class ModelPreset(BaseModel):
         if variant not in VARIANTS:
             raise ValueError(f"should be one of {', '.join(VARIANTS)}")
         return variant
+
+    def sampling(self) -> dict[str, Any]:
+        """The fields of `SAMPLING`."""
+        return {name: getattr(self, name) for name in SAMPLING}
 
     def with_overrides(self, **values: object) -> ModelPreset:
         """This preset with the values that are not None in their places.
