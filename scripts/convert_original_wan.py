@@ -14,7 +14,9 @@ variant (its own experts are not downloaded).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,6 +33,10 @@ from ptq.store.files import write_json
 from ptq.wan.foreign import find_original
 from ptq.wan.layout import read_layout
 from ptq.wan.replay import expected_shapes
+from ptq.wan.variants import EXPERTS
+
+SAMPLE_BYTES = 4096
+"""Of each tensor, to tell whether two sources hold the same expert."""
 
 
 def convert_original(experts: Mapping[str, Path], base: Path, out: Path) -> Path:
@@ -46,7 +52,7 @@ def convert_original(experts: Mapping[str, Path], base: Path, out: Path) -> Path
         `out`.
 
     Raises:
-        UsageError: `out` exists, or the experts are not those of `base`.
+        UsageError: `out` exists, the experts are not those of `base`, one is given twice, or they are swapped.
         PtqError: tensors that are not of this model (named), damaged files, full disk.
     """
     layout = read_layout(base)
@@ -54,7 +60,12 @@ def convert_original(experts: Mapping[str, Path], base: Path, out: Path) -> Path
         raise UsageError(f"{base} has {', '.join(layout.experts)}, but found {', '.join(experts)} to convert.")
     if out.exists():
         raise UsageError(f"{out} exists already; choose another directory.")
+    _refuse_swapped(experts)
     ordered = {name: _rename(experts[name], config) for name, config in layout.experts.items()}
+    if len({_sample_digest(entries) for entries in ordered.values()}) < len(ordered):
+        raise UsageError(
+            f"{' and '.join(map(str, experts.values()))} hold the same weights; the high-noise and the low-noise expert are two models. Name each once."
+        )
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(base, partial, ignore=lambda _, names: [n for n in names if n in experts or n.startswith(".")])
@@ -63,6 +74,31 @@ def convert_original(experts: Mapping[str, Path], base: Path, out: Path) -> Path
         write_json(partial / name / "config.json", layout.experts[name])
     partial.rename(out)
     return out
+
+
+def _refuse_swapped(experts: Mapping[str, Path]) -> None:
+    """Refuse one source given twice, and names that say the other expert."""
+    if len({path.resolve() for path in experts.values()}) < len(experts):
+        raise UsageError(
+            f"{next(iter(experts.values()))} was given for both experts. Name each one's own file or folder."
+        )
+    noises = dict(zip(EXPERTS, ("high", "low"), strict=True))
+    for expert, path in experts.items() if len(experts) > 1 else ():
+        said = {noise for noise in noises.values() if re.search(rf"(^|[^a-z]){noise}([^a-z]|$)", path.name.lower())}
+        if len(said) == 1 and noises[expert] not in said:
+            raise UsageError(
+                f"{path} was given as {expert}, the {noises[expert]}-noise expert, but is called {said.pop()}. --transformer takes the high-noise expert, --transformer-2 the low-noise one."
+            )
+
+
+def _sample_digest(entries: list[TensorEntry]) -> str:
+    """Digest over the beginning of every tensor, whatever the files: two experts differ in nearly each."""
+    result = hashlib.sha256()
+    for entry in entries:
+        with open(entry.file, "rb") as handle:
+            handle.seek(entry.start)
+            result.update(f"{entry.name} {entry.dtype} ".encode() + handle.read(min(entry.nbytes, SAMPLE_BYTES)))
+    return result.hexdigest()
 
 
 def _rename(source: Path, config: dict[str, Any]) -> list[TensorEntry]:

@@ -182,6 +182,21 @@ def test_other_checkpoints_are_refused_by_tensor(release, random_pipelines, tmp_
     assert not list(tmp_path.glob("out*"))
 
 
+def test_one_expert_twice_and_swapped_experts(release, random_pipelines, tmp_path):
+    base, experts = random_pipelines["T2V-A14B"], find_original(release)
+    first, second = experts
+    with pytest.raises(UsageError, match="given for both experts"):
+        convert_original({first: experts[first], second: experts[first]}, base, tmp_path / "out")
+    copied = tmp_path / "renamed.safetensors"  # the same weights under other names, in another file
+    state = load_file(experts[first] / "diffusion_pytorch_model.safetensors")
+    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}, copied)
+    with pytest.raises(UsageError, match="hold the same weights"):
+        convert_original({first: experts[first], second: copied}, base, tmp_path / "out")
+    with pytest.raises(UsageError, match=r"given as transformer, the high-noise expert, but is called low"):
+        convert_original({first: experts[second], second: experts[first]}, base, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_wrong_requests(release, random_pipelines, tmp_path):
     experts = find_original(release)
     with pytest.raises(UsageError, match="has transformer, but found transformer, transformer_2"):
