@@ -21,6 +21,7 @@ from ptq.checkpoint.comparison import check_tensors
 from ptq.checkpoint.layers import replace_linears
 from ptq.checkpoint.quantization_config import QUANT_METHOD, PackedConfig
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header, tensor_crc32
+from ptq.checkpoint.saving import keep_companions, refuse_pickles
 from ptq.checkpoint.shards import CHECKSUMS_KEY, INDEX_NAME
 from ptq.errors import DamagedFileError
 from ptq.store.files import read_json
@@ -61,20 +62,22 @@ class PtqQuantizer(DiffusersQuantizer):
         self._entries: dict[str, TensorEntry] = {}
         self._checksums: dict[str, int] = {}
         self._disk_offload = False
+        self.ptq_directory: Path | None = None
+        """Where the component was loaded from."""
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Called with the file names before tensors are read: validate every header, find the checksums."""
         for file in checkpoint_files:
             self._entries.update(read_header(file))
-        index = Path(checkpoint_files[0]).parent / INDEX_NAME
+        self.ptq_directory = Path(checkpoint_files[0]).parent
+        index = self.ptq_directory / INDEX_NAME
         if index.exists():
             self._checksums = read_json(index).get("metadata", {}).get(CHECKSUMS_KEY, {})
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         replace_linears(model, self.packed)
-        where = next((entry.file.parent for entry in self._entries.values()), Path("the checkpoint"))
-        check_tensors(where, self._entries, model.state_dict())
+        check_tensors(self.ptq_directory or Path("the checkpoint"), self._entries, model.state_dict())
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Called for each shard: compare the bytes with the checksums of the index."""
@@ -95,11 +98,19 @@ class PtqQuantizer(DiffusersQuantizer):
         for name, tensor in model.state_dict().items():
             if tensor.is_meta and not self._disk_offload:
                 raise DamagedFileError(f"Tensor {name} was not loaded; the checkpoint is incomplete.")
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline  # which imports this file
+
+        keep_companions(DiffusionPipeline)
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Called by save_pretrained: every tensor gets the dtype it had on disk, so saving again changes nothing."""
+        """Called by save_pretrained: every tensor gets the dtype it had on disk, so saving again changes nothing.
+
+        Raises:
+            UsageError: pickles are asked for.
+        """
+        refuse_pickles(safe_serialization)
         on_disk = {name: entry.torch_dtype for name, entry in self._entries.items()}
         return {name: tensor.to(on_disk.get(name, tensor.dtype)) for name, tensor in state_dict.items()}, {}
 
