@@ -19,6 +19,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import WanTransformer3DModel
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils import logging
@@ -47,6 +48,7 @@ LOADING_ERRORS = (
     ZeroDivisionError,
     NotImplementedError,
     SafetensorError,
+    StrictDataclassError,
 )
 """What diffusers and transformers raise about configurations and files that they cannot load."""
 MAX_ERROR_CHARS = 300
