@@ -40,6 +40,8 @@ DTYPES: dict[str, torch.dtype] = {
 """Name in a header -> dtype. The library stores wide dtypes first (so that data stay aligned), then sorts by name."""
 DTYPE_ORDER = {name: rank for rank, name in enumerate(DTYPES)}
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 8
+"""Of a tensor; a convolution has five."""
 COPY_CHUNK = 8 * 2**20
 
 
@@ -94,6 +96,10 @@ def read_header(path: str | Path) -> dict[str, TensorEntry]:
 
 def _parse_entry(path: Path, name: str, value: object, data_start: int) -> TensorEntry:
     try:
+        if len(value["shape"]) > MAX_DIMENSIONS or value["dtype"] not in DTYPES:  # type: ignore[index,call-overload]
+            raise ValueError(
+                f"dtype {str(value['dtype'])[:40]!r}, {len(value['shape'])} dimensions; known are {', '.join(DTYPES)}"  # type: ignore[index]
+            )
         dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]  # type: ignore[index]
         entry = TensorEntry(name, dtype, shape, path, data_start + start)
         consistent = entry.nbytes == stop - start and all(isinstance(n, int) and n >= 0 for n in shape)

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ptq.checkpoint.manifest import MANIFEST_FILE, hash_files
+from ptq.checkpoint.manifest import CARD_FILE, MANIFEST_FILE, hash_files
 from ptq.errors import UsageError
 from ptq.store.files import read_json, write_json
 
-COMPANIONS = (MANIFEST_FILE, "ptq_preset.json", "ptq_sensitivity.json", "README.md")
+COMPANIONS = (MANIFEST_FILE, "ptq_preset.json", "ptq_sensitivity.json", CARD_FILE)
 """Files beside the components of a checkpoint."""
 
 

@@ -44,6 +44,7 @@ LOADING_ERRORS = (
     KeyError,
     IndexError,
     AttributeError,
+    NameError,
     ImportError,
     ZeroDivisionError,
     NotImplementedError,
@@ -98,7 +99,7 @@ def _check_component(layout: ModelLayout, name: str, library: str, kind: str) ->
             raise PtqError(f"{folder} has none of {', '.join(FILES[name])}. Download or copy the model again.")
         return
     if name == "scheduler":
-        _class_of(layout, name, diffusers, kind)
+        _check_scheduler(folder / "scheduler_config.json", _class_of(layout, name, diffusers, kind))
         return
     if name in EXPERTS:
         _check_expert(folder, layout.experts[name])
@@ -119,6 +120,16 @@ def _class_of(layout: ModelLayout, name: str, library: Any, kind: str) -> Any:
     return found
 
 
+def _check_scheduler(where: Path, kind: Any) -> None:
+    """It is cheap, so it is tried: a schedule whose noise levels are finite and fall."""
+    with _named(where):
+        scheduler = kind.from_config(read_json(where))
+        scheduler.set_timesteps(4)
+        sigmas = scheduler.sigmas
+        if not (torch.isfinite(sigmas).all() and (sigmas.diff() < 0).all()):
+            raise ValueError(f"its noise levels are {sigmas.tolist()}, which do not fall")
+
+
 def _check_expert(folder: Path, config: dict[str, Any]) -> None:
     entries = ShardSet(folder).entries
     if config.get("quantization_config") is None:
@@ -137,7 +148,7 @@ def _expert_tensors(folder: str, config: str) -> dict[str, Tensor]:
     """Both experts of a model have one structure, and a command asks for it more than once."""
     content = json.loads(config)
     packed = content.get("quantization_config")
-    with _named(folder):
+    with _named(f"{folder}/config.json"):
         parsed = None if packed is None else PackedConfig.parse(packed, f"{folder}/config.json")
         return expected_tensors(content, parsed)
 
@@ -145,7 +156,7 @@ def _expert_tensors(folder: str, config: str) -> dict[str, Tensor]:
 def _check_vae(folder: Path) -> None:
     entries = ShardSet(folder).entries
     refuse_quantized(folder, entries)
-    with _named(folder), torch.device("meta"):
+    with _named(folder / "config.json"), torch.device("meta"):
         expected = getattr(diffusers, VAE_CLASS).from_config(read_json(folder / "config.json")).state_dict()
     check_tensors(folder, entries, expected)
 
@@ -160,7 +171,7 @@ def _check_encoder(folder: Path, kind: Any) -> None:
                 f"{entry.file}: tensor {entry.name} is {entry.dtype}; expected one of {', '.join(FLOATS)}. Download or copy the model again."
             )
     state = {name: _on_meta(entry) for name, entry in entries.items()}
-    with _named(folder), _silent_transformers():
+    with _named(folder / "config.json"), _silent_transformers():
         config = kind.config_class.from_dict(read_json(folder / "config.json"))
         model, found = kind.from_pretrained(
             None,
@@ -196,13 +207,13 @@ def _compare_widths(layout: ModelLayout) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _named(folder: object) -> Iterator[None]:
-    """Errors of the libraries about a component's configuration, as one paragraph that names it."""
+def _named(where: object) -> Iterator[None]:
+    """Errors of the libraries about a configuration file, as one paragraph that names it."""
     try:
         yield
     except LOADING_ERRORS as error:
         raise DamagedFileError(
-            f"{folder}/config.json does not describe a model that the installed libraries can build: {shorten_error(error)}. Download or copy the model again."
+            f"{where} does not describe something that the installed libraries can build: {shorten_error(error)}. Download or copy the model again."
         ) from error
 
 

@@ -34,20 +34,20 @@ SAMPLING = (
 class ModelPreset(BaseModel):
     """Defaults of one variant. Sizes in pixels, `fps` in frames a second."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     variant: str
     hub_id: str | None = None
-    height: int = Field(gt=0)
-    width: int = Field(gt=0)
-    num_frames: int = Field(gt=0)
-    fps: int = Field(gt=0)
-    steps: int = Field(gt=0)
-    flow_shift: float = Field(gt=0)
+    height: int = Field(gt=0, le=2**14)
+    width: int = Field(gt=0, le=2**14)
+    num_frames: int = Field(gt=0, le=10**5)
+    fps: int = Field(gt=0, le=1000)
+    steps: int = Field(gt=0, le=10**4)
+    flow_shift: float = Field(gt=0, le=10**4)
     guidance_scale: float
     guidance_scale_2: float | None = None
     negative_prompt: str = ""
-    max_sequence_length: int = Field(default=512, gt=0)
+    max_sequence_length: int = Field(default=512, gt=0, le=10**5)
 
     @field_validator("variant")
     @classmethod

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from ptq.store.schema import Schema
 
@@ -51,6 +51,7 @@ class PipelineIndex(_Foreign):
 class ExpertConfig(_Foreign):
     """config.json of an expert."""
 
+    class_name: str = Field(alias="_class_name")
     num_layers: Layers
     num_attention_heads: Size
     attention_head_dim: Size
@@ -90,6 +91,17 @@ class VaeConfig(_Foreign):
     patch_size: Size | None = None
     scale_factor_temporal: Size | None = None
     scale_factor_spatial: Size | None = None
+    is_residual: bool = False
+    dropout: float = 0.0
+    latents_mean: list[float] | None = None
+    latents_std: list[Annotated[float, Field(gt=0)]] | None = None
+
+    @model_validator(mode="after")
+    def _one_a_channel(self) -> VaeConfig:
+        for name, values in (("latents_mean", self.latents_mean), ("latents_std", self.latents_std)):
+            if values is not None and len(values) != self.z_dim:
+                raise ValueError(f"{name} should have z_dim = {self.z_dim} values, found {len(values)}")
+        return self
 
 
 class TextEncoderConfig(_Foreign):
@@ -98,6 +110,7 @@ class TextEncoderConfig(_Foreign):
     d_model: Size
     num_layers: Layers
     vocab_size: Size
+    layer_norm_epsilon: float = Field(default=1e-6, gt=0, lt=1)
 
 
 class ImageEncoderConfig(_Foreign):
