@@ -10,17 +10,23 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import shutil
+import socket
 from collections.abc import Container, Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptq.errors import DamagedFileError, PtqError
+from ptq.errors import FULL, DamagedFileError, PtqError, describe_os_error
+from ptq.store.ending import at_end
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PARTIAL_SUFFIX = ".part"
-"""Ends the temporary name `.<name>.<process id>.part`."""
+"""Ends the temporary name `.<name>.<host>-<process id>.part`; without the host where an earlier version wrote it."""
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?:(?P<host>[0-9a-f]{6})-)?(?P<pid>\d+)\.part", re.DOTALL)
 
 
 @contextlib.contextmanager
@@ -28,35 +34,124 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it, on any error remove it.
 
     Raises:
-        PtqError: the disk is full or not writable (names the target and the free space).
+        PtqError: the disk is full or not writable (names the target and the reason).
     """
     path = Path(path)
-    # Process id in the name: two processes that write the same target never share a temporary file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
-    try:
+    temporary = _temporary(path)
+    with _writing(path), at_end(lambda: _remove(temporary)):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_once(path.parent)
         yield temporary
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
         sync_directory(path.parent)
-    except OSError as error:
-        raise PtqError(f"Could not write {path}: {error.strerror or error}. {free_space_hint(path.parent)}") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            temporary.unlink()
+
+
+@contextlib.contextmanager
+def temporary_directory(parent: Path, name: str) -> Iterator[Path]:
+    """An empty folder below `parent` that is gone after the block; what killed processes left there is swept first.
+
+    Raises:
+        PtqError: `parent` cannot be written into.
+    """
+    path = _temporary(parent / name)
+    with at_end(lambda: _remove(path)):
+        with _writing(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            _sweep_once(parent)
+            _remove(path)
+            path.mkdir()
+        yield path
 
 
 def sweep_partials(directory: Path, targets: Container[Path] | None = None) -> None:
-    """Remove what killed processes left of files below `directory` that they were writing; nobody may be writing them now.
+    """Remove what killed processes left of files below `directory` that they were writing.
 
     Args:
-        targets: only what was to become one of these; None: of every file.
+        targets: what only this process may write now, whoever began it; None: everything. Of other files, those go
+            whose writer was a process of this machine and has ended.
     """
     for path in directory.rglob(f".*{PARTIAL_SUFFIX}"):
-        name = path.name.removeprefix(".").rsplit(".", 2)[0]
-        if targets is None or path.with_name(name) in targets:
-            path.unlink(missing_ok=True)
+        found = _TEMPORARY.fullmatch(path.name)
+        if found and (targets is None or path.with_name(found["name"]) in targets or _is_left_over(found)):
+            _remove(path)
+
+
+_swept: set[str] = set()
+
+
+def _sweep_once(directory: Path) -> None:
+    """The first time that this process writes into a folder, remove what ended processes of this machine left in it."""
+    real = os.path.realpath(directory)
+    if real in _swept:
+        return
+    _swept.add(real)
+    for path in directory.glob(f".*{PARTIAL_SUFFIX}"):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found and _is_left_over(found):
+            _remove(path)
+
+
+def _is_left_over(found: re.Match[str]) -> bool:
+    """Whether the process that a temporary name holds has ended. Of one on another machine nothing is known.
+
+    This process's own number was an ended one's: it sweeps a folder before it writes there.
+    """
+    if found["host"] != _host():
+        return False
+    if int(found["pid"]) == os.getpid():
+        return True
+    try:
+        os.kill(int(found["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):  # another user's process; no process at all
+        return False
+    return False
+
+
+@cache
+def _host() -> str:
+    """Six digits that differ between machines, and between containers that count processes on their own."""
+    try:
+        processes = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        processes = ""
+    return hashlib.sha256(f"{socket.gethostname()} {processes}".encode()).hexdigest()[:6]
+
+
+def _temporary(path: Path) -> Path:
+    # Process id in the name: two processes that write the same target never share a temporary file.
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}{PARTIAL_SUFFIX}")
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a whole folder, where that is possible: the reason why it is removed matters more."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Errors of the system while `path` is written, as a message about it; those of other files stay what they are."""
+    try:
+        yield
+    except OSError as error:
+        named = error.filename
+        if named is not None and not (isinstance(named, str) and _is_of(Path(named), path)):
+            raise
+        advice = free_space_hint(path.parent) if error.errno in FULL else ""
+        raise PtqError(f"Could not write {describe_os_error(error, path, advice)}") from error
+
+
+def _is_of(found: Path, path: Path) -> bool:
+    """Whether an error at `found` is one of writing `path`: itself, a folder that it is in, its temporary, its content."""
+    temporary = found.parent == path.parent and found.name.startswith(f".{path.name}.")
+    return temporary or found.parent == path or found in (path, *path.parents)
 
 
 def files_below(directory: Path) -> list[Path]:
@@ -132,18 +227,23 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dic
 
 
 def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
-    """Append one record as one line and flush it to disk. A torn last line left by a killed writer is closed first."""
+    """Append one record as one line and flush it to disk. A torn last line left by a killed writer is closed first.
+
+    Raises:
+        PtqError: the disk is full or not writable.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    with open(path, "ab+") as handle:
-        if handle.tell() > 0:
-            handle.seek(-1, os.SEEK_END)
-            if handle.read(1) != b"\n":
-                line = b"\n" + line
-        handle.write(line)
-        handle.flush()
-        os.fsync(handle.fileno())
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+") as handle:
+            if handle.tell() > 0:
+                handle.seek(-1, os.SEEK_END)
+                if handle.read(1) != b"\n":
+                    line = b"\n" + line
+            handle.write(line)
+            handle.flush()
+            os.fsync(handle.fileno())
 
 
 def read_jsonl(path: str | Path, *, skip_damaged: bool = False) -> list[dict[str, Any]]:

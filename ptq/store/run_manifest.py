@@ -16,8 +16,8 @@ from typing import Literal
 from pydantic import ValidationError, model_validator
 
 from ptq import ui
-from ptq.errors import DamagedFileError, PtqError
-from ptq.store.files import append_jsonl, free_space_hint
+from ptq.errors import DamagedFileError
+from ptq.store.files import append_jsonl
 from ptq.store.schema import Number, Schema, problems
 from ptq.store.sharding import Shard
 
@@ -165,13 +165,7 @@ class Manifests:
         Raises:
             PtqError: the disk is full or not writable.
         """
-        path = self._own_path()
-        try:
-            append_jsonl(path, line.as_json())
-        except OSError as error:
-            raise PtqError(
-                f"Could not write {path}: {error.strerror or error}. {free_space_hint(self._root)}"
-            ) from error
+        append_jsonl(self._own_path(), line.as_json())
 
     def drop_torn_line(self) -> None:
         """Cut off a last line without newline: its writer was killed (the shard lock says that nobody writes now)."""

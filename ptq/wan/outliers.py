@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ptq.checkpoint.safetensors_file import read_header
 from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet, write_component
-from ptq.store.files import digest, sha256_file
+from ptq.store.files import digest, sha256_file, temporary_directory
 from ptq.wan.block import block_prefix
 from ptq.wan.layout import ModelLayout, read_layout
 
@@ -95,19 +95,20 @@ def _divide_columns(state: dict[str, Tensor], index: int, linears: tuple[str, ..
 
 def make_outlier_pipeline(source: ModelLayout, out: Path) -> Path:
     """Write a pipeline directory whose experts are those of `source` with outliers planted; it appears only whole."""
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source.path, partial, ignore=lambda folder, names: _weights(folder, names, source))
-    for expert in source.experts:
-        shards = ShardSet(source.path / expert)
-        state = plant_outliers({name: shards.read(name) for name in shards.entries}, source.num_blocks(expert))
-        scratch = partial / f"{expert}.safetensors"
-        save_file(state, scratch)
-        entries = read_header(scratch)
-        write_component(partial / expert, [entries[name] for name in shards.entries], MAX_SHARD_BYTES)
-        scratch.unlink()
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    with temporary_directory(out.parent, out.name) as partial:
+        shutil.copytree(
+            source.path, partial, ignore=lambda folder, names: _weights(folder, names, source), dirs_exist_ok=True
+        )
+        for expert in source.experts:
+            shards = ShardSet(source.path / expert)
+            state = plant_outliers({name: shards.read(name) for name in shards.entries}, source.num_blocks(expert))
+            scratch = partial / f"{expert}.safetensors"
+            save_file(state, scratch)
+            entries = read_header(scratch)
+            write_component(partial / expert, [entries[name] for name in shards.entries], MAX_SHARD_BYTES)
+            scratch.unlink()
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
     return out
 
 

@@ -7,8 +7,6 @@ so a disk that cannot be written, a broken installation or a GPU that does not c
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from ptq.errors import PtqError
 from ptq.runtime import QuantLinear
 from ptq.runtime.backends import unreported
 from ptq.scheme import Scheme
-from ptq.store.files import free_space_hint, read_json, write_bytes
+from ptq.store.files import read_json, temporary_directory, write_bytes
 from ptq.wan.block import block_inputs, block_prefix
 from ptq.wan.replay import state_names
 
@@ -33,6 +31,8 @@ SIZE = {"num_attention_heads": 4, "attention_head_dim": 16, "ffn_dim": 128, "num
 """config.json of the trial expert."""
 SEED = 5
 """Of its weights."""
+SCRATCH = "ptq-preflight"
+"""Name of the temporary directory."""
 TRIAL_BLOCK = 64
 """Size of the rotated blocks; every format's groups divide it."""
 
@@ -44,15 +44,8 @@ def run_trial(folder: Path, format_name: str, device: str) -> None:
         PtqError: the disk cannot be written, what was read differs from what was written, or the device computes
             something that is not finite.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".ptq-preflight-", dir=folder))
-    except OSError as error:
-        raise PtqError(f"Cannot write into {folder}: {error.strerror or error}. {free_space_hint(folder)}") from error
-    try:
+    with temporary_directory(folder, SCRATCH) as scratch:
         _round_trip(scratch, format_name, device)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _round_trip(scratch: Path, format_name: str, device: str) -> None:

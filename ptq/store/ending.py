@@ -1,0 +1,36 @@
+"""What must not outlive this process: temporary files, locks, children. Undone when their block ends, and at a signal.
+
+A signal ends the command where it is, without unwinding (`ptq/cli/interruption.py`): code of other libraries swallows
+exceptions. What would be left over then is registered here before it comes to be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+
+_pending: list[tuple[int, Callable[[], object]]] = []
+"""(process, what to call): a forked child has the list too, and undoes nothing of its parent's."""
+
+
+@contextlib.contextmanager
+def at_end(undo: Callable[[], object]) -> Iterator[None]:
+    """Call `undo` when the block ends, however it ends. It must be quick, take no lock, and bear being called twice."""
+    entry = (os.getpid(), undo)
+    _pending.append(entry)
+    try:
+        yield
+    finally:
+        try:
+            undo()
+        finally:
+            _pending.remove(entry)
+
+
+def undo_all() -> None:
+    """Undo everything that is registered, the newest first; what fails is let be, for the process is about to end."""
+    for process, undo in reversed(_pending.copy()):
+        if process == os.getpid():
+            with contextlib.suppress(OSError):
+                undo()
