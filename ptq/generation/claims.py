@@ -1,19 +1,21 @@
 """Who works on a unit: one claim file for each unit in work, so that idle shards can take over what others left.
 
-Claims are files made with O_EXCL on the shared file system, touched while the work goes on; they work between machines. A
-claim whose owner has been silent for `stale_seconds` may be replaced. Losing a race costs work done twice, never a wrong
-file: every unit's bytes depend on its name only, and files appear by rename.
+Claims are files on the shared file system, touched while the work goes on; they work between machines. They appear whole, by
+rename, while the directory's mutex is held. A claim whose owner has been silent for `stale_seconds`, or that names no
+owner, is dead and may be replaced. Where a file system has no locks a race may be lost: that costs work done twice, never a
+wrong file, for every unit's bytes depend on its name only, and files appear by rename.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import threading
 from pathlib import Path
 
-from ptq.store.locks import directory_mutex, owner, read_small_json
+from ptq.store.ending import at_end
+from ptq.store.files import write_json
+from ptq.store.locks import describe_holder, directory_mutex, owner, read_small_json
 from ptq.store.sharding import Shard
 
 _CLAIM_SUFFIX = ".claim"
@@ -25,6 +27,7 @@ class Claims:
     def __init__(self, state: Path, shard: Shard, stale_seconds: float) -> None:
         self._state, self._shard, self.stale_seconds = state, shard, stale_seconds
         self._held: Path | None = None
+        self._ending = contextlib.ExitStack()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._heartbeat, name="claim-heartbeat", daemon=True)
 
@@ -40,41 +43,46 @@ class Claims:
     def acquire(self, stem: str) -> bool:
         """Claim the unit with this file stem; False while another living process has it."""
         path = self._path(stem)
-        content = json.dumps({"shard": self._shard.tag, **owner()}).encode()
-        try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            with directory_mutex(self._state):
-                if self.is_held_elsewhere(stem):
-                    return False
-                path.write_bytes(content)
-        else:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-        self._held = path
+        with directory_mutex(self._state):
+            if self.is_held_elsewhere(stem):
+                return False
+            self._ending.enter_context(at_end(self._remove_held))
+            self._held = path
+            write_json(path, {"shard": self._shard.tag, **owner()})
         return True
 
     def release(self) -> None:
         """Give up the claim in hand, if any."""
-        if self._held is not None:
-            held, self._held = self._held, None
-            if read_small_json(held).get("shard") == self._shard.tag:  # else: another process took it over meanwhile
-                held.unlink(missing_ok=True)
+        self._ending.close()
+
+    def _remove_held(self) -> None:
+        held, self._held = self._held, None
+        if held is not None and self._shard_of(held) == self._shard.tag:  # else: another process took it over meanwhile
+            held.unlink(missing_ok=True)
 
     def is_held_elsewhere(self, stem: str) -> bool:
         """Whether a process that still gives signs of life claims this unit.
 
         A claim of this shard, or of another number of shards, is left over from a dead process: the shard lock says so.
+        So is one that names no shard: its process, of an earlier version, was killed before it had written it.
         """
         path = self._path(stem)
         try:
             modified = path.stat().st_mtime
         except FileNotFoundError:
             return False
-        tag = str(read_small_json(path).get("shard", ""))
-        if tag == self._shard.tag or (tag and tag.rpartition("of")[2] != str(self._shard.count)):
+        tag = self._shard_of(path)
+        if tag == self._shard.tag or tag.rpartition("of")[2] != str(self._shard.count):
             return False
         return self._now() - modified < self.stale_seconds
+
+    def holder(self, stem: str) -> str:
+        """Who claims this unit, for messages."""
+        return describe_holder(self._path(stem))
+
+    @staticmethod
+    def _shard_of(claim: Path) -> str:
+        return str(read_small_json(claim).get("shard", ""))
 
     def _now(self) -> float:
         """The file system's clock: machines that share it may disagree about the time."""
@@ -89,7 +97,9 @@ class Claims:
         while not self._stop.wait(min(self.stale_seconds / 10, 30.0)):
             held = self._held
             if held is not None:
-                with contextlib.suppress(FileNotFoundError):  # released between the two lines
+                with contextlib.suppress(
+                    OSError
+                ):  # released between the two lines; or the disk fails, as the work will say
                     os.utime(held)
 
 

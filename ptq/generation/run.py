@@ -217,6 +217,7 @@ class _Loop:
         manifests, claims = self._worker.manifests, self._worker.claims
         own = {unit.name for unit in self._elsewhere}
         candidates = [*others, *self._elsewhere]
+        awaited = ""
         while True:
             manifests.refresh()
             waiting = [unit for unit in reversed(candidates) if manifests.get(unit.name) is None]
@@ -225,6 +226,12 @@ class _Loop:
                 return
             unit = next((unit for unit in waiting if not claims.is_held_elsewhere(unit.stem)), None)
             if unit is None:
+                holders = ", ".join(sorted({claims.holder(unit.stem) for unit in waiting}))
+                if holders != awaited:
+                    awaited = holders
+                    ui.info(
+                        f"Waiting for {len(waiting)} units in the hands of {holders}; those that give no sign of life for {format_seconds(claims.stale_seconds)} are made here."
+                    )
                 time.sleep(_POLL_SECONDS)
                 continue
             with ui.progress(f"Taking over {unit.name}", self._steps) as bar:

@@ -19,17 +19,23 @@ from typing import Any
 
 from ptq import ui
 from ptq.errors import PtqError
+from ptq.store.ending import at_end
 from ptq.store.sharding import Shard
 
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _MUTEX, _LOCK_SUFFIX = "directory.lock", ".lock"
-_PROBE_RETRY_S = 1.0
-"""`ptq status` holds a shared lock for an instant."""
+_RETRY_S = 1.0
+"""`ptq status` holds a shared lock, and claims hold the mutex, for an instant."""
 
 
 def owner() -> dict[str, Any]:
     """Who this process is, for messages."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+
+def _write_owner(handle: int) -> None:
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, json.dumps(owner()).encode(), 0)
 
 
 def _flock(handle: int, operation: int) -> bool:
@@ -45,13 +51,27 @@ def _flock(handle: int, operation: int) -> bool:
     return True
 
 
+def _flock_soon(handle: int) -> bool:
+    """Take an exclusive lock, trying again for a moment; False when another process keeps it."""
+    deadline = time.monotonic() + _RETRY_S
+    while not _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
 @contextlib.contextmanager
 def directory_mutex(state: Path) -> Iterator[None]:
     """Hold the directory for a moment: start-up checks, replacing a stale claim."""
     state.mkdir(parents=True, exist_ok=True)
-    handle = os.open(state / _MUTEX, os.O_RDWR | os.O_CREAT, 0o666)
+    path = state / _MUTEX
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        _flock(handle, fcntl.LOCK_EX)
+        if not _flock_soon(handle):
+            ui.info(f"Waiting for {describe_holder(path)} to begin its work in {state.parent}.")
+            _flock(handle, fcntl.LOCK_EX)
+        _write_owner(handle)
         yield
     finally:
         os.close(handle)
@@ -72,16 +92,17 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         if not _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
             os.close(handle)
-            raise PtqError(f"{what} is in use by {_describe(path)}. Wait for it, stop it, or choose another --out.")
+            raise PtqError(
+                f"{what} is in use by {describe_holder(path)}. Wait for it, stop it, or choose another --out."
+            )
         if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
             break
         os.close(handle)  # the former owner removed the file between our two calls
     try:
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(owner()).encode(), 0)
-        yield
+        with at_end(lambda: path.unlink(missing_ok=True)):
+            _write_owner(handle)
+            yield
     finally:
-        path.unlink(missing_ok=True)
         os.close(handle)
 
 
@@ -95,15 +116,11 @@ def shard_lock(state: Path, shard: Shard) -> Iterator[None]:
     path = state / f"shard-{shard.tag}{_LOCK_SUFFIX}"
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        deadline = time.monotonic() + _PROBE_RETRY_S
-        while not _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            if time.monotonic() > deadline:
-                raise PtqError(
-                    f"{state.parent} is in use: {_describe(path)} is making this shard. Wait for it, stop it, or choose another --out or another --shard."
-                )
-            time.sleep(0.05)
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(owner()).encode(), 0)
+        if not _flock_soon(handle):
+            raise PtqError(
+                f"{state.parent} is in use: {describe_holder(path)} is making this shard. Wait for it, stop it, or choose another --out or another --shard."
+            )
+        _write_owner(handle)
         yield
     finally:
         os.close(handle)
@@ -135,17 +152,18 @@ def live_shards(state: Path) -> list[str]:
     return tags
 
 
-def _describe(path: Path) -> str:
+def describe_holder(path: Path) -> str:
+    """Who wrote a lock or claim file, for messages: process, machine, since when."""
     holder = read_small_json(path)
     if not holder:
         return "another process"
-    return f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('started')})"
+    return ui.shorten(f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('started')})", 200)
 
 
 def read_small_json(path: Path) -> dict[str, Any]:
     """A small JSON object that another process may be writing right now; {} when it is not readable as one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
