@@ -49,10 +49,12 @@ def default_device() -> str:
 
 
 def print_json(value: Any) -> None:
-    """A result for machines, on stdout; in colours on a terminal."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    """A result for machines, on stdout; in colours on a terminal, in ASCII where stdout has no UTF-8."""
+    text = ui.clean_json(json.dumps(value, indent=2, ensure_ascii=not ui.console.encoding.startswith("utf")))
     if ui.console.is_terminal:
-        ui.console.print_json(text)
+        from rich.highlighter import JSONHighlighter
+
+        ui.console.print(JSONHighlighter()(text), soft_wrap=True)
     else:
         ui.console.out(text, highlight=False)
 

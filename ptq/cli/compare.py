@@ -39,7 +39,7 @@ def compare(
         }
         print_json({"a": str(a), "b": str(b), "tables": content})
         return
-    ui.console.print(f"A: {a}\nB: {b}", soft_wrap=True, markup=False)
+    ui.say(f"A: {a}\nB: {b}")
     show_tables(tables)
     for name, side in zip("AB", sides, strict=True):
         if side.manifest is None:

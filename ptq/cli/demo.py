@@ -71,11 +71,7 @@ def _show(results: list[DemoResult], out: Path) -> None:
     for result in results:
         for warning in result.evaluation.warnings:
             ui.warn(f"{result.manifest.format}: {warning}")
-    ui.console.print(
-        f"Original and quantized videos side by side: {out / 'side-by-side'}", soft_wrap=True, markup=False
-    )
+    ui.say(f"Original and quantized videos side by side: {out / 'side-by-side'}")
     for result in results:
-        ui.console.print(f"Report and submission: {result.results}", soft_wrap=True, markup=False)
-    ui.console.print(
-        f"All of it: {out}; look closer with `ptq inspect {results[0].checkpoint}`", soft_wrap=True, markup=False
-    )
+        ui.say(f"Report and submission: {result.results}")
+    ui.say(f"All of it: {out}; look closer with `ptq inspect {results[0].checkpoint}`")

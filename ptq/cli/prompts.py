@@ -24,7 +24,7 @@ def prompts(
     media_root: options.MediaRoot = None,
     prompt_format: options.PromptFormat = None,
     exclude: options.Exclude = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Read the first N prompts only.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Read the first N prompts only.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Show what a prompt file holds: format, counts, caption lengths, missing pictures, a preview.
@@ -69,14 +69,9 @@ def _facts(result: Survey) -> list[tuple[str, object]]:
 
 
 def _show_preview(result: Survey) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    preview = Table(title=f"First {len(result.preview)} prompts", title_justify="left")
-    for column in ("id", "picture", "prompt"):
-        preview.add_column(column)
+    rows = []
     for one in result.preview:
         picture = "-" if one["media"] is None else "missing" if one["resolved"] is None else "found"
         name, prompt = (" ".join(one[key].split()) for key in ("id", "prompt"))
-        preview.add_row(escape(ui.shorten(name, ID_CHARS)), picture, escape(ui.shorten(prompt, PROMPT_CHARS)))
-    ui.console.print(preview)
+        rows.append((ui.shorten(name, ID_CHARS), picture, ui.shorten(prompt, PROMPT_CHARS)))
+    ui.table(f"First {len(rows)} prompts", ("id", "picture", "prompt"), rows, numbers=False)

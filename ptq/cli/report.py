@@ -55,7 +55,7 @@ def report(
         made = render(sources, html=bool(targets["html"]), pdf=bool(targets["pdf"]), videos=videos)
         results.append({"evaluation": str(directory), "verdict": made.verdict})
         if not as_json:
-            ui.console.print(made.verdict, soft_wrap=True, markup=False)
+            ui.say(made.verdict)
         for kind, target in targets.items():
             if target is not None:
                 content: bytes = getattr(made, kind)

@@ -34,7 +34,7 @@ def status(
         if as_json:
             print_json(recorded.as_json())
         else:
-            ui.console.print(recorded.describe(), highlight=False, markup=False, soft_wrap=True)
+            ui.say(recorded.describe())
         return
     state = read_status(directory)
     if as_json:
@@ -42,11 +42,11 @@ def status(
         return
     columns = ("shard", "state", "done", "of", "failed", "videos/hour", "s/video", "in work")
     ui.table(f"{directory}: {state.model}", columns, [_row(shard) for shard in state.shards])
-    ui.console.print(_sentence(state), highlight=False, markup=False)
+    ui.say(_sentence(state))
     for name, error in list(state.failed.items())[:LISTED_FAILURES]:
-        ui.console.print(f"failed: {name}: {error}", highlight=False, markup=False)
+        ui.say(f"failed: {name}: {error}")
     if len(state.failed) > LISTED_FAILURES:
-        ui.console.print(f"... and {len(state.failed) - LISTED_FAILURES} more (--json lists all)", markup=False)
+        ui.say(f"... and {len(state.failed) - LISTED_FAILURES} more (--json lists all)")
 
 
 def _row(shard: ShardStatus) -> tuple[object, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ptq import ui
 from ptq.report.cells import Table
 from ptq.report.facts import Facts
 from ptq.report.figures import Figure, draw_figures
@@ -62,10 +63,15 @@ def content(facts: Facts) -> dict[str, Any]:
     }
 
 
+def _harmless(value: Any) -> Any:
+    """What a template shows: texts without control characters; finished markup as it is."""
+    return ui.clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def build_html(facts: Facts, clips: list[Clip]) -> bytes:
     """The page as UTF-8. `clips` are embedded in the order given."""
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_harmless
     )
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     environment.filters["exact"] = repr

@@ -15,6 +15,7 @@ from typing import Any
 
 import typst
 
+from ptq import ui
 from ptq.report.cells import Table
 from ptq.report.facts import Facts
 from ptq.report.figures import draw_figures
@@ -90,7 +91,7 @@ def _clip(index: int, clip: Clip, folder: Path) -> dict[str, Any]:
 def printable(value: Any) -> Any:
     """The same data with text in scripts that the fonts lack replaced by its length and digest."""
     if isinstance(value, str):
-        return _FOREIGN.sub(_named, value)
+        return _FOREIGN.sub(_named, ui.clean(value))
     if isinstance(value, dict):
         return {key: printable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,7 @@
-"""Consoles, messages and tables. Results go to stdout, everything else to stderr, so that `--json` stays clean."""
+"""Consoles, messages and tables. Results go to stdout, everything else to stderr, so that `--json` stays clean.
+
+Every text passes `clean` here; nothing else in the package prints.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ptq.ui.clean import clean, clean_message
+
 console = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 _NARROW, _RULED = 9, 3
@@ -16,34 +21,52 @@ _NARROW, _RULED = 9, 3
 
 def info(message: str) -> None:
     """One line about what happens."""
-    stderr.print(escape(message), soft_wrap=True)
+    stderr.print(escape(clean_message(message)), soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """One paragraph the user should not miss; the work goes on."""
-    stderr.print(f"[yellow]Warning:[/yellow] {escape(message)}", soft_wrap=True)
+    stderr.print(f"[yellow]Warning:[/yellow] {escape(clean_message(message))}", soft_wrap=True)
+
+
+def error(message: str) -> None:
+    """The paragraph that a command ends with."""
+    stderr.print(f"[bold red]Error:[/bold red] {escape(clean_message(message))}", soft_wrap=True)
+
+
+def plain(text: str) -> None:
+    """Lines of any length on stderr as they are: a traceback."""
+    stderr.out(clean(text), highlight=False)
+
+
+def say(text: str, lead: str = "", style: str = "bold") -> None:
+    """A sentence of the result, on stdout; `lead` stands before it in a style of rich."""
+    start = f"[{style}]{escape(clean(lead))}[/]" if lead else ""
+    console.print(f"{start}{escape(clean(text))}", soft_wrap=True)
 
 
 def details(title: str, values: Mapping[str, object]) -> None:
     """Print named values to stdout, one a line."""
-    result = Table(title=title, title_justify="left", show_header=False)
+    result = Table(title=escape(clean(title)), title_justify="left", show_header=False)
     for name, value in values.items():
-        result.add_row(escape(name), escape(str(value)))
+        result.add_row(escape(clean(name)), escape(clean(str(value))))
     console.print(result)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a result table to stdout; the first column is left-aligned, the others right-aligned.
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: bool = True) -> None:
+    """Print a result table to stdout; the first column is left-aligned, the others right-aligned if they are `numbers`.
 
     Where the others fit beside a narrow first column, only that one is broken over lines.
     """
-    texts = [[str(cell) for cell in row] for row in rows]
+    texts = [[clean(str(cell)) for cell in row] for row in rows]
     lengths = [max(map(len, cells)) for cells in zip(columns, *texts, strict=True)]
     fits = _NARROW + sum(lengths[1:]) + _RULED * len(columns) < console.width
-    result = Table(title=title, title_justify="left")
+    result = Table(title=escape(clean(title)), title_justify="left")
     for index, column in enumerate(columns):
-        numbers = index > 0
-        result.add_column(column, justify="right" if numbers else "left", overflow="fold", no_wrap=numbers and fits)
+        right = numbers and index > 0
+        result.add_column(
+            escape(clean(column)), justify="right" if right else "left", overflow="fold", no_wrap=right and fits
+        )
     for row in texts:
         result.add_row(*map(escape, row))
     console.print(result)

@@ -6,9 +6,11 @@ import contextlib
 import time
 from collections.abc import Iterator
 
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from ptq.ui.clean import clean
 from ptq.ui.console import info, stderr
 
 PLAIN_INTERVAL_S = 10.0
@@ -21,14 +23,14 @@ class Progress:
     def __init__(self, description: str, total: int, bar: RichProgress | None) -> None:
         self.description, self.total, self.done = description, total, 0
         self._bar = bar
-        self._task = bar.add_task(description, total=total, note="") if bar else None
+        self._task = bar.add_task(escape(clean(description)), total=total, note="") if bar else None
         self._start = self._last_line = time.monotonic()
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count `count` more items as done; `note` is a short remark shown behind the bar."""
         self.done += count
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, advance=count, note=note)
+            self._bar.update(self._task, advance=count, note=escape(clean(note)))
             return
         now = time.monotonic()
         if now - self._last_line >= PLAIN_INTERVAL_S or self.done == self.total:
