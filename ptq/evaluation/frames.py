@@ -68,6 +68,8 @@ def iterate_video(path: Path) -> Iterator[np.ndarray]:
             stream.thread_type = "AUTO"
             for frame in container.decode(stream):
                 yield frame.to_ndarray(format="rgb24")
+    except MemoryError:  # PyAV's is an FFmpegError too, and says nothing about the video
+        raise
     except (av.error.FFmpegError, IndexError) as error:
         raise DamagedFileError(f"{path} cannot be decoded as a video ({error}).") from error
 

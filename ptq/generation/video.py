@@ -41,7 +41,7 @@ def encode_stream(frames: Iterable[np.ndarray], fps: int, size: tuple[int, int],
     """Encode uint8 [H, W, 3] RGB frames, scaled to `size` (width, height); `options` replace those of the encoder.
 
     Raises:
-        DamagedFileError: a frame that the encoder refuses.
+        DamagedFileError: a frame that the encoder refuses. MemoryError: there is too little memory to encode.
     """
     buffer = io.BytesIO()
     try:
@@ -53,6 +53,8 @@ def encode_stream(frames: Iterable[np.ndarray], fps: int, size: tuple[int, int],
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
                 container.mux(stream.encode(picture))
             container.mux(stream.encode())
+    except MemoryError:  # PyAV's is an FFmpegError too, and says nothing about the video
+        raise
     except av.FFmpegError as error:
         raise DamagedFileError(f"A video could not be encoded ({error}).") from error
     return buffer.getvalue()
@@ -74,7 +76,7 @@ def verify_video(path: Path, num_frames: int, height: int, width: int) -> None:
     """Decode every frame of a video and compare count, size, pixel format and absence of colour tags.
 
     Raises:
-        DamagedFileError: names the first difference.
+        DamagedFileError: names the first difference. MemoryError: there is too little memory to decode.
     """
     count = 0
     try:
@@ -88,6 +90,8 @@ def verify_video(path: Path, num_frames: int, height: int, width: int) -> None:
                 raise DamagedFileError(f"{path} carries colour tags; generated videos have none.")
             for _ in container.decode(video=0):
                 count += 1
+    except MemoryError:
+        raise
     except (av.FFmpegError, IndexError) as error:
         raise DamagedFileError(f"{path} cannot be decoded ({error}).") from error
     if count != num_frames:

@@ -93,7 +93,7 @@ class Worker:
             return "broken" if isinstance(error, BrokenOutputError) else "failed"
         try:
             self._save(unit, sampled, video, line, sampler)
-        except DamagedFileError as error:
+        except (DamagedFileError, MemoryError) as error:
             self._record_failure(unit, line, error, started)
             return "failed"
         line["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device) if cuda else _peak_process_bytes()
@@ -149,7 +149,7 @@ class Worker:
                 line["saved_frames"] = str(paths["frames"].relative_to(directory.path))
                 line["saved_frames_sha256"] = sha256_file(paths["frames"])
             write_video(paths["videos"], video, settings.num_frames, settings.height, settings.width)
-        except PtqError:
+        except (PtqError, MemoryError):
             for path in paths.values():
                 path.unlink(missing_ok=True)
             raise

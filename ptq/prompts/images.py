@@ -87,6 +87,8 @@ def _read_frame(path: Path, index: int) -> np.ndarray:
             for count, frame in enumerate(clip.decode(video=0), 1):
                 if count > index:
                     return frame.to_ndarray(format="rgb24")
+    except MemoryError:  # PyAV's is an FFmpegError too, and says nothing about the video
+        raise
     except av.FFmpegError as error:
         raise DamagedFileError(f"{path} cannot be decoded as a clip ({error}).") from error
     raise DamagedFileError(f"{path} has {count} frames, but the prompt file asks for frame {index} (counted from 0).")
