@@ -35,9 +35,11 @@ def evaluate(
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Use the units both runs have, and list the others.")
     ] = False,
-    stride: Annotated[int, typer.Option(help="Take SSIM, sharpness and saturation on every N-th frame.")] = 1,
-    bootstrap: Annotated[int, typer.Option(help="Bootstrap resamples of the intervals.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    stride: Annotated[int, typer.Option(min=1, help="Take SSIM, sharpness and saturation on every N-th frame.")] = 1,
+    bootstrap: Annotated[
+        int, typer.Option(min=1000, max=1_000_000, help="Bootstrap resamples of the intervals.")
+    ] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, max=options.MAX_SEED, help="Seed of the bootstrap.")] = 0,
     dimensions: Annotated[
         str | None, typer.Option(help="Only these dimensions of a VBench suite, separated by commas.")
     ] = None,
@@ -104,8 +106,6 @@ def evaluate(
 
 
 def _show(evaluation: Evaluation, out: Path, as_json: bool) -> None:
-    from rich.markup import escape
-
     from ptq.evaluation.statistics import AGGREGATES
     from ptq.report.cells import percent
     from ptq.report.tables import evaluation_tables
@@ -115,9 +115,10 @@ def _show(evaluation: Evaluation, out: Path, as_json: bool) -> None:
         return
     if evaluation.verdict is not None and evaluation.gate is not None and evaluation.limit is not None:
         loss = f"{AGGREGATES[evaluation.gate]} {percent(evaluation.deciding).text}"
-        ui.console.print(
-            f"[{_VERDICT_STYLE[evaluation.verdict]}]{evaluation.verdict}[/]  {escape(loss)}, limit {100 * evaluation.limit:.1f} % ({evaluation.format}), suite {evaluation.suite}, {evaluation.prompts} prompts, {evaluation.units} videos a run",
-            soft_wrap=True,
+        ui.say(
+            f"  {loss}, limit {100 * evaluation.limit:.1f} % ({evaluation.format}), suite {evaluation.suite}, {evaluation.prompts} prompts, {evaluation.units} videos a run",
+            evaluation.verdict,
+            _VERDICT_STYLE[evaluation.verdict],
         )
     show_tables(evaluation_tables(evaluation))
     for warning in evaluation.warnings:
@@ -150,10 +151,7 @@ def _show_weights(
         print_json({"cache": str(found.cache), "weights": rows, "hub": found.elsewhere})
         return
     for weight in found.weights:
-        ui.console.print(
-            f"{weight.dimension}: {weight.path} [{'green]present' if weight.present else 'yellow]missing'}[/]"
-            + ("" if weight.present else f"\n    from {weight.source}"),
-            soft_wrap=True,
-        )
+        state = "present" if weight.present else f"missing\n    from {weight.source}"
+        ui.say(f"{weight.dimension}: {weight.path} {state}")
     for name, what in found.elsewhere.items():
         ui.info(f"{name} also needs {what}; this cannot be checked here.")

@@ -22,7 +22,9 @@ def generate(
     prompts: Annotated[Path | None, options.PROMPTS] = None,
     image: Annotated[Path | None, typer.Option("--image", help="Picture that --prompt starts from.")] = None,
     num_prompts: options.NumPrompts = None,
-    samples_per_prompt: Annotated[int, typer.Option("--samples-per-prompt", min=1, help="Videos of each prompt.")] = 1,
+    samples_per_prompt: Annotated[
+        int, typer.Option("--samples-per-prompt", min=1, max=10_000, help="Videos of each prompt.")
+    ] = 1,
     prompt_format: options.PromptFormat = None,
     media_root: options.MediaRoot = None,
     exclude: options.Exclude = None,
@@ -34,13 +36,13 @@ def generate(
     height: options.Height = None,
     width: options.Width = None,
     num_frames: options.NumFrames = None,
-    fps: Annotated[int | None, typer.Option("--fps", min=1, help="Frames a second of the video file.")] = None,
+    fps: Annotated[int | None, typer.Option("--fps", min=1, max=240, help="Frames a second of the video file.")] = None,
     flow_shift: options.FlowShift = None,
     guidance_scale: options.GuidanceScale = None,
     guidance_scale_2: options.GuidanceScale2 = None,
     negative_prompt: options.NegativePrompt = None,
     max_sequence_length: Annotated[
-        int | None, typer.Option("--max-sequence-length", min=1, help="Tokens of the prompt.")
+        int | None, typer.Option("--max-sequence-length", min=1, max=100_000, help="Tokens of the prompt.")
     ] = None,
     seed: options.SampleSeed = 0,
     save_frames: Annotated[
@@ -51,9 +53,11 @@ def generate(
         bool, typer.Option("--take-over", help="When done, make what other shards leave unfinished.")
     ] = False,
     stale_minutes: Annotated[
-        float, typer.Option("--stale-minutes", min=0.1, help="A process silent for so long counts as dead.")
+        float, options.number("--stale-minutes", 0.1, 1e5, "A process silent for so long counts as dead.")
     ] = 10.0,
-    retries: Annotated[int, typer.Option("--retries", min=0, help="Further attempts at a unit that failed.")] = 1,
+    retries: Annotated[
+        int, typer.Option("--retries", min=0, max=1000, help="Further attempts at a unit that failed.")
+    ] = 1,
     fresh: options.Fresh = False,
     device: options.Device = None,
     context_parallel: Annotated[

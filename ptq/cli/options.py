@@ -6,10 +6,27 @@ whether an option may be left out, they share the `typer.Option` and state the t
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+MAX_SEED = 2**63 - 1
+"""Of a seed as it is given; torch takes 64 bits."""
+
+
+def _finite(value: float | None) -> float | None:
+    """A comparison with NaN is false, so no range excludes it."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+def number(name: str, low: float, high: float, help_text: str) -> Any:
+    """An option that takes a finite number from `low` to `high`."""
+    return typer.Option(name, min=low, max=high, callback=_finite, help=help_text)
+
 
 MODEL_HELP = "`tiny`, a diffusers directory, or a hub id."
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
@@ -23,7 +40,7 @@ Preflight = Annotated[
     bool, typer.Option("--preflight/--no-preflight", help="Check weights, disk and memory before starting.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed rounds; the median counts.")]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, max=10_000, help="Timed rounds; the median counts.")]
 
 PROMPTS = typer.Option("--prompts", help="Prompt file: .json (OpenS2V, VBench, any list), .jsonl or .txt.")
 NumPrompts = Annotated[int | None, typer.Option("--num-prompts", min=1, help="Use the first N prompts.")]
@@ -39,17 +56,21 @@ Exclude = Annotated[
 ]
 SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="Leave out prompts without their image.")]
 
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")]
-Height = Annotated[int | None, typer.Option("--height", min=16, help="Pixels.")]
-Width = Annotated[int | None, typer.Option("--width", min=16, help="Pixels.")]
-NumFrames = Annotated[int | None, typer.Option("--num-frames", min=1, help="Frames of each video, 4 n + 1.")]
-FlowShift = Annotated[float | None, typer.Option("--flow-shift", help="Shift of the noise schedule.")]
-GuidanceScale = Annotated[
-    float | None, typer.Option("--guidance-scale", help="Guidance of the high-noise (or only) expert.")
+Steps = Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps.")]
+Height = Annotated[int | None, typer.Option("--height", min=16, max=8192, help="Pixels.")]
+Width = Annotated[int | None, typer.Option("--width", min=16, max=8192, help="Pixels.")]
+NumFrames = Annotated[
+    int | None, typer.Option("--num-frames", min=1, max=10_001, help="Frames of each video, 4 n + 1.")
 ]
-GuidanceScale2 = Annotated[float | None, typer.Option("--guidance-scale-2", help="Guidance of the low-noise expert.")]
+FlowShift = Annotated[float | None, number("--flow-shift", 1e-3, 1e3, "Shift of the noise schedule.")]
+GuidanceScale = Annotated[
+    float | None, number("--guidance-scale", 0.0, 1e3, "Guidance of the high-noise (or only) expert.")
+]
+GuidanceScale2 = Annotated[float | None, number("--guidance-scale-2", 0.0, 1e3, "Guidance of the low-noise expert.")]
 NegativePrompt = Annotated[str | None, typer.Option("--negative-prompt", help="Default: the model's.")]
-SampleSeed = Annotated[int, typer.Option("--seed", min=0, help="Base seed; each video adds its own number.")]
+SampleSeed = Annotated[
+    int, typer.Option("--seed", min=0, max=MAX_SEED, help="Base seed; each video adds its own number.")
+]
 
 Shard = Annotated[
     str | None,

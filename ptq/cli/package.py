@@ -44,7 +44,7 @@ def package(
 
 def verify(
     archive: Annotated[Path, typer.Argument(help="Archive written by `ptq package`.", show_default=False)],
-    max_gb: Annotated[float, typer.Option("--max-gb", help="Refuse to unpack more than this.")] = 64.0,
+    max_gb: Annotated[float, options.number("--max-gb", 0.0, 1e6, "Refuse to unpack more than this.")] = 64.0,
     regenerate: Annotated[bool, typer.Option(help="Generate one unit again and compare its hash.")] = True,
     as_json: options.Json = False,
 ) -> None:

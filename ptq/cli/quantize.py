@@ -28,10 +28,10 @@ def quantize(
         str, typer.Option("--high-precision", help="none, auto, or transformer:0,transformer_2:39")
     ] = "none",
     budget_scope: Annotated[str, typer.Option("--budget-scope", help="total or per-expert")] = "total",
-    seed: Annotated[int, typer.Option("--seed", help="Of token subsamples.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=options.MAX_SEED, help="Of token subsamples.")] = 0,
     device: options.Device = None,
     max_memory: Annotated[
-        float | None, typer.Option("--max-memory", help="GB for hidden states; more goes to disk.")
+        float | None, options.number("--max-memory", 0.0, 1e6, "GB for hidden states; more goes to disk.")
     ] = None,
     link: Annotated[bool, typer.Option("--link", help="Link unchanged components instead of copying them.")] = False,
     fresh: options.Fresh = False,
