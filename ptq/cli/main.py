@@ -1,66 +1,57 @@
-"""`ptq`: collects the commands, turns errors into one paragraph and an exit code.
+"""Entry point of `ptq`: what signals do is settled first, then the commands are imported, then errors become paragraphs.
 
-Nothing heavy is imported here or at the top of a command file: `ptq --help` answers at once.
+The one place where an exception meets the user; stages raise and never print. Exit codes: 0 done, 1 an error, 2 a wrong
+request, 128 + number for a signal (docs/reliability.md).
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING, Any
 
-import typer
+from ptq.cli import interruption
 
-from ptq.cli.bench import bench_app
-from ptq.cli.calibrate import calibrate
-from ptq.cli.compare import compare
-from ptq.cli.demo import demo
-from ptq.cli.doctor import doctor
-from ptq.cli.evaluate import evaluate
-from ptq.cli.export import export
-from ptq.cli.generate import generate
-from ptq.cli.inspect import inspect
-from ptq.cli.package import package, verify
-from ptq.cli.prompts import prompts
-from ptq.cli.quantize import quantize
-from ptq.cli.report import report
-from ptq.cli.status import status
-from ptq.errors import PtqError
+if TYPE_CHECKING:
+    from typer import Typer
 
-app = typer.Typer(
-    name="ptq",
-    help="W4A4 post-training quantization (HiF4, MXFP4) for Wan 2.2 and 2.1 video models.\n\nStart with `ptq demo`: the whole job on the embedded model, in minutes, on a CPU.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-JOB = (demo, calibrate, quantize, generate, evaluate, report, package, verify)
-ASIDE = (inspect, compare, export, prompts, status, doctor)
-for command in (*JOB, *ASIDE):
-    app.command()(command)
-app.add_typer(bench_app, name="bench")
+    app: Typer
 
 
 def run() -> None:
-    """Entry point of the `ptq` command. `--debug` anywhere shows tracebacks of user errors too.
+    """Run the command that `sys.argv` names. `--debug` anywhere shows the traceback of every error too.
 
     Tensors in CPU memory get huge pages where the system has them (Linux): a block at A14B width otherwise spends a third
     of its time on page faults (docs/benchmarks.md). torch reads the variable at its first allocation.
     """
+    interruption.listen()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
-        app()
-    except PtqError as error:
-        if debug:
-            raise
-        from rich.markup import escape
+        from ptq.cli.boundary import check_arguments, flush_output
 
-        from ptq.ui import stderr
+        check_arguments(sys.argv[1:])
+        from ptq.cli.app import app
 
-        stderr.print(f"[bold red]Error:[/bold red] {escape(str(error))}", soft_wrap=True)
-        raise SystemExit(error.exit_code) from None
+        try:
+            app()
+        finally:
+            flush_output()
+    except SystemExit:
+        raise
+    except BaseException as error:  # noqa: BLE001  (whatever ends the command passes here)
+        from ptq.cli.boundary import report
+
+        raise SystemExit(report(error, debug=debug)) from None
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":  # imported when it is asked for: signals come first
+        from ptq.cli.app import app
+
+        return app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,106 @@
+"""What an exception says to the user: one paragraph and an exit code; only a mistake in the program is a traceback.
+
+Knows the errors of the system (`ptq.errors.describe_os_error`), of memory and of encodings, also where libraries wrap
+them; errors that need the knowledge of a stage are raised there, as `PtqError`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+
+from ptq import ui
+from ptq.cli.interruption import MESSAGE
+from ptq.errors import PtqError, UsageError, describe_os_error
+
+MAY_BE_EMPTY = frozenset({"--negative-prompt"})
+"""Options whose value may be an empty text. Everywhere else it is a shell variable that was not set."""
+_MEMORY_WORDS = re.compile(r"out of memory|allocate memory|bad_alloc|start new thread|failed to map segment", re.I)
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How libraries in Rust (safetensors, tokenizers) pass an error of the system on."""
+_BUG = "This is a mistake in ptq, not in what you did. Please report it with the lines above, the command, and what `ptq doctor --json` prints; what was finished is kept."
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse empty arguments: as a path, "" would silently mean the current folder.
+
+    Raises:
+        UsageError: names the option, or the place.
+    """
+    for before, argument in zip(("", *arguments), arguments, strict=False):
+        option, equals, value = argument.partition("=")
+        if argument == "" and before not in MAY_BE_EMPTY:
+            place = before if before.startswith("-") else f"The argument behind {before!r}" if before else "The command"
+            raise UsageError(f"{place} is empty. Is a shell variable in it not set?")
+        if option.startswith("--") and equals and not value and option not in MAY_BE_EMPTY:
+            raise UsageError(f"{option} is empty. Is a shell variable in it not set?")
+
+
+def flush_output() -> None:
+    """Write out what is still buffered now, not while Python shuts down: there a failure could not be explained.
+
+    Raises:
+        OSError: standard output cannot be written (a full disk, a closed pipe).
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (nothing more will be said there)
+        raise
+
+
+def report(error: BaseException, *, debug: bool = False) -> int:
+    """Tell the user what happened; returns the exit code.
+
+    Args:
+        debug: show the traceback as well.
+    """
+    if isinstance(error, BrokenPipeError):  # `ptq ... | head`: nobody listens
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        return 1
+    text = explain(error)
+    if text is None or debug:
+        ui.plain("".join(traceback.format_exception(error)).rstrip())
+    if isinstance(error, KeyboardInterrupt):
+        ui.info(MESSAGE)
+        return 130
+    ui.error(text or _BUG)
+    return error.exit_code if isinstance(error, PtqError) else 1
+
+
+def explain(error: BaseException) -> str | None:
+    """The paragraph for an exception; None for one that only a mistake in the program can cause."""
+    said = ui.shorten(" ".join(str(error).split()), 300) or type(error).__name__
+    wrapped = _SYSTEM_ERROR.search(said)
+    if isinstance(error, PtqError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return MESSAGE
+    if is_memory(error):
+        return f"There is not enough memory for this ({said}). What was finished is kept. Close other programs or use a machine with more; `--offload`, a smaller --height, --width or --num-frames, and `ptq quantize --max-memory` need less. Then run the same command again."
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{describe_os_error(error)} What was finished is kept."
+    if wrapped and not isinstance(error, OSError):
+        return f"{describe_os_error(OSError(int(wrapped[1]), said))} What was finished is kept."
+    if isinstance(error, OSError):
+        return f"The system refused something: {said}. What was finished is kept; --debug shows where it happened."
+    if isinstance(error, RecursionError):
+        return "Something that was read is nested too deeply to be followed. No file of this program is: check the files that the command names; --debug shows where it happened."
+    if isinstance(error, UnicodeError):
+        return f"A text or a name has characters that cannot be read or written here ({said}). Use names and files in UTF-8, and a locale with it (LANG=C.UTF-8); --debug shows where it happened."
+    if isinstance(error, ImportError) and not (error.name or "").startswith("ptq"):
+        return f"A library cannot be loaded ({said}). Install wan-ptq again, into an environment of its own; --debug shows where it happened."
+    return None
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether memory ran out, in the words of Python, the system, torch or the loader of libraries."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    return isinstance(error, (RuntimeError, OSError, ImportError)) and bool(_MEMORY_WORDS.search(str(error)))
