@@ -23,7 +23,7 @@ from ptq.evaluation.runs import Run, pair_runs, read_run
 from ptq.evaluation.scores import Scores, scores_from_units
 from ptq.evaluation.suites import DRIFT_NOTE, HITS, PAIRED_MEASURES, RUN_DIMENSIONS, Suite, get_suite
 from ptq.evaluation.vbench.results import imported_scores
-from ptq.evaluation.vbench.run import VBenchSettings, run_vbench
+from ptq.evaluation.vbench.run import VBenchSettings, check_vbench, run_vbench
 from ptq.evaluation.vbench.totals import published_totals
 from ptq.rules import LIMITS_IN_WORDS, RULES, loss_limit
 from ptq.store.evaluation import FILE, ROLES, Bootstrap, Evaluation, RunSide, Summary
@@ -114,6 +114,8 @@ def evaluate_runs(
         raise UsageError(f"Suite {suite} needs either --import-vbench REF CAND or --vbench-python PYTHON.")
     if not chosen.is_vbench and (import_vbench or vbench):
         raise UsageError(f"Suite {suite} does not use VBench; choose icme2026, vbench-i2v or vbench for those options.")
+    if vbench is not None:
+        check_vbench(chosen, vbench)  # before measuring, which takes hours
     runs = read_run(reference), read_run(candidate)
     with EvaluationDirectory(out).measuring((reference, candidate), fresh=fresh):
         judgement = Judgement(_resolve_format(format, runs[1], chosen), gate, resamples, seed)

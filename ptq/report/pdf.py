@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import typst
@@ -23,6 +22,7 @@ from ptq.report.html import all_tables, content, group_figures, is_numeric, read
 from ptq.report.method import describe_method
 from ptq.report.reproduce import reproduction
 from ptq.report.videos import Clip
+from ptq.store.files import scratch_directory
 
 SHOWN_CLIPS = 4
 _SMALL = 240
@@ -32,12 +32,11 @@ _FOREIGN = re.compile(r"[^\u0000-\u052f\u1e00-\u23ff]+(?:[\u0000-\u052f]{0,12}[^
 
 def build_pdf(facts: Facts, clips: list[Clip]) -> bytes:
     """The PDF. Of `clips`, the middle frames of the first SHOWN_CLIPS are shown."""
-    with TemporaryDirectory() as name:
-        folder = Path(name)
+    with scratch_directory("ptq-report") as folder:
         (folder / "report.typ").write_text(read_template("report.typ"), encoding="utf-8")
         data = printable(report_data(facts, clips[:SHOWN_CLIPS], folder))
         (folder / "data.json").write_text(json.dumps(data, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-        return typst.compile(str(folder / "report.typ"), root=name, ignore_system_fonts=True, timestamp=0)
+        return typst.compile(str(folder / "report.typ"), root=str(folder), ignore_system_fonts=True, timestamp=0)
 
 
 def report_data(facts: Facts, clips: list[Clip], folder: Path) -> dict[str, Any]:

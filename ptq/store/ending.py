@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 _pending: list[tuple[int, Callable[[], object]]] = []
 """(process, what to call): a forked child has the list too, and undoes nothing of its parent's."""
@@ -26,6 +28,22 @@ def at_end(undo: Callable[[], object]) -> Iterator[None]:
             undo()
         finally:
             _pending.remove(entry)
+
+
+def run_child(command: Sequence[str], **how: Any) -> int:
+    """Run another program that does not outlive this one, and return its exit code.
+
+    Args:
+        how: as of `subprocess.Popen`. The child has a process group of its own, which ends with it, and no input.
+    """
+    import subprocess  # not before it is needed: signals are settled first
+
+    def kill() -> None:
+        if child.returncode is None:
+            os.killpg(child.pid, signal.SIGKILL)
+
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, **how) as child, at_end(kill):
+        return child.wait()
 
 
 def undo_all() -> None:

@@ -13,7 +13,9 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +65,11 @@ def temporary_directory(parent: Path, name: str) -> Iterator[Path]:
             _remove(path)
             path.mkdir()
         yield path
+
+
+def scratch_directory(name: str) -> AbstractContextManager[Path]:
+    """A temporary directory where the system keeps such."""
+    return temporary_directory(Path(tempfile.gettempdir()), name)
 
 
 def sweep_partials(directory: Path, targets: Container[Path] | None = None) -> None:

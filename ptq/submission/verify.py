@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from ptq.checkpoint.manifest import read_manifest, verify_files
 from ptq.checkpoint.shards import ShardSet
@@ -23,7 +22,7 @@ from ptq.prompts import Sample
 from ptq.rules import check_budget, loss_limit
 from ptq.store.evaluation import PASS, ROLES, read_evaluation
 from ptq.store.evaluation_units import read_units
-from ptq.store.files import sha256_file
+from ptq.store.files import scratch_directory, sha256_file
 from ptq.store.run_info import read_run_info
 from ptq.store.run_manifest import finished_lines
 from ptq.store.submission import FILE as SUBMISSION
@@ -62,8 +61,7 @@ def verify(archive: Path, *, max_bytes: int, regenerate: bool = True) -> list[Ch
     Raises:
         DamagedFileError: the archive cannot be unpacked safely.
     """
-    with TemporaryDirectory(prefix="ptq-verify-") as folder:
-        root = Path(folder)
+    with scratch_directory("ptq-verify") as root:
         names = extract_archive(archive, root, max_bytes)
         checks: list[tuple[str, Callable[[], object]]] = [
             ("all required members are there", lambda: check_members(names)),
@@ -217,8 +215,8 @@ def check_unit(root: Path) -> None:
         raise DamagedFileError("no unit can be generated from the archive alone: all of them start from an image")
     line = finished[candidates[0]]
     sample = Sample(str(line.dataset), str(line.sample_id), str(line.prompt), str(line.score_prompt))
-    with TemporaryDirectory(prefix="ptq-verify-unit-") as folder:
-        out = Path(folder) / "run"
+    with scratch_directory("ptq-verify-unit") as folder:
+        out = folder / "run"
         model = identify_model(WEIGHTS, root / WEIGHTS)
         settings = Settings.from_json(run.settings)
         run_generation(lambda: load_pipeline(root / WEIGHTS), [sample], settings, out, model=model)

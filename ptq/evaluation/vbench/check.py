@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import yaml
 
 from ptq.errors import UsageError
 from ptq.evaluation.suites import get_suite
-from ptq.store.files import read_json
+from ptq.store.files import read_json, scratch_directory
 
 DRIVER = Path(__file__).with_name("driver.py")
 
@@ -67,8 +66,8 @@ def probe(python: Path, root: Path | None) -> Installation:
     executable = shutil.which(str(python))
     if executable is None:
         raise UsageError(f"{python} is not a program. Give --vbench-python the interpreter of VBench's environment.")
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "probe.json"
+    with scratch_directory("ptq-vbench") as folder:
+        out = folder / "probe.json"
         command = [executable, str(DRIVER), "probe", str(out), *([str(root.resolve())] if root else [])]
         result = subprocess.run(command, capture_output=True, text=True, env=foreign_environment(), check=False)
         if result.returncode != 0 or not out.is_file():

@@ -21,6 +21,7 @@ from ptq.evaluation.scores import Scores
 from ptq.evaluation.suites import Suite
 from ptq.evaluation.vbench.check import DRIVER, Installation, foreign_environment, missing_weights, probe
 from ptq.evaluation.vbench.results import PARTIAL, DimensionRows, parse_results, scores_from_tables, standard_name
+from ptq.store.ending import run_child
 from ptq.store.files import digest, read_json, write_json
 
 DRIVER_VERSION = "fdd4f06e4161b6784beb3d5a54bb3999c6390b2ede0f23b23c2a70e12b20102b"
@@ -51,6 +52,17 @@ class _Job:
     folder: Path
 
 
+def check_vbench(suite: Suite, settings: VBenchSettings) -> Installation:
+    """Find VBench and its weights.
+
+    Raises:
+        UsageError: no such interpreter, or VBench is not there. PtqError: weights are missing.
+    """
+    installation = probe(settings.python, settings.root)
+    _check_weights(suite, installation)
+    return installation
+
+
 def run_vbench(
     pairs: Sequence[tuple[Unit, Unit]],
     suite: Suite,
@@ -69,8 +81,7 @@ def run_vbench(
         UsageError: no such interpreter, or VBench is not there. PtqError: weights are missing, or dimensions failed;
         those that succeeded are kept.
     """
-    installation = probe(settings.python, settings.root)
-    _check_weights(suite, installation)
+    installation = check_vbench(suite, settings)
     if fresh and folder.exists():
         shutil.rmtree(folder)
     members = _members(pairs, suite, installation)
@@ -198,9 +209,7 @@ def _run_driver(job: _Job, suite: Suite, settings: VBenchSettings, installation:
     # VBench-I2V looks for its images relative to the working directory.
     workplace = settings.root or installation.package.parent
     with open(log, "wb") as stream:
-        code = subprocess.run(
-            command, stdout=stream, stderr=subprocess.STDOUT, cwd=workplace, env=foreign_environment(), check=False
-        ).returncode
+        code = run_child(command, stdout=stream, stderr=subprocess.STDOUT, cwd=workplace, env=foreign_environment())
     result = out / "ptq_eval_results.json"
     if code != 0 or not result.is_file():
         raise PtqError(f"exit code {code}{'' if code else ' but no result'}; {log} ends with: {_tail(log)}")
