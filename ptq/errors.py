@@ -55,6 +55,8 @@ def describe_os_error(error: OSError, path: str | os.PathLike[str] | None = None
     Args:
         path: what was worked on; where the error names another one, that is added. advice: instead of the usual one.
     """
+    if isinstance(error, FileExistsError) and path is not None:  # mkdir, where a file is in the way
+        error = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename)
     named = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else None
     target = named if path is None else os.fspath(path)
     where = "" if target is None else f"{target}: "

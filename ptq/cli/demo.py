@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 
 def demo(
-    format_name: Annotated[
-        str | None, typer.Option("--format", help="hif4 or mxfp4 [default: both]", show_default=False)
-    ] = None,
+    format_name: Annotated[str | None, options.format_option("hif4 or mxfp4 [default: both]")] = None,
     model: Annotated[str, typer.Option("--model", help="tiny, or tiny-i2v (starts from an image).")] = "tiny",
     out: Annotated[Path, typer.Option("--out", help="Directory for everything that is made.")] = Path("demo-out"),
     units: Annotated[int, typer.Option("--units", min=2, help="Held-out prompts to generate and judge.")] = 256,

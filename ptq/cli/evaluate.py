@@ -27,7 +27,7 @@ def evaluate(
     out: Annotated[Path | None, options.OUT] = None,
     suite: Annotated[str, typer.Option(help="core (no verdict), tiny, icme2026, vbench-i2v or vbench.")] = "core",
     format: Annotated[
-        str | None, typer.Option(help=f"{LIMITS_IN_WORDS}; by default what the candidate was made with.")
+        str | None, options.format_option(f"{LIMITS_IN_WORDS}; by default what the candidate was made with.")
     ] = None,
     gate: Annotated[
         str, typer.Option(help="The deciding average: mean_signed, mean_absolute, mean_positive or mean_score.")

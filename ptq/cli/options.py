@@ -28,6 +28,23 @@ def number(name: str, low: float, high: float, help_text: str) -> Any:
     return typer.Option(name, min=low, max=high, callback=_finite, help=help_text)
 
 
+def _known_format(value: str | None) -> str | None:
+    if value is not None:
+        from ptq.errors import PtqError
+        from ptq.scheme import get_format
+
+        try:
+            get_format(value)
+        except PtqError as error:
+            raise typer.BadParameter(str(error)) from error
+    return value
+
+
+def format_option(help_text: str) -> Any:
+    """The option that takes the name of a format."""
+    return typer.Option("--format", callback=_known_format, help=help_text)
+
+
 MODEL_HELP = "`tiny`, a diffusers directory, or a hub id."
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 Checkpoint = Annotated[Path, typer.Argument(help="Directory written by `ptq quantize`.", show_default=False)]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def quantize(
     model: options.Model,
     calibration: Annotated[Path, typer.Option("--calibration", help="Directory written by `ptq calibrate`.")],
-    format_name: Annotated[str, typer.Option("--format", help="hif4 or mxfp4.")],
+    format_name: Annotated[str, options.format_option("hif4 or mxfp4.")],
     out: Annotated[Path, options.NEW_OUT],
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Recipe name or YAML file [default: the format's].")
@@ -47,12 +47,10 @@ def quantize(
     from ptq.quantization.job import Job, QuantizeOptions
     from ptq.quantization.run import quantize as run
     from ptq.quantization.settings import QuantizeSettings, parse_high_precision, parse_scope
-    from ptq.scheme import get_format
     from ptq.store.calibration import CalibrationSet
     from ptq.wan.loading import resolve_model
     from ptq.wan.preflight import preflight
 
-    get_format(format_name)
     device = device or default_device()
     scope = parse_scope(budget_scope)
     layout = resolve_model(model)

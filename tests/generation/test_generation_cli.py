@@ -88,8 +88,12 @@ def test_one_prompt_with_an_image(tmp_path: Path):
     assert one["final_latents_sha256"] != two["final_latents_sha256"]
 
 
-def test_the_exit_code_says_that_units_remain(pipe_dir: Path, tmp_path: Path):
-    command = ["generate", pipe_dir, "--prompt", "a cat", *SMALL, "--guidance-scale", "1e39", "--out", tmp_path / "run"]
+def test_the_exit_code_says_that_units_remain(pipe_dir: Path, tmp_path: Path, monkeypatch):
+    def refuse(*_: object) -> bytes:
+        raise RuntimeError("no encoder here")
+
+    monkeypatch.setattr("ptq.generation.worker.encode_video", refuse)
+    command = ["generate", pipe_dir, "--prompt", "a cat", *SMALL, "--out", tmp_path / "run"]
     assert json.loads(ptq(*command, "--json", code=1))["remaining"] == 1
     assert "failed: prompt/" in ptq("status", tmp_path / "run")
 
