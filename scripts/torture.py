@@ -65,6 +65,12 @@ STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "export": (("export", "in/q", "--to", "bf16", "--out", "out/x"), ("q",)),
 }
 """Stage -> its command, and which results of the others it reads."""
+PRODUCERS = {
+    Path(command[command.index("--out") + 1]).name: stage
+    for stage, (command, _) in STAGES.items()
+    if "--out" in command
+}
+"""Result -> the stage that makes it."""
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "hup": signal.SIGHUP}
 KINDS = (*SIGNALS, "full", "limit", "readonly", "two", "files", "memory", "cold")
 ENDINGS = {0, 1, 2, *(128 + number for number in SIGNALS.values()), -signal.SIGKILL}
@@ -275,6 +281,16 @@ def _address_space() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
+def _with_sources(stages: Sequence[str]) -> list[str]:
+    """The stages and those whose results they read, in the order in which they can run."""
+    needed, unseen = set[str](), list(stages)
+    while unseen:
+        stage = unseen.pop()
+        needed.add(stage)
+        unseen += [PRODUCERS[name] for name in STAGES[stage][1]]
+    return [stage for stage in STAGES if stage in needed]
+
+
 def _import_everything() -> None:
     import ptq
 
@@ -306,7 +322,7 @@ def main() -> None:
     (root / "prompts.txt").write_text("\n".join(held_out_prompts(PROMPTS)) + "\n", encoding="utf-8")
     bench = Bench(root)
     bench.tmp.chmod(0o1777)
-    bench.learn(list(STAGES))
+    bench.learn(_with_sources(stages))
     tries, failures = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for number in range(options.tries):
         draw = random.Random(f"{options.seed}/{number}")

@@ -27,6 +27,7 @@ from ptq.errors import UsageError
 from ptq.runtime import QuantLinear
 from ptq.scheme.transform import UNCHANGED
 from ptq.store.files import read_json, write_bytes
+from ptq.store.run_directory import hold_whole
 
 TARGETS = {"compressed-tensors": "mxfp4", "msmodelslim": "hif4", "bf16": None}
 """Target -> the one format that it takes; None: any."""
@@ -74,22 +75,23 @@ def export_pipeline(source: Path, experts: Mapping[str, Any], out: Path, target:
         experts: names of the experts below `source`.
 
     Raises:
-        UsageError: `out` exists; otherwise as `export_component`.
+        UsageError: `out` exists; otherwise as `export_component`. PtqError: another process writes `out`.
     """
     if out.exists():
         raise UsageError(f"{out} exists already; choose another --out.")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for expert in experts:
-        export_component(source / expert, partial / expert, target)
-    for path in sorted(source.iterdir()):
-        if path.name in experts or path.name == MANIFEST_FILE:
-            continue
-        if path.is_dir():
-            shutil.copytree(path, partial / path.name)
-        else:
-            shutil.copyfile(path, partial / path.name)
-    partial.rename(out)
+    with hold_whole(out):
+        partial = out.with_name(out.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        for expert in experts:
+            export_component(source / expert, partial / expert, target)
+        for path in sorted(source.iterdir()):
+            if path.name in experts or path.name == MANIFEST_FILE:
+                continue
+            if path.is_dir():
+                shutil.copytree(path, partial / path.name)
+            else:
+                shutil.copyfile(path, partial / path.name)
+        partial.rename(out)
 
 
 def _check(packed: PackedConfig, target: str) -> None:

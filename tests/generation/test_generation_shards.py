@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -115,6 +116,29 @@ def test_take_over_waits_for_a_living_claim_and_replaces_a_dead_one(pipe_dir: Pa
     assert (summary.kept, summary.taken_over) == (1, 1)
     assert time.monotonic() - started > 2.0
     assert not list((out / "state").glob("*.claim"))
+
+
+@pytest.mark.parametrize("content", [b"", b'{"shard": ', b"[]", b"\xff", b"[" * 100_000, b'{"shard": null}', b"{}"])
+def test_a_claim_that_names_nobody_is_dead_at_once(content: bytes, tmp_path: Path):
+    (tmp_path / "s0-0.claim").write_bytes(content)
+    with Claims(tmp_path, Shard(0, 2), 600) as claims:
+        assert not claims.is_held_elsewhere("s0-0") and claims.acquire("s0-0")
+        claims.release()
+    assert not list(tmp_path.glob("*.claim"))
+
+
+def test_claims_appear_whole_and_the_one_that_is_waited_for_is_named(pipe_dir: Path, tmp_path: Path, capsys):
+    out = tmp_path / "run"
+    run(pipe_dir, out, make_samples(1))
+    with Claims(out / "state", Shard(1, 2), 60) as other:
+        assert other.acquire("s1-0")
+        claim = json.loads((out / "state" / "s1-0.claim").read_text())
+        assert claim["shard"] == "1of2" and claim["pid"] == os.getpid() and claim["host"]
+        threading.Timer(3.0, other.release).start()
+        run(pipe_dir, out, make_samples(2), shard=Shard(0, 2), take_over=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"Waiting for 1 units in the hands of process {os.getpid()} on {claim['host']} (since" in said
+    assert said.count("Waiting for") == 1
 
 
 def test_own_unit_in_the_hands_of_another_process_is_left_to_it(pipe_dir: Path, tmp_path: Path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import yaml
 
 from ptq.errors import UsageError
 from ptq.evaluation.suites import get_suite
+from ptq.store.ending import run_child
 from ptq.store.files import read_json, scratch_directory
 
 DRIVER = Path(__file__).with_name("driver.py")
@@ -69,11 +69,13 @@ def probe(python: Path, root: Path | None) -> Installation:
     with scratch_directory("ptq-vbench") as folder:
         out = folder / "probe.json"
         command = [executable, str(DRIVER), "probe", str(out), *([str(root.resolve())] if root else [])]
-        result = subprocess.run(command, capture_output=True, text=True, env=foreign_environment(), check=False)
-        if result.returncode != 0 or not out.is_file():
-            said = (result.stderr or result.stdout).strip()[-500:] or "nothing"
+        log = folder / "log.txt"
+        with open(log, "wb") as stream:
+            code = run_child(command, stdout=stream, stderr=stream, env=foreign_environment())
+        if code != 0 or not out.is_file():
+            said = log.read_text(encoding="utf-8", errors="replace").strip()[-500:] or "nothing"
             raise UsageError(
-                f"{python} has no usable VBench (exit code {result.returncode}; it said: {said}). Install vbench into that environment, or name a checkout with --vbench-root."
+                f"{python} has no usable VBench (exit code {code}; it said: {said}). Install vbench into that environment, or name a checkout with --vbench-root."
             )
         found = read_json(out)
     return Installation(Path(found["package"]), Path(found["cache"]), found["version"], found["python"])
