@@ -207,7 +207,7 @@ class Bench:
         limit = limits.get(kind, resource.RLIMIT_FSIZE)
         amount = {
             "memory": _address_space() + int(10 ** draw.uniform(6.5, 9)),
-            "files": draw.randint(8, 40),
+            "files": draw.randint(4, 14),
         }.get(kind, int(10 ** draw.uniform(2, 6)))
         child = self.start(stage, lambda: resource.setrlimit(limit, (amount, amount)))
         return f"limit {kind} {amount}", [child], [child.wait()]

@@ -22,6 +22,7 @@ MAY_BE_EMPTY = frozenset({"--negative-prompt"})
 _MEMORY_WORDS = re.compile(r"out of memory|allocate memory|bad_alloc|start new thread|failed to map segment", re.I)
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 """How libraries in Rust (safetensors, tokenizers) pass an error of the system on."""
+_UNNAMED = "Standard output, or a file that the system does not name"
 _BUG = "This is a mistake in ptq, not in what you did. Please report it with the lines above, the command, and what `ptq doctor --json` prints; what was finished is kept."
 
 
@@ -83,9 +84,10 @@ def explain(error: BaseException) -> str | None:
     if is_memory(error):
         return f"There is not enough memory for this ({said}). What was finished is kept. Close other programs or use a machine with more; `--offload`, a smaller --height, --width or --num-frames, and `ptq quantize --max-memory` need less. Then run the same command again."
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{describe_os_error(error)} What was finished is kept."
+        where = None if error.filename is not None else _UNNAMED
+        return f"{describe_os_error(error, where)} What was finished is kept."
     if wrapped and not isinstance(error, OSError):
-        return f"{describe_os_error(OSError(int(wrapped[1]), said))} What was finished is kept."
+        return f"{describe_os_error(OSError(int(wrapped[1]), said), _UNNAMED)} What was finished is kept."
     if isinstance(error, OSError):
         return f"The system refused something: {said}. What was finished is kept; --debug shows where it happened."
     if isinstance(error, RecursionError):
