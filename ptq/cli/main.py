@@ -24,6 +24,8 @@ def run() -> None:
     Tensors in CPU memory get huge pages where the system has them (Linux): a block at A14B width otherwise spends a third
     of its time on page faults (docs/benchmarks.md). torch reads the variable at its first allocation.
     """
+    from ptq.store.ending import undo_all
+
     interruption.listen()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     debug = "--debug" in sys.argv
@@ -38,12 +40,15 @@ def run() -> None:
             app()
         finally:
             flush_output()
-    except SystemExit:
-        raise
+        code: object = 0
+    except SystemExit as end:
+        code = end.code
     except BaseException as error:  # noqa: BLE001  (whatever ends the command passes here)
         from ptq.cli.boundary import report
 
-        raise SystemExit(report(error, debug=debug)) from None
+        code = report(error, debug=debug)
+    undo_all()  # what could not be undone while an error's frames held files and memory
+    raise SystemExit(code)
 
 
 def __getattr__(name: str) -> Any:

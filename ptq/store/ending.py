@@ -18,15 +18,16 @@ _pending: list[tuple[int, Callable[[], object]]] = []
 
 @contextlib.contextmanager
 def at_end(undo: Callable[[], object]) -> Iterator[None]:
-    """Call `undo` when the block ends, however it ends. It must be quick, take no lock, and bear being called twice."""
+    """Call `undo` when the block ends, however it ends. It must be quick, take no lock, and bear being called twice.
+
+    Where it returns False (not now: no file can be opened, say) it is called once more when the command ends.
+    """
     entry = (os.getpid(), undo)
     _pending.append(entry)
     try:
         yield
     finally:
-        try:
-            undo()
-        finally:
+        if undo() is not False:
             _pending.remove(entry)
 
 

@@ -133,13 +133,14 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_host()}-{os.getpid()}{PARTIAL_SUFFIX}")
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path) -> bool:
     """Remove a file or a whole folder, where that is possible: the reason why it is removed matters more."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-        return
     with contextlib.suppress(OSError):
-        path.unlink()
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+    return not os.path.lexists(path)
 
 
 @contextlib.contextmanager

@@ -182,3 +182,26 @@ def test_a_child_of_this_process_undoes_nothing_of_its_parent(tmp_path: Path):
         os.waitpid(pid, 0)
         assert temporary.exists()
     assert (tmp_path / "file").read_bytes() == b"whole"
+
+
+def test_what_cannot_be_undone_now_is_undone_when_the_command_ends(tmp_path: Path):
+    """No file can be opened while the error holds them all, so a folder cannot be listed and removed."""
+    code = """
+import resource, sys
+from pathlib import Path
+sys.argv = ["ptq", "prompts", "none"]
+from ptq.cli import app, boundary, main
+from ptq.store.files import temporary_directory
+def greedy():
+    with temporary_directory(Path("."), "scratch") as folder:
+        (folder / "file").touch()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+        held = []
+        while True:
+            held.append(open("/dev/null"))
+app.app = greedy
+main.run()
+"""
+    result = python(code, tmp_path)
+    assert result.returncode == 1 and "Too many open files" in result.stderr and "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
