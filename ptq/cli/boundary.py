@@ -27,13 +27,18 @@ _BUG = "This is a mistake in ptq, not in what you did. Please report it with the
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Refuse empty arguments: as a path, "" would silently mean the current folder.
+    """Refuse arguments that are empty (as a path, "" would silently mean the current folder) or not UTF-8 (a name that
+    neither JSON nor safetensors can hold).
 
     Raises:
-        UsageError: names the option, or the place.
+        UsageError: names the option, the place or the argument.
     """
     for before, argument in zip(("", *arguments), arguments, strict=False):
         option, equals, value = argument.partition("=")
+        if any("\ud800" <= letter <= "\udfff" for letter in argument):
+            raise UsageError(
+                f"The argument {ui.shorten(argument)} has bytes that are not UTF-8. Rename the file or folder, or write the text in UTF-8."
+            )
         if argument == "" and before not in MAY_BE_EMPTY:
             place = before if before.startswith("-") else f"The argument behind {before!r}" if before else "The command"
             raise UsageError(f"{place} is empty. Is a shell variable in it not set?")
@@ -64,13 +69,23 @@ def report(error: BaseException, *, debug: bool = False) -> int:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         return 1
     text = explain(error)
-    if text is None or debug:
-        ui.plain("".join(traceback.format_exception(error)).rstrip())
+    frames = "".join(traceback.format_exception(error)).rstrip() if text is None or debug else ""
+    _let_go(error)
+    if frames:
+        ui.plain(frames)
     if isinstance(error, KeyboardInterrupt):
         ui.info(MESSAGE)
         return 130
     ui.error(text or _BUG)
     return error.exit_code if isinstance(error, PtqError) else 1
+
+
+def _let_go(error: BaseException) -> None:
+    """Close the files and free the memory that the frames of an error hold: to say what happened needs some of both."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__
 
 
 def explain(error: BaseException) -> str | None:

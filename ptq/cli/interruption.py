@@ -32,10 +32,10 @@ def listen() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
     atexit.register(_ignore)
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    with contextlib.suppress(RuntimeError):  # no more threads to be had
+    with contextlib.suppress(OSError, RuntimeError):  # no more files or threads to be had: the handlers are there
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
 
 

@@ -83,6 +83,13 @@ def test_an_empty_argument_is_refused(arguments: tuple[str, ...], tmp_path: Path
     assert (result.returncode, list(tmp_path.iterdir())) == (2, []) and "is empty" in result.stderr
 
 
+@pytest.mark.parametrize("name", [b"\xff\xfe", b"a\xff"])
+def test_an_argument_that_is_not_utf8_is_refused(name: bytes, tmp_path: Path):
+    result = ptq(tmp_path, "calibrate", "tiny", "--prompts", "p.txt", "--out", os.fsdecode(name))
+    assert (result.returncode, list(tmp_path.iterdir())) == (2, []) and "not UTF-8" in result.stderr
+    assert "\\udcff" in result.stderr
+
+
 def test_an_empty_negative_prompt_is_meant():
     check_arguments(["generate", "tiny", "--negative-prompt", "", "--negative-prompt=", "--prompt", "a=b"])
     with pytest.raises(UsageError, match="--out is empty"):
@@ -164,7 +171,8 @@ def test_the_reason_of_a_failed_write_is_kept(tmp_path: Path):
 def test_a_place_of_somebody_else_is_one_paragraph(tmp_path: Path):
     code = f"import os, sys\nfrom ptq.store.files import write_bytes\nfrom ptq.cli.boundary import report\nos.setuid(65534)\ntry: write_bytes({str(tmp_path / 'file')!r}, b'')\nexcept Exception as error: sys.exit(report(error))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 1 and "Permission denied. Choose a place that you may use" in result.stderr
+    assert result.returncode == 1 and "Permission denied" in result.stderr
+    assert ". Choose a place that you may use" in result.stderr
 
 
 def test_files_and_folders_have_the_mode_that_the_umask_gives(tmp_path: Path):
