@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from ptq.errors import PtqError
 from ptq.store.files import read_json
-from ptq.store.schema import Schema, parse
+from ptq.store.schema import Count, Positive, Schema, Share, parse
 
 FILE = "evaluation.json"
 PASS: Literal["PASS"] = "PASS"
@@ -38,7 +38,7 @@ class Dimension(Schema):
     candidate: float
     relative_loss: Estimate | None
     points: Estimate
-    units: int
+    units: Count
 
 
 class Summary(Schema):
@@ -47,7 +47,7 @@ class Summary(Schema):
     mean: float
     min: float
     max: float
-    units: int
+    units: Count
 
 
 class RunSide(Schema):
@@ -66,9 +66,9 @@ class RunSide(Schema):
 class Bootstrap(Schema):
     """How the intervals were made."""
 
-    resamples: int
+    resamples: Positive
     seed: int
-    confidence: float
+    confidence: Share
     method: str
 
 
@@ -84,19 +84,19 @@ class Evaluation(Schema):
     ptq_version: str
     suite: str
     format: str | None
-    limit: float | None
+    limit: Share | None
     gate: str | None
     bootstrap: Bootstrap
     reference: RunSide
     candidate: RunSide
-    units: int
+    units: Count
     excluded: dict[str, str] = {}
-    stride: int | None = None
-    sources: dict[str, int] = {}
+    stride: Positive | None = None
+    sources: dict[str, Count] = {}
     dimensions: dict[str, Dimension]
     aggregates: dict[str, Estimate]
     verdict: Verdict | None
-    prompts: int
+    prompts: Count
     vbench: dict[str, Any] | None = None
     informative: dict[str, Dimension] = {}
     paired: dict[str, Summary] = {}
