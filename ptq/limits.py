@@ -15,6 +15,8 @@ LINES_BYTES = 512 << 20
 
 PROMPT_RECORD_BYTES = 8 << 20
 """One record of a prompt file; a record of OpenS2V-5M with its annotations has some hundred kilobytes."""
+PROMPT_RECORD_VALUES = 500_000
+"""Values of one record of a prompt file."""
 PROMPT_RECORDS = 20_000_000
 """Records of one prompt file."""
 PROMPT_CHARS = 100_000

@@ -28,17 +28,17 @@ class JsonScan:
     """Depth and size of JSON as its bytes go by, in pieces of any size; it does not check that they are JSON.
 
     Args:
-        values: how many values may pass. record: how many bytes may pass between two moments at depth `top` or above,
-            which is one record of a list or of an object of records; None: no such limit.
+        values: how many values may pass. record: how many bytes may pass, and then `values` counts, between two moments at
+            depth `top` or above, which is one record of a list or of an object of records; None: it is all one record.
     """
 
-    def __init__(self, *, values: int | None = JSON_VALUES, record: int | None = None, top: int = 1) -> None:
+    def __init__(self, *, values: int = JSON_VALUES, record: int | None = None, top: int = 1) -> None:
         self._values, self._record, self._top = values, record, top
-        self._depth, self._passed, self._since = 0, 0, 0
+        self.depth, self._passed, self._since = 0, 0, 0
         self._in_string, self._escape = False, b""
 
     def feed(self, chunk: bytes) -> None:
-        """Count one more piece.
+        """Count one more piece; `depth` is then that at its end.
 
         Raises:
             ValueError: a limit is passed; says which.
@@ -48,18 +48,28 @@ class JsonScan:
         parts = text.replace(b'\\"', b"").split(b'"')
         outside = b"".join(parts[self._in_string :: 2])
         self._in_string ^= len(parts) % 2 == 0
-        depths = list(accumulate(map(_STEPS.__getitem__, outside.translate(None, _NO_BRACKETS)), initial=self._depth))
-        self._depth = depths[-1]
+        depths = list(accumulate(map(_STEPS.__getitem__, outside.translate(None, _NO_BRACKETS)), initial=self.depth))
+        self.depth = depths[-1]
         if max(depths) > JSON_DEPTH:
             raise ValueError(f"lists and objects are nested more than {JSON_DEPTH} deep")
-        if self._values is not None:
-            self._passed += outside.count(b",") + len(depths)
-            if self._passed > self._values:
-                raise ValueError(f"it holds more than {self._values} values")
-        if self._record is not None:
-            self._since = len(chunk) if min(depths) <= self._top else self._since + len(chunk)
-            if self._since > self._record:
-                raise ValueError(f"one record is longer than {self._record >> 20} MiB")
+        if self._record is not None and outside and min(depths) <= self._top:  # a piece of one long text ends no record
+            self._passed = self._since = 0
+        self._passed += outside.count(b",") + len(depths)
+        self._since += len(chunk)
+        if self._passed > self._values:
+            raise ValueError(f"it holds more than {self._values} values")
+        if self._record is not None and self._since > self._record:
+            raise ValueError(f"one record is longer than {self._record >> 20} MiB")
+
+
+def depth_after(start: bytes) -> int | None:
+    """How many lists and objects are open where `start` of a JSON text ends; None where that is too deep to read."""
+    scan = JsonScan()
+    try:
+        scan.feed(start)
+    except ValueError:
+        return None
+    return scan.depth
 
 
 def parse_json(data: bytes) -> Any:
