@@ -24,7 +24,7 @@ PROMPT_CHARS = 100_000
 ID_CHARS = 4096
 """Characters of a sample's id."""
 
-YAML_BYTES = 64 << 10
+YAML_BYTES = 16 << 10
 """One YAML file; a recipe has one kilobyte."""
 YAML_DEPTH = 16
 """Groups inside each other."""
