@@ -51,7 +51,7 @@ def calibrate(
 
     device = device or default_device()
     check_offload(device, offload)
-    part = resolve_shard(shard)
+    part = resolve_shard(shard, out)
     given = {
         "steps": steps,
         "height": height,
