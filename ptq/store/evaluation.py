@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ptq.errors import PtqError
-from ptq.store.files import read_json
+from ptq.errors import DamagedFileError, PtqError
+from ptq.store.evaluation_units import FILE as UNITS_FILE
+from ptq.store.files import read_json, sha256_file
 from ptq.store.schema import Count, Positive, Schema, Share, parse
 
 FILE = "evaluation.json"
@@ -77,7 +78,7 @@ class Evaluation(Schema):
 
     excluded: unit -> why it is not in the comparison. sources: what was measured -> units. dimensions, aggregates: of the
     gate. Beside it, where videos were measured: informative, paired, duplicates (role -> groups of equal videos), notes.
-    vbench: versions, files and totals of VBench.
+    vbench: versions, files and totals of VBench. units_sha256: of units.jsonl beside it (absent in earlier versions).
     """
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
@@ -103,6 +104,7 @@ class Evaluation(Schema):
     duplicates: dict[str, list[list[str]]] = {}
     notes: list[str] = []
     warnings: list[str] = []
+    units_sha256: str | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Evaluation:
@@ -128,4 +130,8 @@ def read_evaluation(directory: str | Path) -> Evaluation:
     if not path.is_file():
         raise PtqError(f"{directory} is not an evaluation directory: it has no {FILE}. Make one with `ptq evaluate`.")
     advice = "Nothing was written. Run `ptq evaluate` again into that directory."
-    return parse(Evaluation, read_json(path), path, advice)
+    evaluation = parse(Evaluation, read_json(path), path, advice)
+    units = path.with_name(UNITS_FILE)
+    if evaluation.units_sha256 is not None and units.is_file() and sha256_file(units) != evaluation.units_sha256:
+        raise DamagedFileError(f"{units} was changed since {FILE} was made from it. {advice}")
+    return evaluation

@@ -99,8 +99,8 @@ def write_json(path: str | Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file, within the limits and strictness of `ptq.store.strict_json`.
+def read_json(path: str | Path, *, nan: bool = False) -> Any:
+    """Read a JSON file, within the limits and strictness of `ptq.store.strict_json`; `nan` as `parse_json`.
 
     Raises:
         PtqError: the file does not exist.
@@ -108,7 +108,7 @@ def read_json(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        return parse_json(read_bounded(path))
+        return parse_json(read_bounded(path), nan=nan)
     except ValueError as error:
         raise DamagedFileError(f"{path} is not valid JSON ({error}).") from error
 

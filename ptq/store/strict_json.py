@@ -72,8 +72,11 @@ def depth_after(start: bytes) -> int | None:
     return scan.depth
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, *, nan: bool = False) -> Any:
     """The value of a whole JSON text, a byte order mark before it or not.
+
+    Args:
+        nan: let NaN and infinities through, for a reader that names the place where it refuses them.
 
     Raises:
         ValueError: not JSON, or more or other than is read here; the text says what and where.
@@ -84,7 +87,7 @@ def parse_json(data: bytes) -> Any:
     value = json.loads(
         data.removeprefix(BYTE_ORDER_MARK).decode("utf-8"),
         object_pairs_hook=_object,
-        parse_constant=_no_constant,
+        parse_constant=None if nan else _no_constant,
         parse_int=_integer,
         parse_float=_float,
     )
@@ -106,7 +109,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number that JSON knows")
+    raise ValueError(f"{name} is not a finite number")
 
 
 def _integer(digits: str) -> int:
