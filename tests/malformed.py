@@ -98,15 +98,22 @@ class Outcome:
 
 
 def command(*arguments: object) -> Outcome:
-    """Run `ptq ARGUMENTS` in this process."""
+    """Run `ptq ARGUMENTS` in this process; one callable instead is run as a command is."""
     from ptq.cli.main import run
+    from ptq.errors import PtqError
 
     before, started = peak(), time.process_time()
     errors, argv, code = io.StringIO(), sys.argv, 0
     sys.argv = ["ptq", *map(str, arguments)]
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-            run()
+            if callable(arguments[0]):
+                arguments[0]()
+            else:
+                run()
+    except PtqError as error:
+        code = error.exit_code
+        errors.write(f"Error: {error}")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     finally:

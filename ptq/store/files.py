@@ -110,7 +110,9 @@ def read_json(path: str | Path, *, nan: bool = False) -> Any:
     try:
         return parse_json(read_bounded(path), nan=nan)
     except ValueError as error:
-        raise DamagedFileError(f"{path} is not valid JSON ({error}).") from error
+        raise DamagedFileError(
+            f"{path} is not valid JSON ({error}). Restore it from a copy, or make it again with the command that made it."
+        ) from error
 
 
 def write_jsonl(path: str | Path, records: Iterable[Any]) -> None:
