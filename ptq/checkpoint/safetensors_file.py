@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from pydantic import Field, ValidationError
 
+from ptq import ui
 from ptq.errors import DamagedFileError, PtqError, shown
 from ptq.limits import JSON_BYTES
 from ptq.store.files import atomic_path
@@ -111,7 +112,7 @@ def _parse_entry(path: Path, name: str, value: object, data_start: int) -> Tenso
         found = _Entry.model_validate(value)
     except ValidationError as error:
         raise DamagedFileError(
-            f"{path}: the header entry of tensor {shown(name)} is damaged ({problems(error)}). Download or copy it again."
+            f"{path}: the header entry of tensor {ui.shorten(name, 200)} is damaged ({problems(error)}). Download or copy it again."
         ) from error
     dtype, shape, (start, stop) = found.dtype, found.shape, found.data_offsets
     entry = TensorEntry(name, dtype, shape, path, data_start + start)
