@@ -18,7 +18,7 @@ from ptq.errors import DamagedFileError, PtqError, shown
 from ptq.limits import JSON_BYTES, JSON_DEPTH, JSON_DIGITS, JSON_VALUES
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_HALF = re.compile(rb"\\u[dD][89abAB]")
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NO_BRACKETS = bytes(set(range(256)) - set(_STEPS))
 _CHUNK = 1 << 16
