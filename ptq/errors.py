@@ -1,4 +1,4 @@
-"""The exceptions whose text is written for the user, and what the system's own errors mean to one.
+"""The exceptions whose text is written for the user, what the system's errors mean to one, foreign values in such texts.
 
 Everything a user can cause (a missing file, a wrong option, a damaged checkpoint) raises one of these. The command line
 prints the text as one paragraph and exits with `exit_code`; a traceback appears only with `--debug`. Programming errors
@@ -7,6 +7,8 @@ keep their own types and their tracebacks.
 
 import errno
 import os
+import reprlib
+from typing import Any
 
 
 class PtqError(Exception):
@@ -66,3 +68,14 @@ def describe_os_error(error: OSError, path: str | os.PathLike[str] | None = None
         else ""
     )
     return f"{where}{error.strerror or error}{at}. {advice or _ADVICE.get(error.errno or 0, _OTHERWISE)}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHOWN_CHARS = 160
+
+
+def shown(value: Any) -> str:
+    """A value that others wrote, as Python writes it, for a message: one short line, whatever the value holds."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS - 3]}..."

@@ -15,18 +15,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ptq"
 
-BASE = {"errors", "version", "ui", "store", "rules"}
+BASE = {"errors", "limits", "version", "ui", "store", "rules"}
 STAGES = {"calibration", "quantization", "generation", "evaluation"}
 LOWER = {"scheme", "solvers", "config", "prompts", "runtime", "checkpoint", "tiny", "wan"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
+    "limits": set(),
     "ui": {"errors"},
-    "store": {"ui", "errors"},
+    "store": {"ui", "errors", "limits"},
     "rules": {"errors"},
     "scheme": {"errors"},
     "formats": {"scheme"},
-    "config": {"errors"},
+    "config": {"errors", "limits"},
     "solvers": {"scheme", "config", "errors"},
     "prompts": {"config", *BASE},
     "runtime": {"scheme", "config", *BASE},

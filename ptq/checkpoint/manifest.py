@@ -9,13 +9,14 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from ptq.config.recipe import Recipe, translate
 from ptq.errors import DamagedFileError, PtqError
 from ptq.store.files import files_below, read_json, sha256_file, write_json
+from ptq.store.schema import Count, NotNegative, PlainName, Positive, Schema, Share, parse
 from ptq.version import __version__
 
 MANIFEST_FILE = "ptq_manifest.json"
@@ -24,11 +25,7 @@ CARD_FILE = "README.md"
 NOT_DONE = "No layer outside the protected blocks runs in higher precision at run time; no bf16 warm-up steps, no bf16 outlier columns, no pasting of the input image, no resetting of latents, no calibration on evaluation prompts."
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class LayerEntry(_Strict):
+class LayerEntry(Schema):
     """One quantized Linear, and how plain rounding in the same basis would have done.
 
     Errors are squared norm ratios. output_error: sample tokens, inputs quantized too. trace_error: all calibration
@@ -37,58 +34,58 @@ class LayerEntry(_Strict):
     basis: off, the exponent of smoothing, or learned; basis_errors: output errors of what it was chosen from.
     """
 
-    expert: str
-    block: int
-    layer: str
-    shape: tuple[int, int]
+    expert: PlainName
+    block: Count
+    layer: PlainName
+    shape: tuple[Count, Count] = Field(strict=False)
     weight_sqnr_db: float | None
-    output_error_rtn: float
-    output_error: float
+    output_error_rtn: NotNegative
+    output_error: NotNegative
     trace_error_rtn: float | None = None
     trace_error: float | None = None
-    rows_kept_rtn: int = 0
-    tokens: int
-    sample_tokens: int
+    rows_kept_rtn: Count = 0
+    tokens: Count
+    sample_tokens: Count
     basis: str = "off"
-    basis_errors: dict[str, float] = {}
+    basis_errors: dict[str, float] = Field(default={})
     damping: float | None = None
-    damping_retries: int = 0
-    dead_columns: int = 0
+    damping_retries: Count = 0
+    dead_columns: Count = 0
 
 
-class BlockEntry(_Strict):
+class BlockEntry(Schema):
     """Error of the propagated stream after a block, relative to the original stream (squared norm ratio)."""
 
-    expert: str
-    block: int
-    stream_error: float
+    expert: PlainName
+    block: Count
+    stream_error: NotNegative
     high_precision: bool
     reason: str | None = None
-    seconds: float
+    seconds: NotNegative
 
 
-class ExpertEntry(_Strict):
+class ExpertEntry(Schema):
     """Denoiser output error of one expert on the calibration records (squared norm ratio, weighted)."""
 
-    expert: str
-    denoiser_error: float
-    records: int
+    expert: PlainName
+    denoiser_error: NotNegative
+    records: Count
 
 
-class Coverage(_Strict):
+class Coverage(Schema):
     """How much of the model is W4A4.
 
     quantized_bytes: codes and scales; basis_bytes: what the quantized layers store of their basis beside them.
     """
 
-    linear_parameters: int
-    quantized_parameters: int
-    parameter_share: float
-    flop_share: float
-    bits_per_quantized_value: float
-    quantized_bytes: int
-    basis_bytes: int
-    original_bytes: int
+    linear_parameters: Count
+    quantized_parameters: Positive
+    parameter_share: Share
+    flop_share: Share
+    bits_per_quantized_value: NotNegative
+    quantized_bytes: Count
+    basis_bytes: Count
+    original_bytes: Count
 
     @property
     def bits_with_basis(self) -> float:
@@ -96,10 +93,10 @@ class Coverage(_Strict):
         return 8 * (self.quantized_bytes + self.basis_bytes) / self.quantized_parameters
 
 
-class Manifest(_Strict):
+class Manifest(Schema):
     """The whole manifest."""
 
-    manifest_version: int = 1
+    manifest_version: Literal[1] = 1
     package_version: str
     versions: dict[str, str]
     format: str
@@ -117,8 +114,8 @@ class Manifest(_Strict):
     blocks: list[BlockEntry]
     layers: list[LayerEntry]
     signature: str
-    seconds: float
-    peak_memory_bytes: int
+    seconds: NotNegative
+    peak_memory_bytes: Count
     statement: str = NOT_DONE
     files: dict[str, str]
 
@@ -181,11 +178,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     path = Path(directory) / MANIFEST_FILE
     if not path.exists():
         raise PtqError(f"{directory} is not a packed checkpoint (no {MANIFEST_FILE}). Make one with `ptq quantize`.")
-    try:
-        return Manifest.model_validate(read_json(path))
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
-        raise DamagedFileError(f"{path} is not a manifest that this version can read: {problems}.") from error
+    return parse(Manifest, read_json(path), path, "Copy the checkpoint again, or quantize again.")
 
 
 def verify_files(directory: str | Path) -> Manifest:

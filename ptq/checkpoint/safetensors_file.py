@@ -14,11 +14,17 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from pydantic import Field, ValidationError
 
-from ptq.errors import DamagedFileError, PtqError
+from ptq import ui
+from ptq.errors import DamagedFileError, PtqError, shown
+from ptq.limits import JSON_BYTES
 from ptq.store.files import atomic_path
+from ptq.store.schema import Count, Schema, problems
+from ptq.store.strict_json import parse_json
 
 DTYPES: dict[str, torch.dtype] = {
     "U64": torch.uint64,
@@ -39,10 +45,17 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """Name in a header -> dtype. The library stores wide dtypes first (so that data stay aligned), then sorts by name."""
 DTYPE_ORDER = {name: rank for rank, name in enumerate(DTYPES)}
-MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 8
 """Of a tensor; a convolution has five."""
 COPY_CHUNK = 8 * 2**20
+
+
+class _Entry(Schema):
+    """What a header says of one tensor."""
+
+    dtype: Literal[tuple(DTYPES)]  # type: ignore[valid-type]
+    shape: tuple[Count, ...] = Field(strict=False, max_length=MAX_DIMENSIONS)
+    data_offsets: tuple[Count, Count] = Field(strict=False)
 
 
 @dataclass(frozen=True)
@@ -78,15 +91,15 @@ def read_header(path: str | Path) -> dict[str, TensorEntry]:
     with open(path, "rb") as handle:
         prefix = handle.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        if len(prefix) < 8 or length > min(JSON_BYTES, size - 8):
             raise DamagedFileError(
                 f"{path} is not a complete safetensors file: its header should have {length} bytes, the file has {size}. Download or copy it again."
             )
         try:
-            header = json.loads(handle.read(length))
+            header = parse_json(handle.read(length))
             if not isinstance(header, dict):
                 raise ValueError(f"a JSON object is expected, found {type(header).__name__}")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise DamagedFileError(f"{path} has a damaged safetensors header ({error}).") from error
     header.pop("__metadata__", None)
     entries = {name: _parse_entry(path, name, value, 8 + length) for name, value in header.items()}
@@ -96,18 +109,16 @@ def read_header(path: str | Path) -> dict[str, TensorEntry]:
 
 def _parse_entry(path: Path, name: str, value: object, data_start: int) -> TensorEntry:
     try:
-        if len(value["shape"]) > MAX_DIMENSIONS or value["dtype"] not in DTYPES:  # type: ignore[index,call-overload]
-            raise ValueError(
-                f"dtype {str(value['dtype'])[:40]!r}, {len(value['shape'])} dimensions; known are {', '.join(DTYPES)}"  # type: ignore[index]
-            )
-        dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]  # type: ignore[index]
-        entry = TensorEntry(name, dtype, shape, path, data_start + start)
-        consistent = entry.nbytes == stop - start and all(isinstance(n, int) and n >= 0 for n in shape)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedFileError(f"{path}: the header entry of tensor {name} is damaged ({error!r}).") from error
-    if not consistent:
+        found = _Entry.model_validate(value)
+    except ValidationError as error:
         raise DamagedFileError(
-            f"{path}: tensor {name} is declared as {dtype} {list(shape)} but has {stop - start} bytes of data."
+            f"{path}: the header entry of tensor {ui.shorten(name, 200)} is damaged ({problems(error)}). Download or copy it again."
+        ) from error
+    dtype, shape, (start, stop) = found.dtype, found.shape, found.data_offsets
+    entry = TensorEntry(name, dtype, shape, path, data_start + start)
+    if entry.nbytes != stop - start:
+        raise DamagedFileError(
+            f"{path}: tensor {name} is declared as {dtype} {shown(list(shape))} but has {stop - start} bytes of data."
         )
     return entry
 

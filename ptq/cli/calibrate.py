@@ -51,7 +51,7 @@ def calibrate(
 
     device = device or default_device()
     check_offload(device, offload)
-    part = resolve_shard(shard)
+    part = resolve_shard(shard, out)
     given = {
         "steps": steps,
         "height": height,
@@ -64,7 +64,12 @@ def calibrate(
     }
     layout = resolve_model(model)
     found = read_prompts(
-        prompts, prompt_format=prompt_format, limit=num_prompts, exclude=exclude, media_root=media_root or ()
+        prompts,
+        prompt_format=prompt_format,
+        limit=num_prompts,
+        exclude=exclude,
+        media_root=media_root or (),
+        skip_missing=skip_missing and layout.needs_image,
     )
     plan = make_plan(layout, found, given, records_per_prompt=records_per_prompt, seed=seed, skip_missing=skip_missing)
     if dry_run:

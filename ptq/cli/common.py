@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptq import ui
@@ -27,11 +28,11 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|transformers|huggingface_hub)")
 
 
-def resolve_shard(text: str | None) -> Shard:
-    """`--shard i/N`, or what the launcher says; with several shards, say which this is."""
+def resolve_shard(text: str | None, run: Path) -> Shard:
+    """`--shard i/N`, or what the launcher says about the directory `run`; with several shards, say which this is."""
     from ptq.store.sharding import detect_shard, parse_shard
 
-    shard = parse_shard(text) if text is not None else detect_shard(os.environ)
+    shard = parse_shard(text) if text is not None else detect_shard(os.environ, run)
     if shard.count > 1:
         ui.info(f"Shard {shard.index}/{shard.count} (from {shard.source}).")
     return shard

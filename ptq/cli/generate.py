@@ -111,7 +111,7 @@ def generate(
     samples, source = generation.read_samples(
         prompt, prompts, image, from_image=from_image, skip_missing=skip_missing, **reading
     )
-    part = resolve_shard(shard if context_parallel == 1 else shard or "0/1")
+    part = resolve_shard(shard if context_parallel == 1 else shard or "0/1", out)
     identity = generation.identify_model(model, layout.path)
     plan = generation.plan_run(samples, settings, out, shard=part, samples_per_prompt=samples_per_prompt, fresh=fresh)
     if dry_run:

@@ -12,15 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ptq.config.load import CONFIGS, list_configs, load_yaml, validate
-from ptq.errors import UsageError
+from ptq.config.load import CONFIGS, list_configs, load_yaml, parse_yaml, validate
+from ptq.errors import UsageError, shown
+
+MOST = 2**31 - 1
+"""Of a count in a recipe."""
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class SchemeSettings(_Strict):
@@ -33,7 +35,7 @@ class SchemeSettings(_Strict):
     """
 
     transform: str = "none"
-    block: int = Field(default=64, ge=0)
+    block: int = Field(default=64, ge=0, le=MOST)
     input_rule: str | None = None
 
     @model_validator(mode="before")
@@ -62,7 +64,7 @@ class SolverSettings(_Strict):
     """
 
     rounding: Literal["rtn", "gptq"] = "rtn"
-    smoothing: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(default=(), strict=False)
+    smoothing: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(default=(), strict=False, max_length=64)
     clip_search: bool = False
     weight_rule: str | None = None
     damping: float = Field(default=0.03, gt=0, le=1)
@@ -91,9 +93,9 @@ class RecordSettings(_Strict):
             rounding only serve the errors in the report.
     """
 
-    tokens_per_record: int = Field(default=128, gt=0)
-    hessian_tokens: int | None = Field(default=None, gt=0)
-    for_report: int = Field(default=2, gt=0)
+    tokens_per_record: int = Field(default=128, gt=0, le=MOST)
+    hessian_tokens: int | None = Field(default=None, gt=0, le=MOST)
+    for_report: int = Field(default=2, gt=0, le=MOST)
 
     def describe(self) -> str:
         """How the records are replayed."""
@@ -155,7 +157,10 @@ def translate(earlier: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     for key, found in flat.items():
         group, _, name = NOW_CALLED.get(key, key).rpartition(".")
         if key not in GONE and key != "learned_transform":
-            (value.setdefault(group, {}) if group else value)[name] = found
+            keys = value.setdefault(group, {}) if group else value
+            if not isinstance(keys, dict):
+                return dict(earlier), {}  # "a" and "a.b" in one: strict validation says why
+            keys[name] = found
     learned, smoothed = flat.get("learned_transform"), flat.get("smoothing")
     kind = "learned" if learned else "smoothed" if smoothed else "hadamard" if flat.get("rotation") else "none"
     return {**value, "scheme": {**value["scheme"], "transform": kind}}, lost
@@ -183,13 +188,16 @@ def load_recipe(name_or_file: str, format_name: str, overrides: tuple[str, ...] 
         path = Path(name_or_file)
         if not path.exists():
             known = ", ".join(list_configs("recipes"))
-            raise UsageError(f"There is no recipe {name_or_file!r}: neither a file nor one of {known}.")
-    value = load_yaml(path)
+            raise UsageError(f"There is no recipe {shown(name_or_file)}: neither a file nor one of {known}.")
+    value, where = load_yaml(path), f"Recipe {name_or_file}"
+    _refuse_earlier(value, where)
     for override in overrides:
+        alone: dict[str, Any] = {}
+        _apply(alone, override)
+        _refuse_earlier(alone, f"--set {_key_of(override)}")
         _apply(value, override)
-    _refuse_earlier(value, f"Recipe {name_or_file}")
-    _refuse_idle_block(value, overrides, f"Recipe {name_or_file}")
-    recipe = validate(Recipe, value, f"Recipe {name_or_file}")
+    _refuse_idle_block(value, overrides, where)
+    recipe = validate(Recipe, value, where, [_key_of(override) for override in overrides])
     check_format(recipe, name_or_file, format_name)
     return recipe
 
@@ -225,25 +233,29 @@ def _refuse_earlier(value: Mapping[str, Any], where: str) -> None:
 def _refuse_idle_block(value: Mapping[str, Any], overrides: tuple[str, ...], where: str) -> None:
     """A block size that nothing would use; `--set scheme.transform=none` may leave the recipe's own behind."""
     scheme = value.get("scheme")
-    set_keys = {override.partition("=")[0].strip() for override in overrides}
+    set_keys = {_key_of(override) for override in overrides}
     if not isinstance(scheme, dict) or scheme.get("transform", "none") != "none" or not scheme.get("block"):
         return
     if "scheme.block" in set_keys or "scheme.transform" not in set_keys:
         raise UsageError(
-            f"{where} asks for blocks of {scheme['block']} without a transform. Name one in scheme.transform (hadamard, smoothed, learned), or leave scheme.block out."
+            f"{where} asks for blocks of {shown(scheme['block'])} without a transform. Name one in scheme.transform (hadamard, smoothed, learned), or leave scheme.block out."
         )
 
 
 def _apply(value: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator:
-        raise UsageError(f"--set takes key=value, found {override!r}.")
-    *groups, last = key.strip().split(".")
+        raise UsageError(f"--set takes key=value, found {shown(override)}.")
+    *groups, last = _key_of(override).split(".")
     for group in groups:
         value = value.setdefault(group, {})
         if not isinstance(value, dict):
-            raise UsageError(f"--set {override}: {group} is not a group of keys.")
+            raise UsageError(f"--set {key}: {group[:80]} is not a group of keys.")
     try:
-        value[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {override}: the value is not valid YAML: {error}") from error
+        value[last] = parse_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"--set {key}: the value {shown(text)} is not valid YAML: {error}.") from error
+
+
+def _key_of(override: str) -> str:
+    return override.partition("=")[0].strip()

@@ -29,7 +29,7 @@ from ptq.rules import LIMITS_IN_WORDS, RULES, loss_limit
 from ptq.store.evaluation import FILE, ROLES, Bootstrap, Evaluation, RunSide, Summary
 from ptq.store.evaluation_units import FILE as UNITS_FILE
 from ptq.store.evaluation_units import UnitLine, write_units
-from ptq.store.files import sweep_partials
+from ptq.store.files import sha256_file, sweep_partials
 from ptq.store.run_directory import OutputDirectory, hold_whole
 from ptq.version import __version__
 
@@ -138,7 +138,7 @@ def evaluate_runs(
             "sources": dict(Counter(line.source for line in lines)),
         }
         extra = findings.pairing_warnings(pairing.excluded, digests[0] is not None and digests[0] == digests[1])
-        extra += findings.condition_warnings(runs[0].info, runs[1].info)
+        extra += findings.condition_warnings(runs[0].info, runs[1].info) + findings.digest_warnings(*runs)
         return _conclude(out, content, chosen, judgement, scores, lines, extra)
 
 
@@ -243,8 +243,8 @@ def _conclude(
         content["duplicates"] = {role: findings.duplicates(lines, role) for role in ROLES}
         content["notes"] = [DRIFT_NOTE]
         warnings += findings.integrity_warnings(lines) + findings.blur_warnings(gated, informative)
-    evaluation = Evaluation(**content, warnings=warnings)
     write_units(out, _with_scores(lines, scores))
+    evaluation = Evaluation(**content, warnings=warnings, units_sha256=sha256_file(out / UNITS_FILE))
     evaluation.write(out / FILE)
     return evaluation
 

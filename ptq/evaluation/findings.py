@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from ptq.evaluation import statistics
+from ptq.evaluation.runs import Run
 from ptq.store.evaluation import ROLES, Estimate
 from ptq.store.evaluation_units import UnitLine
 from ptq.store.run_info import RunInfo
@@ -40,6 +41,16 @@ def condition_warnings(reference: RunInfo, candidate: RunInfo) -> list[str]:
         f"The runs differ in {name}: {ours} for the reference, {theirs} for the candidate."
         for name, ours, theirs in pairs
         if ours != theirs
+    ]
+
+
+def digest_warnings(reference: Run, candidate: Run) -> list[str]:
+    """Files that are left out because the version that made them recorded no digest of them."""
+    instead = {"saved_frames": "their videos are measured instead", "final_latents": "latents are not compared"}
+    return [
+        f"{count} units of the {role} have {key} without a digest in the manifest (made by an earlier version): {instead[key]}."
+        for role, run in zip(ROLES, (reference, candidate), strict=True)
+        for key, count in run.without_digest().items()
     ]
 
 

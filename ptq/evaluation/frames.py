@@ -12,19 +12,24 @@ the encoder's 42 to 45 dB in a video.
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from ptq.errors import DamagedFileError, PtqError
 from ptq.evaluation import measures
 from ptq.evaluation.runs import Unit
+from ptq.limits import IMAGE_PIXELS
 from ptq.prompts import MediaRef, fit_image, load_image
 from ptq.store.run_manifest import ImageSource
 
+FRAME_BYTES = 3 * IMAGE_PIXELS
 SAVED, VIDEO = "saved frames", "decoded video"
 COPY_PSNR_IN_VIDEO = 42.0
 """A decoded first frame this close (dB) to the input image is reported as a copy."""
@@ -32,30 +37,31 @@ COPY_PSNR_IN_VIDEO = 42.0
 
 def choose_source(reference: Unit, candidate: Unit) -> str:
     """`SAVED` where both runs kept the unit's frames, else `VIDEO`: both sides always come from the same kind."""
-    saved = [unit.optional_file("saved_frames") for unit in (reference, candidate)]
-    return SAVED if all(saved) else VIDEO
+    return SAVED if reference.keeps("saved_frames") and candidate.keeps("saved_frames") else VIDEO
 
 
 def frames_of(unit: Unit, source: str) -> Iterator[np.ndarray]:
     """Yield the unit's frames, uint8 [H, W, 3] RGB, from `source` (`SAVED` or `VIDEO`).
 
     Raises:
-        DamagedFileError: the file cannot be read, or holds another number of frames than the manifest says.
+        DamagedFileError: the file was changed or cannot be read, or holds other frames than the manifest says.
     """
-    path = unit.optional_file("saved_frames") if source == SAVED else unit.video
-    if path is None:
-        raise ValueError(f"unit {unit.name} has no saved frames")
-    count = 0
-    for frame in iterate_saved(path) if source == SAVED else iterate_video(path):
-        count += 1
-        yield frame
-    expected = unit.line.frames
-    if count == 0 or count != expected:
-        raise DamagedFileError(f"{path} holds {count} frames; the manifest of unit {unit.name} says {expected}.")
+    key = "saved_frames" if source == SAVED else "video"
+    path, line, count = unit.directory / str(getattr(unit.line, key)), unit.line, 0
+    with unit.open(key) as file:
+        for frame in iterate_saved(path, file) if source == SAVED else iterate_video(path, file):
+            count += 1
+            if count > (line.frames or 0) or frame.shape != (line.height, line.width, 3):
+                raise DamagedFileError(
+                    f"{path} holds a frame {count} of shape {list(frame.shape)}; the manifest of unit {unit.name} says {line.frames} frames of {line.height} x {line.width}."
+                )
+            yield frame
+    if count != line.frames:
+        raise DamagedFileError(f"{path} holds {count} frames; the manifest of unit {unit.name} says {line.frames}.")
 
 
-def iterate_video(path: Path) -> Iterator[np.ndarray]:
-    """Decode a video file frame by frame, uint8 [H, W, 3] RGB.
+def iterate_video(path: Path, file: BinaryIO | None = None) -> Iterator[np.ndarray]:
+    """Decode a video file (`file` where it is open already) frame by frame, uint8 [H, W, 3] RGB.
 
     Raises:
         DamagedFileError: not a readable video.
@@ -63,33 +69,35 @@ def iterate_video(path: Path) -> Iterator[np.ndarray]:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with nullcontext(file) if file else open(path, "rb") as opened, av.open(opened, format="mp4") as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             for frame in container.decode(stream):
                 yield frame.to_ndarray(format="rgb24")
     except MemoryError:  # PyAV's is an FFmpegError too, and says nothing about the video
         raise
-    except (av.error.FFmpegError, IndexError) as error:
+    except (av.error.FFmpegError, IndexError, OSError) as error:
         raise DamagedFileError(f"{path} cannot be decoded as a video ({error}).") from error
 
 
-def iterate_saved(path: Path) -> Iterator[np.ndarray]:
-    """Stream the array "frames", uint8 [T, H, W, 3], of an .npz file.
+def iterate_saved(path: Path, file: BinaryIO | None = None) -> Iterator[np.ndarray]:
+    """Stream the array "frames", uint8 [T, H, W, 3], of an .npz file (`file` where it is open already).
 
     Raises:
         DamagedFileError: not such a file, or truncated.
     """
     try:
-        with zipfile.ZipFile(path) as archive, archive.open("frames.npy") as member:
+        with zipfile.ZipFile(file or path) as archive, archive.open("frames.npy") as member:
             shape = _npy_shape(member, path)
-            size = int(np.prod(shape[1:]))
+            size = math.prod(shape[1:])
+            if size > FRAME_BYTES:
+                raise DamagedFileError(f"{path} says that a frame has {size} bytes, more than any has that is read.")
             for _ in range(shape[0]):
                 data = member.read(size)
                 if len(data) != size:
                     raise DamagedFileError(f"{path} is truncated.")
                 yield np.frombuffer(data, np.uint8).reshape(shape[1:])
-    except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, ValueError, OSError, NotImplementedError) as error:
         raise DamagedFileError(f"{path} is not an .npz file with uint8 frames [T, H, W, 3] ({error}).") from error
 
 

@@ -1,7 +1,7 @@
 """Measure every pair of units and keep the results as lines of units.jsonl, so that a stopped evaluation resumes.
 
-Each line carries a digest of what it was measured from (both videos, saved frames, latents, stride, suite); a line is
-reused only when that digest is the same. What it will take is estimated here too.
+Each line carries a digest of what it was measured from (the digests of both videos, saved frames and latents; stride, suite)
+and one of its own values. A line is reused only when both are the same and the files still have those digests. What it will take is estimated here too.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import numpy as np
 from ptq import ui
 from ptq.errors import DamagedFileError, PtqError
 from ptq.evaluation import measures
-from ptq.evaluation.frames import choose_source, first_frame_measures, frames_of, input_image
-from ptq.evaluation.runs import Unit, pair_runs, read_run, verify_video
+from ptq.evaluation.frames import SAVED, choose_source, first_frame_measures, frames_of, input_image
+from ptq.evaluation.runs import Unit, pair_runs, read_run
 from ptq.evaluation.streaming import measure_clips
 from ptq.evaluation.suites import ADHERENCE, FIRST_FRAME, HITS, RUN_DIMENSIONS, Suite
 from ptq.store.evaluation import ROLES
 from ptq.store.evaluation_units import Hashes, UnitLine, append_unit, read_units, write_units
 from ptq.store.files import digest
+from ptq.store.run_manifest import FILE_KEYS
 
-MEASURE_VERSION = 1
-"""Raise it when a measure changes its meaning: results kept by an older version are then measured again."""
+MEASURE_VERSION = 2
+"""Raise it when a measure or what a line is bound to changes: results kept by an older version are then measured again."""
 SECONDS_PER_MEGAPIXEL = 0.25
 """Core-seconds for one million pixels of a frame pair, all measures (61 frames of 720p take 11.5, two thirds in SSIM)."""
 _BYTES_PER_PIXEL, _BASE_BYTES, _BYTES_PER_LINE = 60, 150e6, 2500
@@ -52,8 +53,12 @@ def plan(reference: Path, candidate: Path, *, allow_missing: bool = False) -> di
 
 
 def measure_units(pairs: Sequence[tuple[Unit, Unit]], out: Path, suite: Suite, *, stride: int) -> list[UnitLine]:
-    """Measure all pairs; results already in `out` are reused. Returns the lines of units.jsonl, in order."""
-    known = {line.inputs: _measured_only(line) for line in read_units(out, skip_damaged=True) if line.inputs}
+    """Measure all pairs; results already in `out` are reused. Returns the lines of units.jsonl, in order.
+
+    Raises:
+        DamagedFileError: a file is not the one that the manifest recorded, or cannot be read; names it.
+    """
+    known = {line.inputs: line for line in map(_measured_only, read_units(out, skip_damaged=True)) if _is_own(line)}
     lines = []
     with ui.progress("Measuring videos", len(pairs)) as bar:
         for reference, candidate in pairs:
@@ -62,6 +67,9 @@ def measure_units(pairs: Sequence[tuple[Unit, Unit]], out: Path, suite: Suite, *
             if line is None:
                 line = measure_unit(reference, candidate, suite, stride, inputs)
                 append_unit(out, line)
+            else:
+                for unit in (reference, candidate):
+                    unit.check(*FILE_KEYS)
             lines.append(line)
             bar.advance(note=reference.name)
     write_units(out, lines)
@@ -75,12 +83,19 @@ def _measured_only(line: UnitLine) -> UnitLine:
     return line.model_copy(update=values)
 
 
+def _is_own(line: UnitLine) -> bool:
+    """Whether a kept line still says what was measured."""
+    return line.measured is not None and line.measured == _digest_of_values(line)
+
+
+def _digest_of_values(line: UnitLine) -> str:
+    return digest(line.model_dump(mode="json", exclude={"measured"}))
+
+
 def _inputs_digest(reference: Unit, candidate: Unit, suite: Suite, stride: int) -> str:
     def artifacts(unit: Unit) -> list[Any]:
-        verify_video(unit)
-        kept = [unit.optional_file(key) for key in ("saved_frames", "final_latents")]
-        sizes = [[path.stat().st_size, path.stat().st_mtime_ns] if path else None for path in kept]
-        return [unit.line.video_sha256, sizes, unit.score_prompt, unit.line.image_sha256]
+        digests = [getattr(unit.line, f"{key}_sha256") for key in FILE_KEYS]
+        return [digests, unit.score_prompt, unit.line.image_sha256]
 
     scored = suite.name if suite.name == "tiny" else "core"
     return digest([MEASURE_VERSION, scored, stride, artifacts(reference), artifacts(candidate), reference.name])
@@ -89,10 +104,13 @@ def _inputs_digest(reference: Unit, candidate: Unit, suite: Suite, stride: int) 
 def measure_unit(reference: Unit, candidate: Unit, suite: Suite, stride: int, inputs: str) -> UnitLine:
     """All measures of one pair; missing values are None."""
     source = choose_source(reference, candidate)
+    if source == SAVED:  # nothing else here reads the videos, but VBench and the report do
+        for unit in (reference, candidate):
+            unit.check("video")
     clips = measure_clips(
         frames_of(reference, source), frames_of(candidate, source), stride=stride, name=f"unit {reference.name}"
     )
-    values = {"reference": clips.reference, "candidate": clips.candidate, "paired": clips.paired}
+    values: dict[str, Any] = {"reference": clips.reference, "candidate": clips.candidate, "paired": clips.paired}
     values["paired"].update(_latents(reference, candidate))
     if reference.line.image:
         mse, _ = measures.mean_square_and_abs(clips.first_frames[1].astype(np.int16) - clips.first_frames[0])
@@ -105,7 +123,8 @@ def measure_unit(reference: Unit, candidate: Unit, suite: Suite, stride: int, in
         for role, unit in (("reference", reference), ("candidate", candidate)):
             values[role].update(_adherence(unit, source))
     hashes = Hashes(reference=clips.hashes[0], candidate=clips.hashes[1])
-    return UnitLine(unit=reference.name, inputs=inputs, source=source, **values, hashes=hashes)
+    line = UnitLine(unit=reference.name, inputs=inputs, source=source, **values, hashes=hashes)
+    return line.model_copy(update={"measured": _digest_of_values(line)})
 
 
 def _adherence(unit: Unit, source: str) -> dict[str, float]:
@@ -122,20 +141,23 @@ def _adherence(unit: Unit, source: str) -> dict[str, float]:
 
 
 def _latents(reference: Unit, candidate: Unit) -> dict[str, float | None]:
-    paths = [unit.optional_file("final_latents") for unit in (reference, candidate)]
-    if paths[0] is None or paths[1] is None:
+    if not (reference.keeps("final_latents") and candidate.keeps("final_latents")):
         return {}
     try:
-        return measures.latent_error(_read_latents(paths[0]), _read_latents(paths[1]))
+        return measures.latent_error(_read_latents(reference), _read_latents(candidate))
     except ValueError as error:
         raise DamagedFileError(f"The final latents of unit {reference.name} cannot be compared: {error}.") from error
 
 
-def _read_latents(path: Path) -> np.ndarray:
+def _read_latents(unit: Unit) -> np.ndarray:
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
+    with unit.open("final_latents") as file:
+        data = file.read()
     try:
-        return load_file(path)["latents"]
-    except (SafetensorError, KeyError, OSError) as error:
-        raise DamagedFileError(f'{path} cannot be read as safetensors with a tensor "latents" ({error}).') from error
+        return load(data)["latents"]
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DamagedFileError(
+            f'{unit.directory / str(unit.line.final_latents)} cannot be read as safetensors with a tensor "latents" ({error}).'
+        ) from error

@@ -2,20 +2,23 @@
 
 Two runs are paired when they hold the same units, and each unit started from the same noise (seed and the sha256 of the
 initial latent) with the same prompt, image, size and sampler settings. Only the weights may differ. Nothing here
-decodes a video; files are checked by existence and by the digests of the manifest.
+decodes a video. Whatever is measured is opened through `Unit.open`, which compares its bytes with the digest that the manifest
+recorded when the file was made: a file is never believed by its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from ptq.errors import DamagedFileError, PtqError
 from ptq.store.evaluation import RunSide
-from ptq.store.files import sha256_file
 from ptq.store.run_info import RunInfo, read_run_info
-from ptq.store.run_manifest import ManifestLine, read_lines
+from ptq.store.run_manifest import FILE_KEYS, ManifestLine, read_lines
 
 PAIRED_KEYS: Mapping[str, str] = {
     "seed": "the seed",
@@ -63,21 +66,36 @@ class Unit:
     def score_prompt(self) -> str:
         return str(self.line.score_prompt)
 
-    def optional_file(self, key: str) -> Path | None:
-        """Path of an optional artifact (`final_latents`, `saved_frames`); None when the run did not keep it.
+    def keeps(self, key: str) -> bool:
+        """Whether the run kept a file (of `FILE_KEYS`) that can be measured: one with a digest."""
+        return bool(getattr(self.line, key) and getattr(self.line, f"{key}_sha256"))
+
+    @contextmanager
+    def open(self, key: str) -> Iterator[BinaryIO]:
+        """A file of the unit (one of `FILE_KEYS`), opened at its start after its bytes were compared with the manifest's digest.
 
         Raises:
-            DamagedFileError: the manifest names the file but it is gone.
+            DamagedFileError: the file is gone, or was changed after it was generated.
         """
-        value = getattr(self.line, key)
-        if not value:
-            return None
-        path = self.directory / str(value)
+        path = self.directory / str(getattr(self.line, key))
         if not path.is_file():
             raise DamagedFileError(
                 f"{path} is named by the manifest of {self.directory} ({key} of unit {self.name}) but does not exist. Run `ptq generate` again into that directory to make it."
             )
-        return path
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != getattr(self.line, f"{key}_sha256"):
+                raise DamagedFileError(
+                    f"{path} is not the file that `ptq generate` wrote for unit {self.name}: its sha256 differs from the manifest's ({key}). Restore it, or run `ptq generate` again into that directory, which makes it anew."
+                )
+            file.seek(0)
+            yield file
+
+    def check(self, *keys: str) -> None:
+        """Compare the files that the run kept of these kinds with their digests; errors as `open`."""
+        for key in keys:
+            if self.keeps(key):
+                with self.open(key):
+                    pass
 
 
 @dataclass(frozen=True)
@@ -92,6 +110,15 @@ class Run:
     def not_started(self) -> int:
         """How many planned units have no manifest line: the run was stopped before it reached them."""
         return max(0, self.info.plan.units - len(self.units) - len(self.unusable))
+
+    def without_digest(self) -> dict[str, int]:
+        """Kind of file -> how many units keep one without a digest: runs of earlier versions. Such files are not measured."""
+        lines = [unit.line for unit in self.units.values()]
+        counts = {
+            key: sum(bool(getattr(line, key) and not getattr(line, f"{key}_sha256")) for line in lines)
+            for key in FILE_KEYS
+        }
+        return {key: count for key, count in counts.items() if count}
 
     def describe(self) -> RunSide:
         """What evaluation.json keeps of the run."""
@@ -197,10 +224,7 @@ def verify_video(unit: Unit) -> None:
     Raises:
         DamagedFileError: the file was changed after it was generated.
     """
-    if sha256_file(unit.video) != unit.line.video_sha256:
-        raise DamagedFileError(
-            f"{unit.video} is not the video that `ptq generate` wrote for unit {unit.name}: its sha256 differs from the manifest. Restore it, or delete it and run `ptq generate` again into that directory."
-        )
+    unit.check("video")
 
 
 def _some(items: list[str]) -> str:

@@ -87,7 +87,7 @@ def read_samples(
         return [make_sample(prompt, image)], None
     if image is not None:
         raise UsageError("--image belongs to --prompt TEXT; a prompt file names its own images.")
-    found = read_prompts(str(prompts), **reading)
+    found = read_prompts(str(prompts), skip_missing=skip_missing and from_image, **reading)
     samples = require_media(found, skip_missing=skip_missing) if from_image else found.samples
     return samples, {"file": str(prompts), "format": found.format, "sha256": found.sha256, "samples": len(samples)}
 

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 from ptq import ui
 from ptq.errors import DamagedFileError
+from ptq.limits import PROMPT_CHARS
+from ptq.prompts.container import UNPAIRED
 
 _ABSENT = object()
 
@@ -77,8 +79,8 @@ class Entry:
         return value
 
     def _clean(self, key: str, text: str) -> str:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            self.fail(key, "text that can be written as UTF-8 (it has half of a surrogate pair)")
+        if UNPAIRED in text:
+            self.fail(key, "text of whole characters (it has half of a surrogate pair)")
+        if len(text) > PROMPT_CHARS:
+            self.fail(key, f"at most {PROMPT_CHARS} characters")
         return text.strip()

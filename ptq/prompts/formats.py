@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ptq.errors import DamagedFileError, PtqError, UsageError
+from ptq import ui
+from ptq.errors import DamagedFileError, PtqError, UsageError, shown
 from ptq.prompts.container import CONTAINER_TEXT, Container
 from ptq.prompts.fields import Entry
 from ptq.prompts.sample import MediaRef, Sample
@@ -46,11 +47,11 @@ def detect_format(path: Path, container: Container, name: str, value: Any) -> Pr
         if container in candidate.containers and candidate.matches(value):
             return candidate
     if isinstance(value, dict):
-        found = f"with the keys {', '.join(sorted(map(str, value))[:8]) or '(none)'}"
+        found = f"with the keys {', '.join(shown(key) for key in sorted(map(str, value))[:8]) or '(none)'}"
     else:
         found = f"of type {type(value).__name__}"
     raise PtqError(
-        f"{path} is {CONTAINER_TEXT[container]} whose first record ({name}) is {found}; no known prompt format looks like that. Known: {', '.join(FORMAT_NAMES)}. Write a list or JSON lines of objects with a 'prompt', or one prompt a line in a .txt file, or name the format with --prompt-format."
+        f"{path} is {CONTAINER_TEXT[container]} whose first record ({ui.shorten(name)}) is {found}; no known prompt format looks like that. Known: {', '.join(FORMAT_NAMES)}. Write a list or JSON lines of objects with a 'prompt', CSV with a column of that name, or one prompt a line in a .txt file, or name the format with --prompt-format."
     )
 
 
@@ -78,7 +79,7 @@ def refuse_pairs(path: Path, container: Container, name: str, value: Any) -> Non
     first = value[0] if isinstance(value, list) and value else value
     if (container == "map" and isinstance(value, list)) or (isinstance(first, dict) and "cur_id" in first):
         raise PtqError(
-            f"{path} looks like an OpenS2V cluster or cross-pair file (record {name} is a list of clips or has a 'cur_id'). It says which clips show the same subject and holds no prompts. Use the matching total_partN.json or OpenS2V-5M_to_mm.json."
+            f"{path} looks like an OpenS2V cluster or cross-pair file (record {ui.shorten(name)} is a list of clips or has a 'cur_id'). It says which clips show the same subject and holds no prompts. Use the matching total_partN.json or OpenS2V-5M_to_mm.json."
         )
 
 
@@ -94,7 +95,7 @@ def merge_dimensions(path: Path, samples: Iterable[Sample]) -> Iterator[Sample]:
         if known is sample:
             continue
         if known.media != sample.media:
-            raise DamagedFileError(f"{path}: the prompt {sample.prompt!r} appears twice, with different images.")
+            raise DamagedFileError(f"{path}: the prompt {shown(sample.prompt)} appears twice, with different images.")
         dimensions = known.extra["dimension"]
         added = [one for one in sample.extra["dimension"] if one not in dimensions]
         merged[sample.id] = replace(known, extra={"dimension": dimensions + added})
@@ -152,10 +153,12 @@ def _parse_vbench_i2v(entry: Entry, dataset: str) -> Sample:
 
 
 def _is_generic(value: Any) -> bool:
-    return isinstance(value, dict) and any(key in value for key in PROMPT_KEYS)
+    return isinstance(value, str) or (isinstance(value, dict) and any(key in value for key in PROMPT_KEYS))
 
 
 def _parse_generic(entry: Entry, dataset: str) -> Sample:
+    if isinstance(entry.value, str):
+        entry = replace(entry, value={PROMPT_KEYS[0]: entry.value})
     prompt = entry.text(next((key for key in PROMPT_KEYS if entry.get(key) is not None), PROMPT_KEYS[0]))
     score_prompt = entry.text("score_prompt") if entry.get("score_prompt") is not None else prompt
     media = None
@@ -197,7 +200,7 @@ FORMATS = (
     PromptFormat("opens2v-5m", ("map",), _is_native, _parse_native),
     PromptFormat("vbench-i2v", ("list",), _has("prompt_en", "dimension", "image_name"), _parse_vbench_i2v),
     PromptFormat("vbench", ("list",), _has("prompt_en", "dimension"), _parse_vbench),
-    PromptFormat("generic", ("list", "lines"), _is_generic, _parse_generic),
+    PromptFormat("generic", ("list", "wrapped", "lines", "csv"), _is_generic, _parse_generic),
     PromptFormat("txt", ("text",), lambda value: isinstance(value, str), _parse_text),
 )
 FORMAT_NAMES = tuple(one.name for one in FORMATS)

@@ -10,20 +10,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ptq import ui
 from ptq.errors import DamagedFileError, PtqError
+from ptq.limits import CLIP_FRAMES, IMAGE_PIXELS
 from ptq.prompts.sample import MediaRef
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.Image import Image
 
 RESIZE_POLICY = "cover-center-crop-lanczos"
+PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+"""Pillow's names of the formats that are read; no other decoder sees a foreign file (that of EPS starts Ghostscript)."""
+ANIMATIONS = ("PNG", "WEBP", "TIFF", "GIF")
+"""Of these, several pictures in one file are refused; a camera's MPO (a JPEG) has the picture first and its depth or preview behind."""
+CLIPS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,m4v,flv,asf,ogg,h264,hevc"
+"""FFmpeg's names of the containers that are read."""
+_SHOWN = 200
 
 
 def load_image(media: MediaRef) -> np.ndarray:
     """The picture a sample starts from, at its own size.
 
     Returns:
-        uint8 [H, W, 3], RGB. Pictures are turned upright by their EXIF orientation (as diffusers' `load_image` does).
+        uint8 [H, W, 3], RGB. Pictures are turned upright by their EXIF orientation (as diffusers' `load_image` does); 16-bit
+        greys are scaled to 8 bits, and what is transparent is white.
 
     Raises:
         PtqError: the file is not on this machine.
@@ -64,31 +75,81 @@ def fit_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _read_picture(path: Path) -> np.ndarray:
+    import struct
+    import warnings
+    import zlib
+
     import numpy as np
     from PIL import Image, ImageOps
 
+    # Pillow tells broken files by errors of many kinds, SyntaxError for a broken PNG chunk among them.
+    damaged = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, struct.error, zlib.error)
+    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+    Image.init()  # all decoders are known then; those of PICTURES may read
     try:
-        with Image.open(path) as picture:
-            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow: SyntaxError for a broken PNG chunk
-        raise DamagedFileError(f"{path} cannot be read as a picture ({error}).") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=PICTURES) as picture:
+                _refuse_size(path, picture.width, picture.height)
+                if picture.format in ANIMATIONS and getattr(picture, "n_frames", 1) > 1:
+                    raise DamagedFileError(
+                        f"{path} is an animation of several pictures. Save the one that the video starts from as PNG."
+                    )
+                return np.array(_as_rgb(path, ImageOps.exif_transpose(picture)))
+    except (*damaged, *bombs) as error:
+        raise DamagedFileError(
+            f"{path} cannot be read as a picture ({ui.shorten(str(error), _SHOWN)}). It should be one of {', '.join(PICTURES)}."
+        ) from error
+
+
+def _refuse_size(path: Path, width: int, height: int) -> None:
+    if width * height > IMAGE_PIXELS:
+        raise DamagedFileError(
+            f"{path} has {width} x {height} pixels, more than the {IMAGE_PIXELS / 1e6:.0f} million that are read. Scale it down."
+        )
+
+
+def _as_rgb(path: Path, picture: Image) -> Image:
+    """8 bits a channel, without alpha: what is transparent becomes white, 16-bit greys are scaled, others refused by name."""
+    from PIL import Image
+
+    mode = picture.mode
+    if mode.startswith("I;16") or (mode == "I" and picture.format == "PNG"):
+        import numpy as np
+
+        levels = np.asarray(picture, np.uint32)
+        return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if mode in ("I", "F"):
+        raise DamagedFileError(
+            f"{path} has 32-bit {'integers' if mode == 'I' else 'floating point numbers'} as pixels (mode {mode}), and it is not known which of them is white. Save it with 8 or 16 bits a channel."
+        )
+    if picture.has_transparency_data:
+        layers = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
+    return picture.convert("RGB")
 
 
 def _read_frame(path: Path, index: int) -> np.ndarray:
     """Frame `index` by decoding from the start: exact for any clip, where seeking goes by time stamps that may lie."""
     import av
 
+    if index >= CLIP_FRAMES:
+        raise DamagedFileError(f"The prompt file asks for frame {index} of {path}; only {CLIP_FRAMES} are decoded.")
     count = 0
     try:
-        with av.open(str(path)) as clip:
+        # From an open file and only as these containers: playlists and scripts of others name further files and addresses.
+        with open(path, "rb") as file, av.open(file, options={"format_whitelist": CLIPS}) as clip:
             if not clip.streams.video:
                 raise DamagedFileError(f"{path} has no video stream.")
-            clip.streams.video[0].thread_type = "AUTO"
+            stream = clip.streams.video[0]
+            _refuse_size(path, stream.codec_context.width, stream.codec_context.height)
+            stream.thread_type = "AUTO"
             for count, frame in enumerate(clip.decode(video=0), 1):
                 if count > index:
+                    _refuse_size(path, frame.width, frame.height)
                     return frame.to_ndarray(format="rgb24")
     except MemoryError:  # PyAV's is an FFmpegError too, and says nothing about the video
         raise
-    except av.FFmpegError as error:
-        raise DamagedFileError(f"{path} cannot be decoded as a clip ({error}).") from error
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise DamagedFileError(f"{path} cannot be decoded as a clip ({ui.shorten(str(error), _SHOWN)}).") from error
     raise DamagedFileError(f"{path} has {count} frames, but the prompt file asks for frame {index} (counted from 0).")

@@ -12,8 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ptq.errors import DamagedFileError, PtqError, UsageError
-from ptq.prompts.container import DigestingFile, iter_entries, open_digesting, sniff_container
+from ptq import ui
+from ptq.errors import DamagedFileError, PtqError, UsageError, shown
+from ptq.limits import ID_CHARS, PROMPT_RECORDS
+from ptq.prompts.container import UNPAIRED, DigestingFile, iter_entries, open_digesting, sniff_container
 from ptq.prompts.fields import Entry
 from ptq.prompts.formats import detect_format, find_format, merge_dimensions, refuse_pairs, short_hash
 from ptq.prompts.locate import check_roots, locate
@@ -31,7 +33,7 @@ class PromptScan:
 
     Attributes:
         path, format, dataset: as in `PromptSet`; known from the start.
-        records, excluded, sha256: complete when the iteration has ended.
+        records, excluded, passed_over, sha256: complete when the iteration has ended.
 
     Raises:
         PtqError: no such file, empty, of no known format, or an OpenS2V cluster / cross-pair file.
@@ -48,12 +50,13 @@ class PromptScan:
         limit: int | None = None,
         exclude: str | Path | None = None,
         media_root: Sequence[Path] = (),
+        skip_missing: bool = False,
     ) -> None:
         if limit is not None and limit < 1:
             raise UsageError(f"At least one prompt must be read, but the limit is {limit}.")
         self.path = Path(path)
         self.dataset = self.path.stem
-        self._limit, self._roots = limit, check_roots(media_root)
+        self._limit, self._roots, self._skip_missing = limit, check_roots(media_root), skip_missing
         self._container = sniff_container(self.path, plain=prompt_format == "txt")
         name, value = self._first_entry()
         refuse_pairs(self.path, self._container, name, value)
@@ -65,10 +68,10 @@ class PromptScan:
         self._known = (
             {name for sample in PromptScan(exclude) for name in names_of(sample)} if exclude is not None else set()
         )
-        self.records, self.excluded, self.sha256 = 0, 0, ""
+        self.records, self.excluded, self.passed_over, self.sha256 = 0, 0, 0, ""
 
     def __iter__(self) -> Iterator[Sample]:
-        self.records = self.excluded = 0
+        self.records = self.excluded = self.passed_over = 0
         with open_digesting(self.path) as source:
             samples = self._samples(source)
             if self.format.startswith("vbench"):
@@ -89,11 +92,22 @@ class PromptScan:
         for name, value in iter_entries(self.path, self._container, source):
             self.records += 1
             entry = Entry(self.path, name, value)
-            if self._container != "text" and not isinstance(value, dict):
+            plain = self._container == "text" or (self.format == "generic" and isinstance(value, str))
+            if not plain and not isinstance(value, dict):
                 raise DamagedFileError(
                     f"{self.path}, record {name}: expected an object, found {type(value).__name__}. Correct or remove it."
                 )
-            yield self._format.parse(entry, self.dataset)
+            if self.records > PROMPT_RECORDS:
+                raise DamagedFileError(f"{self.path} has more than {PROMPT_RECORDS} records. Split it.")
+            yield self._parse(entry)
+
+    def _parse(self, entry: Entry) -> Sample:
+        sample = self._format.parse(entry, self.dataset)
+        if UNPAIRED in sample.id or len(sample.id) > ID_CHARS:
+            raise DamagedFileError(
+                f"{self.path}, record {ui.shorten(entry.name)}: its id {shown(sample.id)} is longer than {ID_CHARS} characters or has half of a surrogate pair. Give it another id."
+            )
+        return sample
 
     def _unique(self, samples: Iterator[Sample]) -> Iterator[Sample]:
         # Hashes, not the ids: a scan of millions of records stays small. A hit is confirmed by a second look.
@@ -110,11 +124,11 @@ class PromptScan:
         names = []
         with DigestingFile(self.path) as source:
             for name, value in islice(iter_entries(self.path, self._container, source), number):
-                if self._format.parse(Entry(self.path, name, value), self.dataset).id == identity:
+                if self._parse(Entry(self.path, name, value)).id == identity:
                     names.append(name)
         if len(names) < 2:
             return
-        what = f"the same prompt (id {identity})" if self.format == "txt" else f"the same id {identity!r}"
+        what = f"the same prompt (id {identity})" if self.format == "txt" else f"the same id {shown(identity)}"
         raise DamagedFileError(
             f"{self.path}: records {names[0]} and {names[1]} have {what}. Ids name the videos and decide the seeds, so each must be unique: remove one record or give it another id."
         )
@@ -126,6 +140,9 @@ class PromptScan:
                 continue
             if sample.media is not None:
                 found = locate(sample.media, self.path, self.format, self._roots)
+                if found is None and self._skip_missing:
+                    self.passed_over += 1
+                    continue
                 sample = replace(sample, media=replace(sample.media, resolved=found))
             yield sample
 
@@ -137,20 +154,36 @@ def read_prompts(
     limit: int | None = None,
     exclude: str | Path | None = None,
     media_root: Sequence[Path] = (),
+    skip_missing: bool = False,
 ) -> PromptSet:
     """Read a prompt file.
 
     Args:
         prompt_format: one of `FORMAT_NAMES`; None detects it.
-        limit: keep the first `limit` samples (counted after `exclude`); the records behind them are not checked.
+        limit: keep the first `limit` samples (counted after `exclude` and `skip_missing`); the records behind them are not
+            checked.
         exclude: another prompt file, of any format; samples it has too, by id or by caption, are left out.
         media_root: folders below which pictures and clips are looked for, in order.
+        skip_missing: pass over samples whose picture or clip is not here; a message says how many there were.
 
     Raises:
-        PtqError, UsageError, DamagedFileError: as `PromptScan`; also when `exclude` leaves nothing.
+        PtqError, UsageError, DamagedFileError: as `PromptScan`; also when `exclude` or `skip_missing` leaves nothing.
     """
-    scan = PromptScan(path, prompt_format=prompt_format, limit=limit, exclude=exclude, media_root=media_root)
+    scan = PromptScan(
+        path,
+        prompt_format=prompt_format,
+        limit=limit,
+        exclude=exclude,
+        media_root=media_root,
+        skip_missing=skip_missing,
+    )
     samples = list(scan)
+    if scan.passed_over and not samples:
+        raise PtqError(f"None of the {scan.passed_over} images that {scan.path} names is here: nothing to run.")
+    if scan.passed_over:
+        ui.info(
+            f"{scan.path.name}: {scan.passed_over} prompts were passed over, because their picture or clip is not here; {len(samples)} can run."
+        )
     if not samples:
         raise PtqError(f"All {scan.records} prompts of {scan.path} are also in {exclude}: nothing is left to run.")
     return PromptSet(scan.path, scan.format, scan.sha256, scan.dataset, samples, scan.records, scan.excluded)

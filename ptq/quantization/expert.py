@@ -69,7 +69,8 @@ class ExpertRun:
             result.blocks.append(BlockEntry(**info["block"]))
             result.layers += [LayerEntry(**layer) for layer in info["layers"]]
             bar.advance(note=f"{self.name} block {index}, stream error {info['block']['stream_error']:.2e}")
-        result.summary.denoiser_error = self._calls.output_error(self._original, self._propagated)
+        error = self._calls.output_error(self._original, self._propagated)
+        result.summary = result.summary.model_copy(update={"denoiser_error": error})
         return result
 
     def _block(self, index: int) -> tuple[dict[str, TensorEntry], dict[str, Any]]:

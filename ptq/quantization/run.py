@@ -67,7 +67,7 @@ def _quantize(job: Job, start: float) -> Manifest:
             work.remove_leftovers()
             copy_components(job.layout, work.path, job.recorded_preset, link=job.options.link)
             manifest = _manifest(chosen, job.signature, results, time.monotonic() - start)
-            manifest.files = hash_files(work.path, exclude=RUN_FILES)
+            manifest = manifest.model_copy(update={"files": hash_files(work.path, exclude=RUN_FILES)})
             write_card(work.path, manifest)
             write_manifest(work.path, manifest)
     processes.wait()

@@ -10,15 +10,26 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
+from ptq import ui
 from ptq.checkpoint.manifest import MANIFEST_FILE, BlockEntry, LayerEntry, read_manifest, todays_recipe
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header
 from ptq.config.recipe import Recipe, translate
 from ptq.errors import DamagedFileError, UsageError
-from ptq.store.files import PARTIAL_SUFFIX, digest, read_json, sweep_partials, sync_directory, write_json, write_tensors
+from ptq.store.files import (
+    PARTIAL_SUFFIX,
+    digest,
+    read_json,
+    sha256_file,
+    sweep_partials,
+    sync_directory,
+    write_json,
+    write_tensors,
+)
 from ptq.store.run_directory import Difference, RunDirectory, name_all
+from ptq.store.schema import Schema
 from ptq.store.sensitivity import PROTECTION_FILE
 
 SIGNATURE_FILE = "run.json"
@@ -28,13 +39,15 @@ RUN_FILES = (SIGNATURE_FILE, PROTECTION_FILE, BLOCKS_DIR, STREAMS_DIR)
 """What only a running job needs; never part of the checkpoint."""
 
 
-class FinishedBlock(BaseModel):
-    """`blocks/<expert>/<index>.json`: the manifest's rows of a block; it commits the tensors beside it."""
+class FinishedBlock(Schema):
+    """`blocks/<expert>/<index>.json`: the manifest's rows of a block; it commits the tensors beside it.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    tensors_sha256: of that file; absent in earlier versions, whose unfinished blocks are made again.
+    """
 
     block: BlockEntry
     layers: list[LayerEntry]
+    tensors_sha256: str | None = None
 
 
 def refuse_taken(out: Path) -> None:
@@ -123,7 +136,8 @@ class WorkDir(RunDirectory):
         """Store a finished block: its changed tensors (full names), and its statistics as `FinishedBlock`."""
         weights, statistics = self._files(expert, block)
         write_tensors(weights, tensors)
-        write_json(statistics, FinishedBlock.model_validate(info).model_dump(mode="json"))
+        finished = FinishedBlock.model_validate({**info, "tensors_sha256": sha256_file(weights)})
+        write_json(statistics, finished.model_dump(mode="json"))
 
     def load_block(self, expert: str, block: int) -> tuple[dict[str, TensorEntry], dict[str, Any]] | None:
         """Entries and statistics of a finished block; None when it is not there or damaged (it is then made again)."""
@@ -132,8 +146,11 @@ class WorkDir(RunDirectory):
             return None
         try:
             info = FinishedBlock.model_validate(read_json(statistics))
-            return read_header(weights), info.model_dump(mode="json")
+            if info.tensors_sha256 != sha256_file(weights):
+                raise DamagedFileError(f"{weights} is not the file that was written")
+            return read_header(weights), info.model_dump(mode="json", exclude={"tensors_sha256"})
         except (DamagedFileError, ValidationError):
+            ui.warn(f"Block {block} of {expert} was damaged or is of an earlier version; it is made again.")
             return None
 
     def remove_leftovers(self) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ptq.errors import DamagedFileError, PtqError
 from ptq.store.files import read_json, sha256_file
 from ptq.store.records import IMAGE, INDEX_FILE, NEGATIVE_FILE, RECORDS_DIR, TEXT, Record, read_embeds
-from ptq.store.schema import Schema, parse, parse_lines
+from ptq.store.schema import Count, NotNegative, PlainName, Positive, Schema, parse, parse_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,11 +20,11 @@ FILE = "calibration.json"
 class Step(Schema):
     """One denoising step: timestep as the model sees it, noise level sigma, |change of sigma| made by this step."""
 
-    index: int
-    timestep: float
-    sigma: float
-    d_sigma: float
-    expert: str
+    index: Count
+    timestep: NotNegative
+    sigma: NotNegative
+    d_sigma: NotNegative
+    expert: PlainName
 
 
 class RecordedSample(Schema):
@@ -45,16 +45,16 @@ class CalibrationInfo(Schema):
     """
 
     variant: str
-    experts: dict[str, str]
+    experts: dict[PlainName, str]
     preset: dict[str, Any]
     prompts: dict[str, str]
     samples: list[RecordedSample]
-    records_per_prompt: int
-    seed: int
+    records_per_prompt: Positive
+    seed: Count
     image_policy: str | None = None
     schedule: list[Step] = []
     complete: bool = False
-    files: dict[str, str] = {}
+    files: dict[PlainName, str] = {}
     digest: str | None = None
 
     def decisive(self) -> dict[str, Any]:

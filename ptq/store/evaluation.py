@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ptq.errors import PtqError
-from ptq.store.files import read_json
-from ptq.store.schema import Schema, parse
+from ptq.errors import DamagedFileError, PtqError
+from ptq.store.evaluation_units import FILE as UNITS_FILE
+from ptq.store.files import read_json, sha256_file
+from ptq.store.schema import Count, Positive, Schema, Share, parse
 
 FILE = "evaluation.json"
 PASS: Literal["PASS"] = "PASS"
@@ -38,7 +39,7 @@ class Dimension(Schema):
     candidate: float
     relative_loss: Estimate | None
     points: Estimate
-    units: int
+    units: Count
 
 
 class Summary(Schema):
@@ -47,7 +48,7 @@ class Summary(Schema):
     mean: float
     min: float
     max: float
-    units: int
+    units: Count
 
 
 class RunSide(Schema):
@@ -66,9 +67,9 @@ class RunSide(Schema):
 class Bootstrap(Schema):
     """How the intervals were made."""
 
-    resamples: int
+    resamples: Positive
     seed: int
-    confidence: float
+    confidence: Share
     method: str
 
 
@@ -77,32 +78,33 @@ class Evaluation(Schema):
 
     excluded: unit -> why it is not in the comparison. sources: what was measured -> units. dimensions, aggregates: of the
     gate. Beside it, where videos were measured: informative, paired, duplicates (role -> groups of equal videos), notes.
-    vbench: versions, files and totals of VBench.
+    vbench: versions, files and totals of VBench. units_sha256: of units.jsonl beside it (absent in earlier versions).
     """
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     ptq_version: str
     suite: str
     format: str | None
-    limit: float | None
+    limit: Share | None
     gate: str | None
     bootstrap: Bootstrap
     reference: RunSide
     candidate: RunSide
-    units: int
+    units: Count
     excluded: dict[str, str] = {}
-    stride: int | None = None
-    sources: dict[str, int] = {}
+    stride: Positive | None = None
+    sources: dict[str, Count] = {}
     dimensions: dict[str, Dimension]
     aggregates: dict[str, Estimate]
     verdict: Verdict | None
-    prompts: int
+    prompts: Count
     vbench: dict[str, Any] | None = None
     informative: dict[str, Dimension] = {}
     paired: dict[str, Summary] = {}
     duplicates: dict[str, list[list[str]]] = {}
     notes: list[str] = []
     warnings: list[str] = []
+    units_sha256: str | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Evaluation:
@@ -128,4 +130,8 @@ def read_evaluation(directory: str | Path) -> Evaluation:
     if not path.is_file():
         raise PtqError(f"{directory} is not an evaluation directory: it has no {FILE}. Make one with `ptq evaluate`.")
     advice = "Nothing was written. Run `ptq evaluate` again into that directory."
-    return parse(Evaluation, read_json(path), path, advice)
+    evaluation = parse(Evaluation, read_json(path), path, advice)
+    units = path.with_name(UNITS_FILE)
+    if evaluation.units_sha256 is not None and units.is_file() and sha256_file(units) != evaluation.units_sha256:
+        raise DamagedFileError(f"{units} was changed since {FILE} was made from it. {advice}")
+    return evaluation

@@ -21,8 +21,8 @@ class Hashes(Schema):
 class UnitLine(Schema):
     """One unit. Values are None where a measure is undefined.
 
-    inputs: digest of what was measured, and how. source: saved frames or decoded video. These and `hashes` are absent
-    where only VBench results were read.
+    inputs: digest of what was measured, and how. source: saved frames or decoded video. measured: digest of the line as it
+    was measured, before the scores of VBench came to it. These and `hashes` are absent where only VBench results were read.
     """
 
     unit: str
@@ -32,6 +32,7 @@ class UnitLine(Schema):
     candidate: dict[str, Number | None]
     paired: dict[str, Number | None]
     hashes: Hashes | None = None
+    measured: str | None = None
 
     def of(self, role: str) -> dict[str, int | float | None]:
         """Scores of one run: dimension -> value."""

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptq.errors import FULL, DamagedFileError, PtqError, describe_os_error
+from ptq.limits import LINE_BYTES, LINES_BYTES
 from ptq.store.ending import at_end
+from ptq.store.strict_json import parse_json, read_bounded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -200,8 +202,8 @@ def write_json(path: str | Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
+def read_json(path: str | Path, *, nan: bool = False) -> Any:
+    """Read a JSON file, within the limits and strictness of `ptq.store.strict_json`; `nan` as `parse_json`.
 
     Raises:
         PtqError: the file does not exist.
@@ -209,11 +211,11 @@ def read_json(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PtqError(f"{path} does not exist.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DamagedFileError(f"{path} is not valid JSON ({error}).") from error
+        return parse_json(read_bounded(path), nan=nan)
+    except ValueError as error:
+        raise DamagedFileError(
+            f"{path} is not valid JSON ({error}). Restore it from a copy, or make it again with the command that made it."
+        ) from error
 
 
 def write_jsonl(path: str | Path, records: Iterable[Any]) -> None:
@@ -266,15 +268,13 @@ def read_jsonl(path: str | Path, *, skip_damaged: bool = False) -> list[dict[str
     path = Path(path)
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
+    lines = read_bounded(path, LINES_BYTES).split(b"\n")
     records = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("not an object")
+            record = parse_line(line)
         except ValueError as error:
             torn_last_line = number == len(lines)
             if torn_last_line or skip_damaged:
@@ -282,6 +282,20 @@ def read_jsonl(path: str | Path, *, skip_damaged: bool = False) -> list[dict[str
             raise DamagedFileError(f"{path}, line {number} is not a JSON object ({error}).") from error
         records.append(record)
     return records
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """One JSON line.
+
+    Raises:
+        ValueError: not a JSON object, or more or other than `ptq.store.strict_json` reads.
+    """
+    if len(line) > LINE_BYTES:
+        raise ValueError(f"it is longer than {LINE_BYTES >> 20} MiB")
+    record = parse_json(line)
+    if not isinstance(record, dict):
+        raise ValueError("not an object")
+    return record
 
 
 def sha256_file(path: str | Path) -> str:

@@ -12,10 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
 
 from ptq.store.files import write_jsonl, write_tensors
-from ptq.store.schema import Schema
+from ptq.store.schema import Count, NotNegative, PlainName, Schema
+from ptq.store.strict_json import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,14 +43,14 @@ class Record(Schema):
         branch: "cond" or "uncond" (negative prompt).
     """
 
-    record: str
-    file: str
+    record: PlainName
+    file: Annotated[str, Field(pattern=rf"^{RECORDS_DIR}/[0-9]+\.safetensors$")]
     sample_id: str
-    expert: str
-    step: int
-    timestep: float
-    sigma: float
-    d_sigma: float
+    expert: PlainName
+    step: Count
+    timestep: NotNegative
+    sigma: NotNegative
+    d_sigma: NotNegative
     branch: Literal["cond", "uncond"]
 
 
@@ -69,7 +72,7 @@ def read_prompt_records(path: Path) -> list[Record] | None:
         return None
     try:
         with safe_open(path, framework="pt") as handle:
-            lines = json.loads((handle.metadata() or {})["records"])
+            lines = parse_json((handle.metadata() or {})["records"].encode())
             names = set(handle.keys())
         records = [Record.model_validate(line) for line in lines]
     except (SafetensorError, KeyError, TypeError, ValueError):

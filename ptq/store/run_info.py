@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ptq.errors import PtqError
 from ptq.store.files import read_json
-from ptq.store.schema import Schema, parse
+from ptq.store.schema import Count, Positive, Schema, parse
 
 FILE = "run.json"
 
@@ -27,9 +27,9 @@ class RunPlan(Schema):
     prompts: where the samples come from (file, format, sha256, samples).
     """
 
-    units: int = 0
-    samples_per_prompt: int = 1
-    shards: int = 1
+    units: Count = 0
+    samples_per_prompt: Positive = 1
+    shards: Positive = 1
     prompts: dict[str, Any] | None = None
 
 

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ptq import ui
 from ptq.errors import DamagedFileError
-from ptq.store.files import append_jsonl
-from ptq.store.schema import Number, Schema, problems
+from ptq.store.files import append_jsonl, parse_line
+from ptq.store.schema import Count, Number, Positive, Schema, Text, problems
 from ptq.store.sharding import Shard
 
 PATTERN = "manifest-*.jsonl"
@@ -36,8 +36,8 @@ class ImageSource(Schema):
     """How the image of a unit was made from its media file (`ptq.prompts.MediaRef`)."""
 
     kind: Literal["image", "video", "crop"] = "image"
-    frame: int = 0
-    crop: tuple[int, int, int, int] | None = None
+    frame: Count = 0
+    crop: tuple[Count, Count, Count, Count] | None = Field(default=None, strict=False)
     resize: str | None = None
 
 
@@ -51,25 +51,25 @@ class ManifestLine(Schema):
     unit: str
     dataset: str | None = None
     sample_id: str | None = None
-    k: int | None = None
-    prompt: str | None = None
-    score_prompt: str | None = None
+    k: Count | None = None
+    prompt: Text | None = None
+    score_prompt: Text | None = None
     image: str | None = None
     image_sha256: str | None = None
-    seed: int | None = None
+    seed: Count | None = None
     latent_sha256: str | None = None
-    width: int | None = None
-    height: int | None = None
-    frames: int | None = None
+    width: Positive | None = None
+    height: Positive | None = None
+    frames: Positive | None = None
     fps: Number | None = None
-    steps: int | None = None
+    steps: Positive | None = None
     flow_shift: Number | None = None
     guidance_scale: Number | None = None
     guidance_scale_2: Number | None = None
     checkpoint_digest: str | None = None
     device: str | None = None
     seconds: Number | None = None
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: Count | None = None
     video: str | None = None
     video_sha256: str | None = None
     final_latents: str | None = None
@@ -135,7 +135,7 @@ class Manifests:
 
     def _parse(self, path: Path, number: int, text: bytes) -> ManifestLine:
         try:
-            line = ManifestLine.model_validate_json(text)
+            line = ManifestLine.model_validate(parse_line(text))
             for key in FILE_KEYS:
                 name = getattr(line, key)
                 if name and not (self._root / name).resolve().is_relative_to(self._root.resolve()):

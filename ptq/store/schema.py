@@ -10,12 +10,15 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
+from ptq import ui
 from ptq.errors import DamagedFileError
+from ptq.limits import PROMPT_CHARS
 from ptq.store.files import read_jsonl, write_json
 
-SHOWN_PROBLEMS = 4
+SHOWN_PROBLEMS, SHOWN_PLACE, SHOWN_PROBLEM = 4, 100, 300
+"""Of a refusal: how many fields, and characters of a field's name and of what is wrong with it."""
 
 
 class Schema(BaseModel):
@@ -40,6 +43,16 @@ def _finite(value: Any) -> int | float:
 
 Number = Annotated[int | float, PlainValidator(_finite)]
 """A finite number that stays what it is: 3 is written as 3 and 3.0 as 3.0."""
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""How many, or which one from 0 on."""
+Positive = Annotated[int, Field(ge=1, le=2**63 - 1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)]
+"""A name that becomes part of a path: no separators, no leading dot."""
+Text = Annotated[str, Field(max_length=PROMPT_CHARS)]
 
 AnySchema = TypeVar("AnySchema", bound=Schema)
 
@@ -78,8 +91,8 @@ def parse_lines(schema: type[AnySchema], path: Path, advice: str, *, skip_damage
 
 
 def problems(error: ValidationError) -> str:
-    """The first few fields that do not fit, each with what is wrong."""
-    return "; ".join(
-        ".".join(map(str, one["loc"])) + ": " * bool(one["loc"]) + one["msg"].removeprefix("Value error, ")
-        for one in error.errors()[:SHOWN_PROBLEMS]
-    )
+    """The first few fields that do not fit, each with what is wrong; short, whatever the file holds."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)[:SHOWN_PROBLEMS]
+    places = [ui.shorten(".".join(map(str, one["loc"])), SHOWN_PLACE) for one in found]
+    texts = [ui.shorten(one["msg"].removeprefix("Value error, "), SHOWN_PROBLEM) for one in found]
+    return "; ".join(f"{place}: {text}" if place else text for place, text in zip(places, texts, strict=True))

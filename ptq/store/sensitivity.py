@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ptq.errors import DamagedFileError
 from ptq.store.files import read_json, write_json
-from ptq.store.schema import Schema, parse
+from ptq.store.schema import Count, NotNegative, PlainName, Schema, parse
 
 SENSITIVITY_FILE = "ptq_sensitivity.json"
 PROTECTION_FILE = "protection.json"
@@ -15,18 +15,18 @@ PROTECTION_FILE = "protection.json"
 class Pick(Schema):
     """One protected block and the model's error before and after protecting it."""
 
-    expert: str
-    block: int
-    before: float
-    after: float
+    expert: PlainName
+    block: Count
+    before: NotNegative
+    after: NotNegative
 
 
 class BlockError(Schema):
     """Error of the model with only this block quantized."""
 
-    expert: str
-    block: int
-    error: float
+    expert: PlainName
+    block: Count
+    error: NotNegative
 
 
 class SensitivityTable(Schema):
@@ -35,7 +35,7 @@ class SensitivityTable(Schema):
     metric: str
     quantize_one: list[BlockError]
     picks: list[Pick]
-    comparison: dict[str, float]
+    comparison: dict[str, NotNegative]
 
 
 def read_sensitivity(checkpoint: Path) -> SensitivityTable:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from ptq.store.evaluation import Verdict
 from ptq.store.files import read_json
-from ptq.store.schema import Schema, parse
+from ptq.store.schema import Schema, Share, parse
 
 FILE = "submission.json"
 
@@ -24,7 +24,7 @@ class SubmissionInfo(Schema):
     checkpoint_digest: str
     verdict: Verdict | None
     failing_gate_allowed: bool
-    limit: float | None
+    limit: Share | None
     high_precision: list[str]
     budget_scope: str
 

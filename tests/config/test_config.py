@@ -220,7 +220,7 @@ def test_recipes_do_not_change_after_validation() -> None:
     "overrides", [("scheme.block=64",), ("scheme.block=abc",), ("scheme.transform=none", "scheme.block=64")]
 )
 def test_blocks_without_a_transform_are_refused(overrides: tuple[str, ...]) -> None:
-    with pytest.raises(UsageError, match=r"blocks of (64|abc) without a transform.*scheme\.transform"):
+    with pytest.raises(UsageError, match=r"blocks of (64|'abc') without a transform.*scheme\.transform"):
         load_recipe("rtn", "hif4", overrides)
 
 

@@ -74,10 +74,12 @@ def make_run(
                 (directory / "latents").mkdir(exist_ok=True)
                 save_file({"latents": latents(name)}, directory / "latents" / f"{safe}.safetensors")
                 line["final_latents"] = f"latents/{safe}.safetensors"
+                line["final_latents_sha256"] = sha256_file(directory / line["final_latents"])
             if save_frames:
                 (directory / "frames").mkdir(exist_ok=True)
                 np.savez_compressed(directory / "frames" / f"{safe}.npz", frames=frames)
                 line["saved_frames"] = f"frames/{safe}.npz"
+                line["saved_frames_sha256"] = sha256_file(directory / line["saved_frames"])
             manifest.write(json.dumps(line) + "\n")
     return directory
 

@@ -12,6 +12,7 @@ from ptq.errors import DamagedFileError
 from ptq.evaluation.frames import SAVED, VIDEO, choose_source, frames_of, iterate_saved, iterate_video
 from ptq.evaluation.runs import Unit
 from ptq.evaluation.streaming import measure_clips
+from ptq.store.files import sha256_file
 from ptq.store.run_manifest import ManifestLine
 
 CLIP = Path(__file__).parent / "data" / "drifting.mp4"
@@ -62,18 +63,21 @@ def test_truncated_files_are_refused(tmp_path, keep):
 
 
 def unit(directory: Path, **record) -> Unit:
-    values = {**dict.fromkeys(("sample_id", "prompt", "score_prompt", "latent_sha256", "video_sha256"), "x"), "seed": 1}
+    values = {**dict.fromkeys(("sample_id", "prompt", "score_prompt", "latent_sha256"), "x"), "seed": 1}
+    values["video_sha256"] = sha256_file(directory / "clip.mp4")
     values |= {"k": 0, "width": 96, "height": 64, "frames": 17, "video": "clip.mp4", **record}
     return Unit(ManifestLine(unit="d/x/0", status="done", **values), directory)
 
 
 def test_both_runs_need_saved_frames_for_them_to_be_used(tmp_path):
-    np.savez(tmp_path / "clip.npz", frames=np.zeros((17, 12, 12, 3), np.uint8))
+    np.savez(tmp_path / "clip.npz", frames=np.zeros((17, 64, 96, 3), np.uint8))
     (tmp_path / "clip.mp4").write_bytes(CLIP.read_bytes())
-    saved, plain = unit(tmp_path, saved_frames="clip.npz"), unit(tmp_path)
+    digest = sha256_file(tmp_path / "clip.npz")
+    saved, plain = unit(tmp_path, saved_frames="clip.npz", saved_frames_sha256=digest), unit(tmp_path)
     assert choose_source(saved, saved) == SAVED
     assert choose_source(saved, plain) == choose_source(plain, saved) == VIDEO
-    assert next(frames_of(saved, SAVED)).shape == (12, 12, 3)
+    assert choose_source(saved, unit(tmp_path, saved_frames="clip.npz")) == VIDEO  # of an earlier version: no digest
+    assert not next(frames_of(saved, SAVED)).any()
     assert next(frames_of(saved, VIDEO)).shape == (64, 96, 3)
 
 

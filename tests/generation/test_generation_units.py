@@ -77,6 +77,15 @@ def test_a_bad_shard_is_refused(text):
         parse_shard(text)
 
 
+ARRAY = {
+    "SLURM_ARRAY_TASK_ID": "3",
+    "SLURM_ARRAY_TASK_MIN": "3",
+    "SLURM_ARRAY_TASK_MAX": "7",
+    "SLURM_ARRAY_TASK_COUNT": "5",
+    "SLURM_ARRAY_TASK_STEP": "1",
+}
+
+
 @pytest.mark.parametrize(
     ("environ", "index", "count"),
     [
@@ -84,11 +93,23 @@ def test_a_bad_shard_is_refused(text):
         ({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, 2, 4),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, 0, 1),  # a batch script without srun: one process
         ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4"}, 3, 4),
-        ({"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "8"}, 4, 8),
+        (
+            {
+                "SLURM_ARRAY_TASK_ID": "5",
+                "SLURM_ARRAY_TASK_MIN": "1",
+                "SLURM_ARRAY_TASK_MAX": "8",
+                "SLURM_ARRAY_TASK_COUNT": "8",
+            },
+            4,
+            8,
+        ),
+        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "1"}, 0, 1),
+        ({**ARRAY, "SLURM_ARRAY_TASK_ID": "6", "RANK": "1", "WORLD_SIZE": "2"}, 7, 10),
         (
             {
                 "SLURM_ARRAY_TASK_ID": "30",
                 "SLURM_ARRAY_TASK_MIN": "10",
+                "SLURM_ARRAY_TASK_MAX": "30",
                 "SLURM_ARRAY_TASK_STEP": "10",
                 "SLURM_ARRAY_TASK_COUNT": "3",
                 "SLURM_STEP_NUM_TASKS": "2",
@@ -101,6 +122,44 @@ def test_a_bad_shard_is_refused(text):
 )
 def test_shard_from_the_launcher(environ, index, count):
     assert detect_shard(environ) == Shard(index, count)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"SLURM_ARRAY_TASK_COUNT": "2"},  # --array=3,7, resubmitted
+        {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_ID": "7"},
+        {"SLURM_ARRAY_TASK_COUNT": "4"},  # --array=3-5,7
+        {"SLURM_ARRAY_TASK_STEP": "2", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_ID": "4"},
+        {"SLURM_ARRAY_TASK_ID": "9"},
+    ],
+)
+def test_an_array_with_gaps_is_no_partition(change):
+    with pytest.raises(UsageError, match=r"has gaps.*--shard i/N"):
+        detect_shard({**ARRAY, **change})
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "1"},  # --array=3: not the whole
+        ARRAY,  # --array=3-7 of ten
+        {**ARRAY, "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "4"},
+    ],
+)
+def test_an_array_of_another_size_than_the_run_names_both(tmp_path, array):
+    (tmp_path / "state").mkdir()
+    lock = tmp_path / "state" / "shard-3of10.lock"
+    lock.touch()
+    with pytest.raises(UsageError, match=r"begun in 10 parts.*--shard i/10"):
+        detect_shard(array, tmp_path)
+    assert detect_shard({"RANK": "1", "WORLD_SIZE": "2"}, tmp_path) == Shard(1, 2)
+    lock.rename(tmp_path / "manifest-0of10.jsonl")  # the locks may be deleted
+    with pytest.raises(UsageError, match="begun in 10 parts"):
+        detect_shard(array, tmp_path)
+    assert detect_shard({**ARRAY, "SLURM_ARRAY_TASK_MAX": "12", "SLURM_ARRAY_TASK_COUNT": "10"}, tmp_path).count == 10
+    (tmp_path / "manifest-0of10.jsonl").rename(tmp_path / "manifest-0of1.jsonl")  # begun whole, now split
+    assert detect_shard(ARRAY, tmp_path) == Shard(0, 5)
 
 
 def test_a_launcher_without_a_usable_rank_is_refused():

@@ -138,14 +138,14 @@ def test_broken_clips_are_named(tmp_path: Path) -> None:
         load_image(MediaRef("video", "cut.mp4", resolved=tmp_path / "cut.mp4"))
     with pytest.raises(PtqError, match=r"a\.mp4 was not found"):
         load_image(MediaRef("video", "a.mp4"))
-    with av.open(str(tmp_path / "sound.wav"), "w") as sound:
+    with av.open(str(tmp_path / "sound.mkv"), "w") as sound:
         stream = sound.add_stream("pcm_s16le", rate=8000, layout="mono")
         samples = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
         samples.sample_rate = 8000
         sound.mux(stream.encode(samples))
         sound.mux(stream.encode())
     with pytest.raises(DamagedFileError, match="no video stream"):
-        load_image(MediaRef("video", "sound.wav", resolved=tmp_path / "sound.wav"))
+        load_image(MediaRef("video", "sound.mkv", resolved=tmp_path / "sound.mkv"))
 
 
 def test_pictures_are_rgb_and_upright(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_unknown_variant_and_unknown_key() -> None:
     with pytest.raises(UsageError, match=r"Unknown variant 'A14B'.*T2V-A14B"):
         load_preset("A14B")
     value = load_preset("TI2V-5B").model_dump()
-    with pytest.raises(UsageError, match=r"here: stepz.*found 3.*Known keys: variant"):
+    with pytest.raises(UsageError, match=r"here: stepz.*did you mean steps.*Known keys: variant"):
         validate(ModelPreset, value | {"stepz": 3}, "here")
     with pytest.raises(UsageError, match="height"):
         validate(ModelPreset, value | {"height": 0}, "here")

@@ -15,6 +15,7 @@ from ptq.errors import UsageError
 from ptq.evaluation.suites import get_suite
 from ptq.store.ending import run_child
 from ptq.store.files import read_json, scratch_directory
+from ptq.store.schema import Schema, parse
 
 DRIVER = Path(__file__).with_name("driver.py")
 
@@ -31,6 +32,15 @@ class Installation:
     def describe(self) -> dict[str, Any]:
         """JSON-like form, without the cache folder (it does not decide results)."""
         return {"package": str(self.package), "version": self.version, "python": self.python}
+
+
+class _Probed(Schema):
+    """What the driver writes."""
+
+    package: str
+    cache: str
+    version: str | None
+    python: str
 
 
 @dataclass(frozen=True)
@@ -77,8 +87,8 @@ def probe(python: Path, root: Path | None) -> Installation:
             raise UsageError(
                 f"{python} has no usable VBench (exit code {code}; it said: {said}). Install vbench into that environment, or name a checkout with --vbench-root."
             )
-        found = read_json(out)
-    return Installation(Path(found["package"]), Path(found["cache"]), found["version"], found["python"])
+        found = parse(_Probed, read_json(out), out, "Is it the interpreter of VBench's environment?")
+    return Installation(Path(found.package), Path(found.cache), found.version, found.python)
 
 
 def take_inventory(

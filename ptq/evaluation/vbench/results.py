@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptq.errors import DamagedFileError, PtqError
+from ptq import ui
+from ptq.errors import DamagedFileError, PtqError, shown
 from ptq.evaluation.runs import Unit
 from ptq.evaluation.scores import Scores, check_paired
 from ptq.evaluation.suites import Suite
@@ -28,6 +29,7 @@ PARTIAL = frozenset({"color"})
 SCORE_GAP = 1e-3
 """Gap between VBench's score and the mean of its rows that is worth a warning."""
 
+_TOLERANCE = 1e-3
 _SHOWN = 3
 
 
@@ -51,7 +53,7 @@ def parse_results(value: Any, origin: str) -> dict[str, DimensionRows]:
 
 
 def _parse_dimension(name: str, entry: Any, origin: str) -> DimensionRows:
-    where = f"{origin}, dimension {name}"
+    where = f"{origin}, dimension {ui.shorten(name)}"
     if not isinstance(entry, list) or len(entry) not in (2, 3) or not isinstance(entry[-1], list):
         raise DamagedFileError(f"{where}: expected [score, rows], or [score, groups, rows] for camera_motion.")
     if not entry[-1]:
@@ -62,16 +64,18 @@ def _parse_dimension(name: str, entry: Any, origin: str) -> DimensionRows:
             raise DamagedFileError(f"{where}, row {number}: expected video_path and video_results.")
         video = Path(row["video_path"]).name
         if video in rows:
-            raise DamagedFileError(f"{where}: {video} is scored twice. Score each video once.")
-        rows[video] = _number(row["video_results"], f"{where}, {video}") * ROW_SCALE.get(name, 1.0)
+            raise DamagedFileError(f"{where}: {ui.shorten(video)} is scored twice. Score each video once.")
+        rows[video] = _number(row["video_results"], f"{where}, {ui.shorten(video)}", ROW_SCALE.get(name, 1.0))
     return DimensionRows(_number(entry[0], f"{where}, score"), rows)
 
 
-def _number(value: Any, where: str) -> float:
-    """A float from a number or bool."""
+def _number(value: Any, where: str, scale: float = 1.0) -> float:
+    """A float from a number or bool, brought to the scale of scores: from 0 to 1, cosines from -1."""
     if not isinstance(value, bool | int | float) or not math.isfinite(value):
-        raise DamagedFileError(f"{where}: {value!r} is not a finite number. Score the video again.")
-    return float(value)
+        raise DamagedFileError(f"{where}: {shown(value)} is not a finite number. Score the video again.")
+    if abs(value * scale) > 1 + _TOLERANCE:
+        raise DamagedFileError(f"{where}: {value} is not on the scale of VBench's scores. Score the video again.")
+    return float(value) * scale
 
 
 def imported_scores(
@@ -91,12 +95,12 @@ def imported_scores(
     Raises:
         PtqError: dimensions or rows are missing, or rows belong to no unit. DamagedFileError: see `parse_results`.
     """
-    tables = [parse_results(read_json(path), str(path)) for path in (reference, candidate)]
+    tables = [parse_results(read_json(path, nan=True), str(path)) for path in (reference, candidate)]
     for path, table in zip((reference, candidate), tables, strict=True):
         missing = [name for name in suite.gate if name not in table]
         if missing:
             raise PtqError(
-                f"{path} lacks {', '.join(missing)}; it has {', '.join(table)}. Run those dimensions, or choose with --dimensions what both files have."
+                f"{path} lacks {', '.join(missing)}; it has {ui.shorten(', '.join(table), 300)}. Run those dimensions, or choose with --dimensions what both files have."
             )
     details = {"files": [{"path": str(path), "sha256": sha256_file(path)} for path in (reference, candidate)]}
     return scores_from_tables(tables[0], tables[1], suite, pairs, allow_missing=allow_missing, details=details)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from ptq import ui
 from ptq.errors import PtqError
 from ptq.evaluation.runs import Unit
@@ -23,6 +25,7 @@ from ptq.evaluation.vbench.check import DRIVER, Installation, foreign_environmen
 from ptq.evaluation.vbench.results import PARTIAL, DimensionRows, parse_results, scores_from_tables, standard_name
 from ptq.store.ending import run_child
 from ptq.store.files import digest, read_json, write_json
+from ptq.store.schema import Schema, parse
 
 DRIVER_VERSION = "fdd4f06e4161b6784beb3d5a54bb3999c6390b2ede0f23b23c2a70e12b20102b"
 """Part of the digest under which results are kept; another value where the driver scores otherwise. It is the sha256 of the
@@ -41,6 +44,30 @@ class VBenchSettings:
     python: Path
     root: Path | None = None
     device: str = "cuda"
+
+
+class _Benchmarked(BaseModel):
+    """A prompt of the benchmark and the dimensions it is scored in; other keys are VBench's."""
+
+    prompt_en: str
+    dimension: list[str]
+
+
+class FullInfo(Schema):
+    """VBench's list of its prompts."""
+
+    entries: list[_Benchmarked]
+
+
+class KeptResult(Schema):
+    """`result.json` of a dimension: what VBench wrote, under the digest of what it was made from, and its own digest.
+
+    results_digest: absent in earlier versions, whose results are computed again.
+    """
+
+    inputs: str
+    results: Any
+    results_digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,9 +151,11 @@ def _members(
     if suite.mode == "custom_input":
         return {name: list(pairs) for name in suite.gate}
     listed: dict[str, set[str]] = {}
-    for entry in read_json(_full_info(suite, installation)):
-        for name in entry["dimension"]:
-            listed.setdefault(name, set()).add(entry["prompt_en"])
+    for entry in parse(
+        FullInfo, {"entries": read_json(path := _full_info(suite, installation))}, path, "Install VBench again."
+    ).entries:
+        for name in entry.dimension:
+            listed.setdefault(name, set()).add(entry.prompt_en)
     members = {name: [pair for pair in pairs if pair[0].score_prompt in listed.get(name, set())] for name in suite.gate}
     empty = [name for name, found in members.items() if not found]
     if empty:
@@ -162,12 +191,12 @@ def _score(job: _Job, suite: Suite, settings: VBenchSettings, installation: Inst
     ])  # fmt: skip
     kept = job.folder / "result.json"
     if kept.is_file():
-        value = read_json(kept)
-        if isinstance(value, dict) and value.get("inputs") == inputs:
-            return _checked(value["results"], job)
+        value = parse(KeptResult, read_json(kept), kept, "Delete it and run the same command again.")
+        if value.inputs == inputs and value.results_digest == digest(value.results):
+            return _checked(value.results, job)
     results = _run_driver(job, suite, settings, installation)
     rows = _checked(results, job)
-    write_json(kept, {"inputs": inputs, "results": results})
+    KeptResult(inputs=inputs, results=results, results_digest=digest(results)).write(kept)
     return rows
 
 
@@ -213,7 +242,7 @@ def _run_driver(job: _Job, suite: Suite, settings: VBenchSettings, installation:
     result = out / "ptq_eval_results.json"
     if code != 0 or not result.is_file():
         raise PtqError(f"exit code {code}{'' if code else ' but no result'}; {log} ends with: {_tail(log)}")
-    return read_json(result)
+    return read_json(result, nan=True)
 
 
 def _tail(log: Path) -> str:
