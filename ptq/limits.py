@@ -21,5 +21,7 @@ VIDEO_STEPS = 1000
 """Denoising steps of a video that is generated again; schedules are trained with a thousand."""
 VIDEO_PIXELS = 2**31
 """Pixels of a video (width x height x frames): 121 frames of 1280 x 704 are 109 million."""
+MEASURED_PIXELS = 10**9
+"""Pixels of an archive's videos that are measured again, some minutes on one core; units beyond are drawn from."""
 CONFIG_NUMBER = 2**24
 """Any size in a component's config.json; the largest in use is a vocabulary of 256,384."""

@@ -47,10 +47,12 @@ TOP = {"cli", "__init__"}
 SEAMS = {
     "report": {f"ptq.evaluation.{name}" for name in ("frames", "runs", "statistics", "suites")}
     | {"ptq.generation.video"},
-    "submission": {"ptq.generation", "ptq.evaluation.scores", "ptq.evaluation.statistics"},
+    "submission": {"ptq.generation"}
+    | {f"ptq.evaluation.{name}" for name in ("conclude", "findings", "pairs", "runs", "scores", "statistics", "suites")}
+    | {"ptq.evaluation.vbench.totals"},
 }
 """Modules of the stages whose meaning (not whose files: those have schemas in store) is shared: the report shows videos and
-words of measures; `ptq verify` generates a unit and computes the verdict again."""
+words of measures; `ptq verify` generates a unit, measures it and computes the evaluation again."""
 DIFFUSERS_ONLY_IN = ("wan/", "checkpoint/diffusers_quantizer.py", "cli/common.py")
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ptq.errors import DamagedFileError
-from ptq.submission.archive import extract_archive, write_archive
+from ptq.submission.archive import write_archive
+from ptq.submission.unpack import extract_archive
 
 LIMIT = 10**6
 
