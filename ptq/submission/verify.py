@@ -76,16 +76,20 @@ def verify(archive: Path, *, max_bytes: int, regenerate: bool = True) -> list[Cl
     """
     with temporary_folder(FOLDER) as folder:
         root = folder / "submission"
-        contents = Contents(root, extract_archive(archive, root, max_bytes))
-        claims = [_decide(contents, *check) for check in READ]
-        for name, how, check in (*REPEAT, UNIT):
-            if any(claim.holds is False for claim in claims):
-                claims.append(not_checked(name, "not tried, because of what does not hold above"))
-            elif name == UNIT[0] and not regenerate:
-                claims.append(not_checked(name, "--no-regenerate"))
-            else:
-                claims.append(_decide(contents, name, how, check))
-        return claims + [not_checked(*claim) for claim in ELSEWHERE]
+        return check_contents(Contents(root, extract_archive(archive, root, max_bytes)), regenerate=regenerate)
+
+
+def check_contents(contents: Contents, *, regenerate: bool = True) -> list[Claim]:
+    """Every claim of an unpacked submission, see `verify`. Units are generated into a folder beside its members."""
+    claims = [_decide(contents, *check) for check in READ]
+    for name, how, check in (*REPEAT, UNIT):
+        if any(claim.holds is False for claim in claims):
+            claims.append(not_checked(name, "not tried, because of what does not hold above"))
+        elif name == UNIT[0] and not regenerate:
+            claims.append(not_checked(name, "--no-regenerate"))
+        else:
+            claims.append(_decide(contents, name, how, check))
+    return claims + [not_checked(*claim) for claim in ELSEWHERE]
 
 
 def _decide(contents: Contents, name: str, how: How, check: Check) -> Claim:
