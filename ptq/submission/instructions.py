@@ -13,9 +13,14 @@ def readme(manifest: Manifest, judged: Evaluation) -> str:
     """What the archive is, how to check it in a minute, how to make it again."""
     marked = "" if judged.verdict == PASS else "\n**This archive was packed although its gate did not pass.**\n"
     coverage = manifest.coverage
+    loss = (
+        "No loss is measured"
+        if judged.gate is None
+        else f"Mean relative loss {percent(judged.deciding).text} (95 % interval)"
+    )
     return f"""# W4A4 {manifest.format.upper()} checkpoint of {variant_title(manifest.variant)}
 {marked}
-Verdict: **{judged.verdict}**. Mean relative loss {percent(judged.deciding).text} (95 % interval), limit {"none" if judged.limit is None else f"{judged.limit:.1%}"},
+Verdict: **{judged.verdict or "none"}**. {loss}, limit {"none" if judged.limit is None else f"{judged.limit:.1%}"},
 over {judged.units} paired videos, suite {judged.suite}.
 High-precision blocks: {", ".join(manifest.high_precision) or "none"}. W4A4 share of Linear parameters
 {coverage.parameter_share:.2%}, of Linear FLOPs {coverage.flop_share:.2%}; {coverage.bits_per_quantized_value} bits a value,

@@ -20,12 +20,15 @@ from ptq.generation import run_generation
 from ptq.prompts import Sample
 from ptq.store.evaluation import ROLES
 from ptq.store.evaluation_units import UnitLine
+from ptq.store.files import digest
 from ptq.store.run_manifest import ManifestLine
+from ptq.store.sharding import Shard
 from ptq.submission.check import NotCheckedError
 from ptq.submission.contents import Contents
 from ptq.submission.runs import bounded_settings
 from ptq.tiny import embedded
 from ptq.wan.identity import ModelIdentity, identify_model
+from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
 
 TOLERANCE = 1e-6
@@ -53,9 +56,8 @@ def check_scores(contents: Contents) -> str:
             break
         _compare(contents, runs, lines[name])
         checked += 1
-    suite = get_suite(contents.evaluation.suite)
-    left = f"; the dimensions of {suite.name} are not checked: VBench measured them" if suite.is_vbench else ""
-    return f"{checked} of {len(names)} units, drawn at random{left}"
+    left = "" if checked == len(names) else ", drawn at random"
+    return f"{checked} of {len(names)} units{left}"
 
 
 def _compare(contents: Contents, runs: dict[str, Run], line: UnitLine) -> None:
@@ -107,12 +109,13 @@ def check_unit(contents: Contents) -> str:
     free = sorted(name for name, line in own.items() if line.is_done and not line.image_sha256)
     if not free:
         raise NotCheckedError("every unit starts from an image, and the images are not in the archive")
+    device = _device(contents)
     name = _draw.choice(free)
     models = {"candidate": (contents.weights, contents.identity)}
     original = embedded_original(contents)
     if original is not None:
         models["reference"] = original
-    runs = {role: _generate(contents, role, name, *model) for role, model in models.items()}
+    runs = {role: _generate(contents, role, name, device, *model) for role, model in models.items()}
     found = f"{name} of the candidate, drawn from {len(free)}"
     if original is None:
         return f"{found}; the original model is not in the archive, so its videos are not checked"
@@ -121,27 +124,70 @@ def check_unit(contents: Contents) -> str:
     return f"{found}, and of the original model; both measured again"
 
 
+def check_original(contents: Contents) -> str:
+    """The reference run is of an embedded model, and the checkpoint was made from that one.
+
+    Raises:
+        DamagedFileError: the manifest names another original. NotCheckedError: it is none of the embedded ones.
+    """
+    original = embedded_original(contents)
+    if original is None:
+        raise NotCheckedError(
+            "its weights are not in the archive; compare its digest with your own copy of the model (`ptq generate` writes it to run.json)"
+        )
+    experts = read_layout(original[0]).experts
+    if contents.manifest.base_model.get("configs") != {name: digest(config) for name, config in experts.items()}:
+        raise DamagedFileError(f"the reference run is of {original[0].name}, the manifest names another original model")
+    return f"the embedded model {original[0].name}"
+
+
 def embedded_original(contents: Contents) -> tuple[Path, ModelIdentity] | None:
     """The embedded model that the reference run was made with, or None."""
-    digest = contents.infos["reference"].checkpoint.digest
-    found = (identify_model(directory.name, directory) for directory in embedded())
-    return next(
-        ((directory, one) for directory, one in zip(embedded(), found, strict=True) if one.digest == digest), None
-    )
+    wanted = contents.infos["reference"].checkpoint.digest
+    found = ((directory, identify_model(directory.name, directory)) for directory in embedded())
+    return next(((directory, one) for directory, one in found if one.digest == wanted), None)
 
 
-def _generate(contents: Contents, role: str, name: str, directory: Path, model: ModelIdentity) -> Run:
-    """One unit in a directory of its own; the same bits as in the manifest."""
+def _device(contents: Contents) -> str:
+    """Where the unit is generated: on the kind of device that it was recorded on.
+
+    Raises:
+        NotCheckedError: there is none here, or several are needed together.
+    """
+    import torch
+
+    if bounded_settings(contents.infos["candidate"]).context_parallel > 1:
+        raise NotCheckedError(
+            "several processes made each video together; run `ptq generate` on as many and compare the digests"
+        )
+    devices = sorted({str(line.device) for lines in contents.lines.values() for line in lines.values()})
+    if all(device.startswith("cpu") for device in devices):
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise NotCheckedError(
+            f"recorded on {', '.join(devices)}, and here is no GPU; bits are equal on the same hardware only"
+        )
+    return "cuda"
+
+
+def _generate(contents: Contents, role: str, name: str, device: str, directory: Path, model: ModelIdentity) -> Run:
+    """One unit in a directory of its own, with the bits of its manifest line.
+
+    Raises:
+        DamagedFileError: other bits.
+    """
     info, line = contents.infos[role], contents.lines[role][name]
     sample = Sample(str(line.dataset), str(line.sample_id), str(line.prompt), str(line.score_prompt))
-    out = contents.root / "again" / role
+    k, out, settings = int(line.k or 0), contents.root / "again" / role, bounded_settings(info)
     run_generation(
         lambda: load_pipeline(directory),
         [sample],
-        bounded_settings(info),
+        settings,
         out,
         model=model,
-        samples_per_prompt=int(line.k or 0) + 1,
+        samples_per_prompt=k + 1,
+        shard=Shard(k, k + 1),
+        device=device,
     )
     run = read_run(out)
     again = run.units[name].line

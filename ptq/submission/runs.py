@@ -84,6 +84,13 @@ def check_pairing(contents: Contents) -> str:
         plan = contents.infos[role].plan
         if plan.units != len(pairs):
             raise DamagedFileError(f"runs/{role} was planned for {plan.units} units and has {len(pairs)}")
+        beyond = [
+            line.unit for line in contents.lines[role].values() if not 0 <= int(line.k or 0) < plan.samples_per_prompt
+        ]
+        if beyond:
+            raise DamagedFileError(
+                f"runs/{role} has unit {beyond[0]}, {plan.samples_per_prompt} videos a prompt were planned"
+            )
         for sample in {line.unit.rsplit("/", 1)[0] for line in contents.lines[role].values()}:
             absent = [
                 k

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ptq.evaluation.suites import get_suite
 from ptq.store.temporary import temporary_folder
 from ptq.submission.check import Claim, How, decide, not_checked
 from ptq.submission.contents import Contents
@@ -21,7 +22,7 @@ from ptq.submission.members import (
     check_source,
     check_texts,
 )
-from ptq.submission.repeat import check_loading, check_scores, check_unit
+from ptq.submission.repeat import check_loading, check_original, check_scores, check_unit
 from ptq.submission.runs import check_identity, check_measured_files, check_pairing
 from ptq.submission.scores import check_numbers, check_rules, check_units, check_verdict
 from ptq.submission.unpack import extract_archive
@@ -43,6 +44,7 @@ READ: tuple[tuple[str, How, Check], ...] = (
     ("runs, evaluation and weights belong together", "recomputed", check_identity),
     ("both runs are whole, and only the weights differ", "recomputed", check_pairing),
     ("videos, latents and frames have the digests of the runs", "recomputed", check_measured_files),
+    ("the reference run is of the original model", "compared", check_original),
     ("the evaluation is by the rules", "compared", check_rules),
     ("every unit has every score, in the range of its measure", "compared", check_units),
     ("every number of evaluation.json, from the units", "recomputed", check_numbers),
@@ -50,12 +52,15 @@ READ: tuple[tuple[str, How, Check], ...] = (
 )
 """Checks that read: seconds, and bounded by the size of the archive."""
 REPEAT: tuple[tuple[str, How, Check], ...] = (
-    ("the scores, measured again on the videos", "recomputed", check_scores),
+    ("what the videos show, measured again", "recomputed", check_scores),
     ("the checkpoint loads", "recomputed", check_loading),
+)
+VBENCH = (
+    "VBench's scores are those of the videos",
+    "the archive has no VBench; score the videos with `ptq evaluate --vbench-python` and compare units.jsonl",
 )
 UNIT: tuple[str, How, Check] = ("a unit, generated again, has its bits and scores", "recomputed", check_unit)
 ELSEWHERE = (
-    ("the reference run is of the original model", "its weights are not in the archive; compare its digest with your own copy of the model (`ptq generate` writes it to run.json)"),
     ("the prompts are those of the challenge", "compare prompts.jsonl with the list that you know"),
     ("errors of layers and blocks in the manifest", "they need the original model and the records; `reproduce.sh` makes them again"),
     ("text and pictures of the report", "read the numbers in evaluation/, which are checked"),
@@ -89,6 +94,8 @@ def check_contents(contents: Contents, *, regenerate: bool = True) -> list[Claim
             claims.append(not_checked(name, "--no-regenerate"))
         else:
             claims.append(_decide(contents, name, how, check))
+    if all(claim.holds is not False for claim in claims) and get_suite(contents.evaluation.suite).is_vbench:
+        claims.append(not_checked(*VBENCH))
     return claims + [not_checked(*claim) for claim in ELSEWHERE]
 
 
