@@ -20,6 +20,7 @@ from ptq.evaluation.vbench.totals import UNCOUNTED
 from ptq.rules import GATE, RESAMPLES, SUITE
 from ptq.store.evaluation import PASS, ROLES, Evaluation
 from ptq.store.evaluation_units import UnitLine
+from ptq.submission.check import NotCheckedError
 from ptq.submission.contents import Contents
 from ptq.submission.package import broken_rule
 
@@ -95,8 +96,11 @@ def check_numbers(contents: Contents) -> str:
 
     Raises:
         DamagedFileError: names the field, what is recorded and what its units give.
+        NotCheckedError: the evaluation is not by the rules, which bound the work.
     """
     judged = contents.evaluation
+    if broken_rule(judged, str(contents.identity.format)) is not None:
+        raise NotCheckedError("its numbers are not computed again, for the evaluation is not by the rules")
     again = _compute(contents, judged.bootstrap.resamples, judged.bootstrap.seed)
     recorded, derived = (value.model_dump(mode="json", exclude=set(_NOT_DERIVED)) for value in (judged, again))
     for where, found, wanted in differences(recorded, derived):

@@ -115,7 +115,7 @@ def test_bad_units_left_out_of_evaluation_and_runs(tampered) -> None:
         )
     tampered.redo_evaluation()
     tampered.redo_derived()
-    assert "planned for 4 units and has 1" in tampered.problems()[PAIRED]
+    assert "3 units of the reference (planned, but never started)" in tampered.problems()[PAIRED]
 
 
 def test_a_unit_counted_twice(tampered) -> None:
