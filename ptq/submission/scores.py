@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ptq.errors import DamagedFileError
-from ptq.evaluation import findings
 from ptq.evaluation.conclude import Judgement, conclude, header
+from ptq.evaluation.findings import condition_warnings
 from ptq.evaluation.scores import Scores, scores_from_units
 from ptq.evaluation.suites import Suite, get_suite, score_range
 from ptq.evaluation.vbench.totals import UNCOUNTED
@@ -153,7 +153,7 @@ def _compute(contents: Contents, resamples: int, seed: int) -> Evaluation:
         "stride": judged.stride,
         "sources": dict(Counter(line.source for line in lines)),
     }
-    extra = findings.condition_warnings(runs["reference"].info, runs["candidate"].info)
+    extra = condition_warnings(runs["reference"].info, runs["candidate"].info)
     return conclude(content, suite, judgement, _scores(suite, lines), lines, extra)
 
 
