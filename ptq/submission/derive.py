@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from ptq.checkpoint.manifest import Manifest
+from ptq.checkpoint.manifest import CARD_FILE, Manifest
 from ptq.evaluation.runs import Run
 from ptq.report.facts import Facts
 from ptq.report.reproduce import RECIPE_FILE, reproduction
@@ -21,9 +21,13 @@ from ptq.store.run_info import RunInfo
 from ptq.store.run_manifest import ManifestLine
 from ptq.store.submission import FILE as SUBMISSION
 from ptq.store.submission import SubmissionInfo
+from ptq.submission.contents import WEIGHTS
 from ptq.submission.instructions import readme, reproduce_script
+from ptq.wan.card import model_card
 
 PROMPTS, README, SCRIPT = "prompts.jsonl", "README.md", "reproduce.sh"
+CARD = f"{WEIGHTS}/{CARD_FILE}"
+"""The checkpoint's model card, with the verdict of this evaluation."""
 _PROMPT_KEYS = ("unit", "dataset", "sample_id", "k", "prompt", "score_prompt", "seed", "latent_sha256", "image_sha256")
 
 
@@ -52,6 +56,7 @@ def derive(
         README: readme(manifest, judged).encode(),
         SCRIPT: reproduce_script(reproduction(facts), manifest).encode(),
         SUBMISSION: _claims(manifest, judged).as_bytes(),
+        CARD: model_card(manifest, judged).encode(),
     }
 
 

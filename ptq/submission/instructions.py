@@ -32,7 +32,8 @@ High-precision blocks: {", ".join(manifest.high_precision) or "none"}. W4A4 shar
 | source/ | the package that made it and runs it |
 | report/ | technical report (PDF) and the same facts as a page with videos |
 | evaluation/ | verdict and the scores of every unit |
-| runs/ | settings and manifests of both generation runs: prompts, seeds, latent and video hashes |
+| runs/ | settings and manifests of both generation runs: prompts, seeds, hashes; small ones with videos, latents and frames |
+| calibration/ | settings, prompts and digests of the calibration records, where they were beside the checkpoint |
 | prompts.jsonl | prompts and seeds |
 | recipe.yaml | the recipe as resolved |
 | reproduce.sh | every step again |

@@ -7,7 +7,8 @@ texts are derived again. What nobody can check from the archive is listed as not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ptq.evaluation.suites import get_suite
@@ -39,7 +40,7 @@ READ: tuple[tuple[str, How, Check], ...] = (
     ("protected blocks are within the budget, from the tensors", "recomputed", check_blocks),
     ("the W4A4 coverage, from the tensors", "recomputed", check_coverage),
     ("the calibration is the one of the manifest", "recomputed", check_calibration),
-    ("recipe, prompts, README, script and submission.json", "recomputed", check_texts),
+    ("recipe, prompts, README, script, model card and submission.json", "recomputed", check_texts),
     ("the source is that of the package", "compared", check_source),
     ("runs, evaluation and weights belong together", "recomputed", check_identity),
     ("both runs are whole, and only the weights differ", "recomputed", check_pairing),
@@ -86,18 +87,25 @@ def verify(archive: Path, *, max_bytes: int, regenerate: bool = True) -> list[Cl
 
 def check_contents(contents: Contents, *, regenerate: bool = True) -> list[Claim]:
     """Every claim of an unpacked submission, see `verify`. Units are generated into a folder beside its members."""
-    claims = [_decide(contents, *check) for check in READ]
+    claims: list[Claim] = []
+    for check in READ:
+        claims.append(_decide(contents, *check, claims))
     for name, how, check in (*REPEAT, UNIT):
         if any(claim.holds is False for claim in claims):
             claims.append(not_checked(name, "not tried, because of what does not hold above"))
         elif name == UNIT[0] and not regenerate:
             claims.append(not_checked(name, "--no-regenerate"))
         else:
-            claims.append(_decide(contents, name, how, check))
+            claims.append(_decide(contents, name, how, check, claims))
     if all(claim.holds is not False for claim in claims) and get_suite(contents.evaluation.suite).is_vbench:
         claims.append(not_checked(*VBENCH))
     return claims + [not_checked(*claim) for claim in ELSEWHERE]
 
 
-def _decide(contents: Contents, name: str, how: How, check: Check) -> Claim:
-    return decide(name, how, lambda: check(contents))
+def _decide(contents: Contents, name: str, how: How, check: Check, before: Sequence[Claim]) -> Claim:
+    """One check, its text with names of members instead of paths; a text that was given before is pointed to."""
+    claim = decide(name, how, lambda: check(contents))
+    found = claim.found.replace(f"{contents.root}/", "")
+    if claim.holds is False and any(found == one.found for one in before):
+        found = f"the same as of: {next(one.name for one in before if found == one.found)}"
+    return replace(claim, found=found)

@@ -20,7 +20,7 @@ from ptq.submission.package import package
 from ptq.submission.unpack import extract_archive
 from ptq.submission.verify import check_contents
 
-REPORT = Report("the report", html=b"<html></html>", pdf=b"%PDF-1.7 report")
+REPORT = Report("the report", None, html=b"<html></html>", pdf=b"%PDF-1.7 report")
 UNITS, STEPS = 4, 3
 
 

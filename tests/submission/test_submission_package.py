@@ -25,7 +25,7 @@ from ptq.submission.package import package
 from ptq.submission.unpack import extract_archive
 from ptq.submission.verify import verify
 
-REPORT = Report("the report", html=b"<html></html>", pdf=b"%PDF-1.7 report")
+REPORT = Report("the report", None, html=b"<html></html>", pdf=b"%PDF-1.7 report")
 
 
 def not_holding(archive: Path) -> list[Any]:

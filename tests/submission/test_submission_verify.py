@@ -26,7 +26,7 @@ RULES = "the evaluation is by the rules"
 SCORES = "every unit has every score, in the range of its measure"
 NUMBERS = "every number of evaluation.json, from the units"
 VERDICT = "the verdict, by the bootstrap of the rules"
-TEXTS = "recipe, prompts, README, script and submission.json"
+TEXTS = "recipe, prompts, README, script, model card and submission.json"
 TOGETHER = "runs, evaluation and weights belong together"
 PAIRED = "both runs are whole, and only the weights differ"
 SHOWN = "what the videos show, measured again"
@@ -261,7 +261,7 @@ def redo_all(tampered) -> None:
 # Texts and claims.
 
 
-@pytest.mark.parametrize("name", ["README.md", "reproduce.sh", "recipe.yaml", "prompts.jsonl"])
+@pytest.mark.parametrize("name", ["README.md", "reproduce.sh", "recipe.yaml", "prompts.jsonl", "weights/README.md"])
 def test_an_edited_text(tampered, name: str) -> None:
     data = (tampered.root / name).read_bytes()
     tampered.write(name, data + b"# and more\n")
