@@ -39,7 +39,7 @@ High-precision blocks: {", ".join(manifest.high_precision) or "none"}. W4A4 shar
 | reproduce.sh | every step again |
 | SHA256SUMS | checksums of all of the above (`sha256sum --check SHA256SUMS`) |
 
-Check it: `pip install ./source`, then `ptq verify submission.tar.gz`.
+Check it: install wan-ptq from where you trust it, not from here, then `ptq verify submission.tar.gz`.
 Use it: `import ptq; pipe = ptq.load_pipeline("weights")`.
 """
 
