@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +59,8 @@ def verify(
 
     if not archive.is_file():
         raise UsageError(f"{archive} does not exist. Pass an archive written by `ptq package`.")
+    if not math.isfinite(max_gb):
+        raise UsageError(f"--max-gb is {max_gb}; give a number of gigabytes.")
     quiet_libraries()
     claims = run(archive, max_bytes=int(max_gb * 1e9), regenerate=regenerate)
     if as_json:

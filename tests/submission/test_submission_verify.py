@@ -588,8 +588,8 @@ def test_which_unit_is_generated_is_drawn_here(tampered, monkeypatch: pytest.Mon
 )
 @pytest.mark.parametrize(
     "data",
-    [b"", b"null", b"[]", b"{}", b'{"candidate": null}', b"[" * 100_000, b"\xff\xfe", b"1" * 10_000],
-    ids=range(8),
+    [b"null", b'{"candidate": null}', b"[" * 100_000, b"1" * 10_000],
+    ids=range(4),
 )
 def test_malformed_members_are_answers_and_not_tracebacks(tampered, name: str, data: bytes) -> None:
     tampered.write(name, data)
