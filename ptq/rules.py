@@ -23,6 +23,15 @@ class Rule:
 RULES: Mapping[str, Rule] = {"hif4": Rule(blocks=2, loss=0.005), "mxfp4": Rule(blocks=5, loss=0.01)}
 """Name of a format -> its rule."""
 
+GATE = "mean_signed"
+"""The average over the dimensions that decides; a key of `ptq.evaluation.statistics.AGGREGATES`."""
+RESAMPLES, MIN_RESAMPLES = 10_000, 1000
+"""Bootstrap resamples of an interval: what is taken, and the fewest that 95 % intervals need."""
+BUDGET_SCOPE = "total"
+"""How a submission counts its protected blocks: over all experts. Per expert is for experiments."""
+SUITE = "icme2026"
+"""The suite of the challenge; what any other says is a rehearsal."""
+
 LIMITS_IN_WORDS = " or ".join(f"{name} (limit {100 * rule.loss:g} %)" for name, rule in RULES.items())
 """For messages and help texts."""
 

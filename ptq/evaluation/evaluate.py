@@ -10,28 +10,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from ptq.errors import UsageError
-from ptq.evaluation import findings, statistics
+from ptq.evaluation import findings
+from ptq.evaluation.conclude import Judgement, conclude, header
 from ptq.evaluation.pairs import measure_units
 from ptq.evaluation.runs import Run, pair_runs, read_run
 from ptq.evaluation.scores import Scores, scores_from_units
-from ptq.evaluation.suites import DRIFT_NOTE, HITS, PAIRED_MEASURES, RUN_DIMENSIONS, Suite, get_suite
+from ptq.evaluation.suites import Suite, get_suite
 from ptq.evaluation.vbench.results import imported_scores
 from ptq.evaluation.vbench.run import VBenchSettings, check_vbench, run_vbench
-from ptq.evaluation.vbench.totals import published_totals
-from ptq.rules import LIMITS_IN_WORDS, RULES, loss_limit
-from ptq.store.evaluation import FILE, ROLES, Bootstrap, Evaluation, RunSide, Summary
+from ptq.rules import GATE, LIMITS_IN_WORDS, RESAMPLES, RULES
+from ptq.store.evaluation import FILE, ROLES, Evaluation, RunSide
 from ptq.store.evaluation_units import FILE as UNITS_FILE
 from ptq.store.evaluation_units import UnitLine, write_units
 from ptq.store.files import sha256_file, sweep_partials
 from ptq.store.run_directory import OutputDirectory, hold_whole
-from ptq.version import __version__
 
 
 class EvaluationDirectory(OutputDirectory):
@@ -61,22 +56,6 @@ class EvaluationDirectory(OutputDirectory):
             yield
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """How to judge: the format's limit, the deciding aggregate (a key of `statistics.AGGREGATES`), the bootstrap."""
-
-    format: str | None = None
-    gate: str = "mean_signed"
-    resamples: int = 10_000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.gate not in statistics.AGGREGATES:
-            raise UsageError(f"The gate is {self.gate!r}; choose one of {', '.join(statistics.AGGREGATES)}.")
-        if self.resamples < 1000:
-            raise UsageError(f"--bootstrap is {self.resamples}; 95 % intervals need at least 1000 resamples.")
-
-
 def evaluate_runs(
     reference: Path,
     candidate: Path,
@@ -86,9 +65,9 @@ def evaluate_runs(
     format: str | None = None,
     allow_missing: bool = False,
     stride: int = 1,
-    resamples: int = 10_000,
+    resamples: int = RESAMPLES,
     seed: int = 0,
-    gate: str = "mean_signed",
+    gate: str = GATE,
     import_vbench: tuple[Path, Path] | None = None,
     vbench: VBenchSettings | None = None,
     dimensions: Sequence[str] | None = None,
@@ -129,7 +108,7 @@ def evaluate_runs(
             scores = scores_from_units(lines, chosen.gate)
         digests = [run.info.checkpoint.digest for run in runs]
         content = {
-            **_header(chosen, judgement),
+            **header(chosen, judgement),
             "reference": runs[0].describe(),
             "candidate": runs[1].describe(),
             "units": len(lines),
@@ -139,7 +118,7 @@ def evaluate_runs(
         }
         extra = findings.pairing_warnings(pairing.excluded, digests[0] is not None and digests[0] == digests[1])
         extra += findings.condition_warnings(runs[0].info, runs[1].info) + findings.digest_warnings(*runs)
-        return _conclude(out, content, chosen, judgement, scores, lines, extra)
+        return _write(out, conclude(content, chosen, judgement, scores, lines, extra), lines, scores)
 
 
 def evaluate_imported(
@@ -150,9 +129,9 @@ def evaluate_imported(
     suite: str = "icme2026",
     format: str,
     allow_missing: bool = False,
-    resamples: int = 10_000,
+    resamples: int = RESAMPLES,
     seed: int = 0,
-    gate: str = "mean_signed",
+    gate: str = GATE,
     dimensions: Sequence[str] | None = None,
 ) -> Evaluation:
     """Judge two VBench result files without the videos: units are paired by video file name.
@@ -167,14 +146,14 @@ def evaluate_imported(
     with EvaluationDirectory(out).measuring((), fresh=False):
         scores = imported_scores(reference, candidate, chosen, pairs=None, allow_missing=allow_missing)
         content = {
-            **_header(chosen, judgement),
+            **header(chosen, judgement),
             "reference": RunSide(file=str(reference)),
             "candidate": RunSide(file=str(candidate)),
             "units": len(scores.clusters),
             "excluded": {},
         }
         extra = ["Only VBench results were read: videos are paired by file name, and no manifest proves equal seeds."]
-        return _conclude(out, content, chosen, judgement, scores, None, extra)
+        return _write(out, conclude(content, chosen, judgement, scores, None, extra), None, scores)
 
 
 def _resolve_format(given: str | None, candidate: Run, suite: Suite) -> str | None:
@@ -197,67 +176,12 @@ def _known(given: str | None) -> str | None:
     return given
 
 
-def _header(suite: Suite, judgement: Judgement) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "ptq_version": __version__,
-        "suite": suite.name,
-        "format": judgement.format,
-        "limit": loss_limit(judgement.format) if suite.gate and judgement.format else None,
-        "gate": judgement.gate if suite.gate else None,
-        "bootstrap": Bootstrap(
-            resamples=judgement.resamples,
-            seed=judgement.seed,
-            confidence=statistics.CONFIDENCE,
-            method="paired percentile; prompts resampled, each with all its units",
-        ),
-    }
-
-
-def _conclude(
-    out: Path,
-    content: dict[str, Any],
-    suite: Suite,
-    judgement: Judgement,
-    scores: Scores,
-    lines: list[UnitLine] | None,
-    extra: list[str],
-) -> Evaluation:
-    """Compare, judge, and write both files."""
-    warnings = [*extra, *scores.warnings]
-    gated = informative = None
-    content.update(dimensions={}, aggregates={}, verdict=None, prompts=len(set(scores.clusters.values())))
-    if suite.gate and judgement.format:
-        gated = scores.compare(scores.reference, resamples=judgement.resamples, seed=judgement.seed)
-        limit, deciding = content["limit"], gated.aggregates.get(judgement.gate)
-        verdict = None if limit is None else statistics.verdict(deciding, limit)
-        content.update(dimensions=gated.dimensions, aggregates=gated.aggregates, prompts=gated.prompts, verdict=verdict)
-        warnings += findings.gate_warnings(gated, limit, verdict, judgement.gate)
-        if suite.is_vbench:
-            content["vbench"] = {**scores.details, "totals": published_totals(suite, scores)}
-    if lines is not None:
-        own = scores_from_units(lines, [*RUN_DIMENSIONS, *(HITS if suite.name == "tiny" else ())])
-        informative = own.compare(own.reference, resamples=judgement.resamples, seed=judgement.seed)
-        content["informative"] = informative.dimensions
-        content["paired"] = _summarize_paired(lines)
-        content["duplicates"] = {role: findings.duplicates(lines, role) for role in ROLES}
-        content["notes"] = [DRIFT_NOTE]
-        warnings += findings.integrity_warnings(lines) + findings.blur_warnings(gated, informative)
+def _write(out: Path, evaluation: Evaluation, lines: list[UnitLine] | None, scores: Scores) -> Evaluation:
+    """Write both files."""
     write_units(out, _with_scores(lines, scores))
-    evaluation = Evaluation(**content, warnings=warnings, units_sha256=sha256_file(out / UNITS_FILE))
+    evaluation = evaluation.model_copy(update={"units_sha256": sha256_file(out / UNITS_FILE)})
     evaluation.write(out / FILE)
     return evaluation
-
-
-def _summarize_paired(lines: list[UnitLine]) -> dict[str, Summary]:
-    """Mean, extremes and count of each paired measure over the units that have it."""
-    summary = {}
-    for name in PAIRED_MEASURES:
-        values = [value for line in lines if (value := line.paired.get(name)) is not None]
-        if values:
-            mean = float(np.mean(values))
-            summary[name] = Summary(mean=mean, min=min(values), max=max(values), units=len(values))
-    return summary
 
 
 def _with_scores(lines: list[UnitLine] | None, scores: Scores) -> list[UnitLine]:

@@ -42,6 +42,27 @@ HITS = tuple(f"{name}_hit" for name in ADHERENCE)
 """Share of units whose detected colour, shape or direction is the asked-for one; shown beside the soft scores."""
 FIRST_FRAME = ("first_frame_to_image_psnr", "first_frame_copied")
 """Image-to-video only, per run: closeness of frame 0 to the input image (dB), and whether it is a copy of it."""
+_UNBOUNDED = float("inf")
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "motion_energy": (0.0, 255.0**2),
+    "motion_energy_ratio": (0.0, _UNBOUNDED),
+    "sharpness": (0.0, 2040.0**2),
+    "frozen_frames": (0.0, _UNBOUNDED),
+    "black_frames": (0.0, _UNBOUNDED),
+    "identical_frames": (0.0, _UNBOUNDED),
+    "psnr": (0.0, _UNBOUNDED),
+    "ssim": (-1.0, 1.0),
+    "temporal_delta_mae": (0.0, 510.0),
+    "first_frame_psnr": (0.0, _UNBOUNDED),
+    "first_frame_to_image_psnr": (0.0, _UNBOUNDED),
+    "latent_relative_l2": (0.0, _UNBOUNDED),
+    "latent_cosine": (-1.0 - 1e-9, 1.0 + 1e-9),
+    "latent_snr_db": (-_UNBOUNDED, _UNBOUNDED),
+    "overall_consistency": (-1.0, 1.0),
+    "appearance_style": (-1.0, 1.0),
+    "temporal_style": (-1.0, 1.0),
+}
+"""Values that a measure can have, where that is not 0 to 1; the last three are cosines of VBench."""
 DRIFT_NOTE = "PSNR, SSIM and latent errors between two samples measure drift: sampling trajectories diverge even at FP8. They do not measure quality and never decide the verdict."
 
 
@@ -83,6 +104,19 @@ class Suite:
             )
         kept = tuple(name for name in self.gate if name in dimensions)
         return self if kept == self.gate else replace(self, gate=kept, totals=None)
+
+
+def score_range(name: str, suite: Suite) -> tuple[float, float]:
+    """Lowest and highest value of a measure in units.jsonl.
+
+    Raises:
+        UsageError: no measure of this package, and no dimension of the suite.
+    """
+    if name not in {*RUN_DIMENSIONS, *PAIRED_MEASURES, *ADHERENCE, *HITS, *FIRST_FRAME, *suite.gate}:
+        raise UsageError(
+            f"{name} is no measure of suite {suite.name}, whose dimensions are {', '.join(suite.gate) or 'none'}."
+        )
+    return _RANGES.get(name, (0.0, 1.0))
 
 
 _BUILT_IN = {

@@ -13,9 +13,14 @@ def readme(manifest: Manifest, judged: Evaluation) -> str:
     """What the archive is, how to check it in a minute, how to make it again."""
     marked = "" if judged.verdict == PASS else "\n**This archive was packed although its gate did not pass.**\n"
     coverage = manifest.coverage
+    loss = (
+        "No loss is measured"
+        if judged.gate is None
+        else f"Mean relative loss {percent(judged.deciding).text} (95 % interval)"
+    )
     return f"""# W4A4 {manifest.format.upper()} checkpoint of {variant_title(manifest.variant)}
 {marked}
-Verdict: **{judged.verdict}**. Mean relative loss {percent(judged.deciding).text} (95 % interval), limit {"none" if judged.limit is None else f"{judged.limit:.1%}"},
+Verdict: **{judged.verdict or "none"}**. {loss}, limit {"none" if judged.limit is None else f"{judged.limit:.1%}"},
 over {judged.units} paired videos, suite {judged.suite}.
 High-precision blocks: {", ".join(manifest.high_precision) or "none"}. W4A4 share of Linear parameters
 {coverage.parameter_share:.2%}, of Linear FLOPs {coverage.flop_share:.2%}; {coverage.bits_per_quantized_value} bits a value,
@@ -27,13 +32,14 @@ High-precision blocks: {", ".join(manifest.high_precision) or "none"}. W4A4 shar
 | source/ | the package that made it and runs it |
 | report/ | technical report (PDF) and the same facts as a page with videos |
 | evaluation/ | verdict and the scores of every unit |
-| runs/ | settings and manifests of both generation runs: prompts, seeds, latent and video hashes |
+| runs/ | settings and manifests of both generation runs: prompts, seeds, hashes; small ones with videos, latents and frames |
+| calibration/ | settings, prompts and digests of the calibration records, where they were beside the checkpoint |
 | prompts.jsonl | prompts and seeds |
 | recipe.yaml | the recipe as resolved |
 | reproduce.sh | every step again |
 | SHA256SUMS | checksums of all of the above (`sha256sum --check SHA256SUMS`) |
 
-Check it: `pip install ./source`, then `ptq verify submission.tar.gz`.
+Check it: install wan-ptq from where you trust it, not from here, then `ptq verify submission.tar.gz`.
 Use it: `import ptq; pipe = ptq.load_pipeline("weights")`.
 """
 

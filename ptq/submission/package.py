@@ -8,31 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from importlib.metadata import distribution
 from pathlib import Path
 
-import yaml
-
+from ptq import limits
 from ptq.checkpoint.manifest import Manifest, verify_files
 from ptq.errors import PtqError, UsageError
-from ptq.report import Report, Sources
-from ptq.report.facts import gather
-from ptq.report.reproduce import RECIPE_FILE, reproduction
-from ptq.rules import check_budget
+from ptq.evaluation.statistics import CONFIDENCE
+from ptq.evaluation.suites import get_suite
+from ptq.report import Report
+from ptq.report.locate import find_calibration
+from ptq.rules import BUDGET_SCOPE, GATE, MIN_RESAMPLES, check_budget, loss_limit
 from ptq.store.evaluation import FILE as EVALUATION_FILE
 from ptq.store.evaluation import PASS, ROLES, Evaluation, read_evaluation
 from ptq.store.evaluation_units import FILE as UNITS_FILE
 from ptq.store.files import files_below, sha256_file
 from ptq.store.run_info import FILE as RUN_FILE
-from ptq.store.run_manifest import PATTERN, finished_lines
-from ptq.store.submission import FILE as SUBMISSION
-from ptq.store.submission import SubmissionInfo
+from ptq.store.run_info import read_run_info
+from ptq.store.run_manifest import FILE_KEYS, PATTERN, finished_lines
 from ptq.submission.archive import write_archive
-from ptq.submission.instructions import readme, reproduce_script
+from ptq.submission.contents import CALIBRATION, CHECKSUMS, EVALUATION, REPORT, RUNS, SOURCE, WEIGHTS
+from ptq.submission.derive import derive
 from ptq.wan.identity import identify_model
 
-CHECKSUMS = "SHA256SUMS"
-WEIGHTS = "weights"
+MEASURED_BYTES = 256 * 2**20
+"""Videos, latents and frames of both runs are packed up to here: those of the embedded models, not those of 720p."""
 SOURCE_SUFFIXES = {".py", ".yaml", ".json", ".html", ".typ", ".css", ".js", ".safetensors", ".txt", ".md", ".model"}
 PROJECT_FILES = ("pyproject.toml", "constraints.txt", "LICENSE", "README.md", "Makefile")
 
@@ -47,7 +48,7 @@ def collect(checkpoint: Path, evaluation: Path, report: Report, *, allow_failing
         allow_failing: accept a gate that did not pass; the archive is then marked.
 
     Raises:
-        UsageError: over the block budget, evaluation of another checkpoint, failed gate.
+        UsageError: over the block budget, evaluation of another checkpoint or by other rules, failed gate.
         DamagedFileError: the checkpoint is not as its manifest says.
     """
     manifest = verify_files(checkpoint)
@@ -57,23 +58,36 @@ def collect(checkpoint: Path, evaluation: Path, report: Report, *, allow_failing
     members: dict[str, Path | bytes] = {
         f"{WEIGHTS}/{path.relative_to(checkpoint).as_posix()}": path for path in files_below(checkpoint)
     }
-    members |= {f"evaluation/{name}": evaluation / name for name in (EVALUATION_FILE, UNITS_FILE)}
+    members |= {f"{EVALUATION}/{name}": evaluation / name for name in (EVALUATION_FILE, UNITS_FILE)}
     for role, run in runs.items():
-        members[f"runs/{role}/{RUN_FILE}"] = run / RUN_FILE
-        members |= {f"runs/{role}/{path.name}": path for path in sorted(run.glob(PATTERN))}
-    members |= {f"source/{name}": path for name, path in source_files().items()}
-    members["report/report.pdf"] = report.pdf
-    members["report/report.html"] = report.html
-    members[RECIPE_FILE] = yaml.safe_dump(
-        manifest.recipe.model_dump(mode="json"), sort_keys=True, allow_unicode=True
-    ).encode()
-    members["prompts.jsonl"] = _prompts(runs["candidate"])
-    members["README.md"] = readme(manifest, judged).encode()
-    steps = reproduction(gather(Sources(evaluation, checkpoint, *runs.values())))
-    members["reproduce.sh"] = reproduce_script(steps, manifest).encode()
-    members[SUBMISSION] = _facts(manifest, judged).as_bytes()
+        members[f"{RUNS}/{role}/{RUN_FILE}"] = run / RUN_FILE
+        members |= {f"{RUNS}/{role}/{path.name}": path for path in sorted(run.glob(PATTERN))}
+    members |= _measured_files(runs)
+    members |= {f"{SOURCE}/{name}": path for name, path in source_files().items()}
+    members[f"{REPORT}/report.pdf"] = report.pdf
+    members[f"{REPORT}/report.html"] = report.html
+    calibration = None
+    if manifest.calibration is not None:
+        calibration = find_calibration(evaluation, checkpoint, manifest.calibration["digest"])
+    if calibration is not None:
+        members[CALIBRATION] = (json.dumps(calibration.as_json(), indent=2, ensure_ascii=False) + "\n").encode()
+    infos = {role: read_run_info(run) for role, run in runs.items()}
+    members |= derive(checkpoint, manifest, judged, calibration, infos, finished_lines(runs["candidate"]))
     members[CHECKSUMS] = _checksums(members)
     return members
+
+
+def _measured_files(runs: Mapping[str, Path]) -> dict[str, Path]:
+    """Videos, latents and frames of both runs, where all together are small: `ptq verify` then measures them again."""
+    files = {
+        f"{RUNS}/{role}/{name}": run / name
+        for role, run in runs.items()
+        for line in finished_lines(run).values()
+        for key in FILE_KEYS
+        if (name := getattr(line, key))
+    }
+    whole = all(path.is_file() for path in files.values())
+    return files if whole and sum(path.stat().st_size for path in files.values()) <= MEASURED_BYTES else {}
 
 
 def package(checkpoint: Path, evaluation: Path, out: Path, report: Report, *, allow_failing: bool = False) -> int:
@@ -97,17 +111,50 @@ def check_submittable(checkpoint: Path, manifest: Manifest, judged: Evaluation, 
     for item in manifest.high_precision:
         expert, _, block = item.partition(":")
         protected.setdefault(expert, set()).add(block)
-    check_budget(manifest.format, protected, manifest.budget_scope)
+    check_budget(manifest.format, protected, BUDGET_SCOPE)
     digest = identify_model(str(checkpoint), checkpoint).digest
     evaluated = judged.candidate.checkpoint_digest
     if evaluated != digest:
         raise UsageError(
             f"The evaluation judged a checkpoint with digest {str(evaluated)[:12]}, but {checkpoint} has {digest[:12]}. Generate and evaluate with this checkpoint, or pass the right --evaluation."
         )
+    problem = broken_rule(judged, manifest.format)
+    if problem is not None:
+        raise UsageError(
+            f"The evaluation is not by the rules: {problem}. Evaluate both runs again, whole and by the rules."
+        )
     if judged.verdict != PASS and not allow_failing:
         raise UsageError(
             f"The evaluation's verdict is {judged.verdict}, not {PASS}. Improve the checkpoint or evaluate more units; --allow-failing-gate packs it all the same and marks the archive."
         )
+
+
+def broken_rule(judged: Evaluation, format_name: str) -> str | None:
+    """How an evaluation of weights of this format was not made as the rules say, or None.
+
+    The rules decide, and the weights; what the evaluation says of itself is compared with them.
+    """
+    suite = get_suite(judged.suite)
+    gate, limit = (GATE, loss_limit(format_name)) if suite.gate else (None, None)
+    wrong = {
+        "the format": (judged.format, format_name),
+        "the gate": (judged.gate, gate),
+        "the limit": (judged.limit, limit),
+        "the confidence": (judged.bootstrap.confidence, CONFIDENCE),
+    }
+    for name, (found, wanted) in wrong.items():
+        if found != wanted:
+            return f"{name} is {found}, by the rules {wanted}"
+    if not MIN_RESAMPLES <= judged.bootstrap.resamples <= limits.RESAMPLES:
+        return f"intervals are made from {judged.bootstrap.resamples} resamples, by the rules from {MIN_RESAMPLES} to {limits.RESAMPLES}"
+    if judged.bootstrap.seed < 0:
+        return f"the seed of the intervals is {judged.bootstrap.seed}"
+    if judged.excluded:
+        return f"{len(judged.excluded)} units are left out, for example {next(iter(judged.excluded))}"
+    odd = sorted(set(judged.dimensions) ^ set(suite.gate))
+    if odd:
+        return f"suite {suite.name} counts {', '.join(suite.gate) or 'no dimension'}, the evaluation has {', '.join(judged.dimensions) or 'none'}"
+    return None
 
 
 def source_files() -> dict[str, Path]:
@@ -135,29 +182,6 @@ def _run_directory(judged: Evaluation, role: str) -> Path:
             f"The evaluation names {directory!r} as its {role} run, which is not here. Package on the machine that holds both generation directories, or evaluate them again from where they are now."
         )
     return Path(directory)
-
-
-def _prompts(run: Path) -> bytes:
-    """Prompts and seeds of every finished unit, one JSON line each, in unit order."""
-    lines = finished_lines(run)
-    keys = ("unit", "dataset", "sample_id", "k", "prompt", "score_prompt", "seed", "latent_sha256", "image_sha256")
-    text = [json.dumps({key: getattr(lines[unit], key) for key in keys}, ensure_ascii=False) for unit in sorted(lines)]
-    return ("\n".join(text) + "\n").encode()
-
-
-def _facts(manifest: Manifest, judged: Evaluation) -> SubmissionInfo:
-    assert judged.candidate.checkpoint_digest is not None  # compared in `check_submittable`
-    return SubmissionInfo(
-        schema=1,
-        format=manifest.format,
-        variant=manifest.variant,
-        checkpoint_digest=judged.candidate.checkpoint_digest,
-        verdict=judged.verdict,
-        failing_gate_allowed=judged.verdict != PASS,
-        limit=judged.limit,
-        high_precision=manifest.high_precision,
-        budget_scope=manifest.budget_scope,
-    )
 
 
 def _checksums(members: dict[str, Path | bytes]) -> bytes:

@@ -19,9 +19,14 @@ def assets_dir(name: str = "tiny") -> Path:
     """
     path = _ASSETS / name
     if not (path / "model_index.json").is_file():
-        known = sorted(p.parent.name for p in _ASSETS.glob("*/model_index.json"))
+        known = [found.name for found in embedded()]
         raise FileNotFoundError(f"no embedded pipeline {name!r}; shipped: {', '.join(known) or 'none'}")
     return path
+
+
+def embedded() -> list[Path]:
+    """Directories of all shipped pipelines, sorted."""
+    return sorted(path.parent for path in _ASSETS.glob("*/model_index.json"))
 
 
 def defaults(name: str = "tiny") -> dict[str, Any]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import shutil
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
 
+from ptq import limits
 from ptq.errors import DamagedFileError
-from ptq.submission.archive import extract_archive, write_archive
+from ptq.submission.archive import write_archive
+from ptq.submission.unpack import extract_archive
 
 LIMIT = 10**6
 
@@ -77,6 +82,86 @@ def test_bomb_is_refused_before_it_is_unpacked(tmp_path):
     with pytest.raises(DamagedFileError, match="--max-gb"):
         extract_archive(path, tmp_path / "out", LIMIT)
     assert not (tmp_path / "out/zeros").exists()
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = named(name, kind)
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def streamed(path: Path, *parts: bytes, level: int = 9) -> Path:
+    with gzip.open(path, "wb", level) as stream:
+        for part in parts:
+            stream.write(part)
+    return path
+
+
+END = bytes(1024)
+MB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        pytest.param([header("x", 60 * MB, b"x"), *[b"a" * MB] * 60], "extended header of 62914560 bytes", id="pax"),
+        pytest.param([header("g", 10, b"g")], "not a plain file", id="global-pax"),
+        pytest.param([header("L", 60 * MB, b"L"), *[b"a" * MB] * 60], "not a plain file", id="gnu-long-name"),
+        pytest.param([header("s", 0, b"S")], "not a plain file", id="sparse"),
+        pytest.param(
+            [header("x", 20, b"x"), b"20 GNU.sparse.map=1\n".ljust(512, b"\0")], "other records", id="pax-sparse"
+        ),
+        pytest.param([header("x", 9, b"x"), b"9 path=a\n".ljust(512, b"\0")] * 3, "not a plain file", id="pax-chain"),
+        pytest.param([header("big", 2**50)], "unpacks to more than", id="declared-size"),
+        pytest.param(
+            [header("negative", 0).replace(b"00000000000\0", b"\xff" * 12, 1)], "tar.gz archive|no size", id="negative"
+        ),
+        pytest.param([*[bytes(MB)] * 400], "follows the end", id="zeros-for-ever"),
+        pytest.param(
+            [header("a", 1), b"a".ljust(512, b"\0"), END, header("b", 1)], "follows the end", id="hidden-tail"
+        ),
+        pytest.param(
+            [header("a", 1), b"a".ljust(512, b"\0"), header("a/b", 0), END], "a file and a folder", id="file-and-folder"
+        ),
+        pytest.param([header("a\x1b[2J", 0)], "control characters", id="escape"),
+        pytest.param([header("a", 2000), b"a" * 512], "ends in the middle", id="truncated"),
+    ],
+)
+def test_bombs_and_odd_headers_are_refused_at_once(tmp_path, parts: list[bytes], reason: str):
+    path = streamed(tmp_path / "bad.tar.gz", *parts)
+    started = time.process_time()
+    with pytest.raises(DamagedFileError, match=reason):
+        extract_archive(path, tmp_path / "out", 10**15)
+    assert time.process_time() - started < 2
+    assert sum(file.stat().st_size for file in tmp_path.rglob("out/*")) < MB
+
+
+def test_zeros_beyond_any_ratio_of_weights_are_refused_before_they_are_written(tmp_path):
+    path = streamed(tmp_path / "bomb.tar.gz", header("zeros", 100 * MB), *[bytes(MB)] * 100, END)
+    with pytest.raises(DamagedFileError, match=f"more than {limits.ARCHIVE_RATIO} times"):
+        extract_archive(path, tmp_path / "out", 10**15)
+    assert not (tmp_path / "out/zeros").exists()
+
+
+def test_more_members_than_any_submission_are_refused_in_linear_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "ARCHIVE_MEMBERS", 2000)
+    path = streamed(tmp_path / "many.tar.gz", *(header(f"m{i}", 0) for i in range(3000)), END, level=1)
+    with pytest.raises(DamagedFileError, match="more than 2000 members"):
+        extract_archive(path, tmp_path / "out", LIMIT)
+
+
+def test_more_than_the_disk_has_is_refused_before_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 50, 50))
+    path = crafted(tmp_path / "a.tar.gz", (named("one"), bytes(51)))
+    with pytest.raises(DamagedFileError, match="No more is free"):
+        extract_archive(path, tmp_path / "out", LIMIT)
+
+
+def test_long_names_are_read(tmp_path):
+    name = "/".join(["folder" * 10] * 3)
+    write_archive(tmp_path / "a.tar.gz", {name: b"1", "é/two": b"2"})
+    assert set(extract_archive(tmp_path / "a.tar.gz", tmp_path / "out", LIMIT)) == {name, "é/two"}
+    assert (tmp_path / "out" / name).read_bytes() == b"1"
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "text"])

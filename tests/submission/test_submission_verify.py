@@ -1,207 +1,597 @@
-"""A real (small) submission verifies; every way of tampering with it is found, with the reason."""
+"""An honest submission verifies and says what nobody checked; every way of tampering is found, for the right reason."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import random
 import shutil
-import subprocess
-import tarfile
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from ptq.checkpoint.manifest import MANIFEST_FILE, hash_files
-from ptq.errors import UsageError
-from ptq.evaluation import evaluate_runs
-from ptq.generation import Settings, identify_model, run_generation
-from ptq.prompts import Sample
-from ptq.report import Report, Sources
-from ptq.report.facts import gather
-from ptq.report.reproduce import reproduction
-from ptq.store.files import read_json, write_json
-from ptq.submission.archive import extract_archive, write_archive
-from ptq.submission.package import CHECKSUMS, package
+from ptq.checkpoint.manifest import MANIFEST_FILE
+from ptq.cli.main import app
+from ptq.store.files import digest
+from ptq.submission import repeat
+from ptq.submission.check import Claim
 from ptq.submission.verify import verify
-from ptq.tiny.grammar import held_out_prompts
-from ptq.wan.layout import read_layout
-from ptq.wan.loading import load_pipeline
+from ptq.wan.identity import identify_model
 
-LIMIT = 10**9
-
-REPORT = Report("PASS", html=b"<html></html>", pdf=b"%PDF-1.7 report")
-
-
-@pytest.fixture(scope="module")
-def evaluated(packed, tmp_path_factory) -> tuple[Path, Path]:
-    """A packed checkpoint and an evaluation of it against itself: zero loss, so the gate passes."""
-    root = tmp_path_factory.mktemp("submission")
-    checkpoint = packed["hif4"]
-    samples = [Sample("held-out", f"{i:02d}", prompt, prompt) for i, prompt in enumerate(held_out_prompts(3))]
-    preset = read_layout(checkpoint).preset.model_copy(update={"steps": 3, "num_frames": 5})
-    settings = Settings(**preset.model_dump(exclude={"variant", "hub_id"}), save_frames=True)
-    runs = [root / "reference", root / "candidate"]
-    for run in runs:
-        identity = identify_model("packed", checkpoint)
-        run_generation(lambda: load_pipeline(checkpoint), samples, settings, run, model=identity)
-    judged = evaluate_runs(*runs, root / "evaluation", suite="tiny", resamples=1000)
-    assert judged.verdict == "PASS"
-    return checkpoint, root / "evaluation"
+EVALUATION, UNITS = "evaluation/evaluation.json", "evaluation/units.jsonl"
+MANIFEST = f"weights/{MANIFEST_FILE}"
+LINES = "manifest-0of1.jsonl"
+RULES = "the evaluation is by the rules"
+SCORES = "every unit has every score, in the range of its measure"
+NUMBERS = "every number of evaluation.json, from the units"
+VERDICT = "the verdict, by the bootstrap of the rules"
+TEXTS = "recipe, prompts, README, script, model card and submission.json"
+TOGETHER = "runs, evaluation and weights belong together"
+PAIRED = "both runs are whole, and only the weights differ"
+SHOWN = "what the videos show, measured again"
+UNIT = "a unit, generated again, has its bits and scores"
 
 
-@pytest.fixture(scope="module")
-def archive(evaluated, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("archive") / "submission.tar.gz"
-    package(*evaluated, path, REPORT)
-    return path
+def by_name(claims: list[Claim]) -> dict[str, Claim]:
+    return {claim.name: claim for claim in claims}
 
 
-@pytest.fixture
-def tampered(archive, tmp_path) -> Callable[..., list[str]]:
-    """A function: change unpacked files, pack again (optionally with fitting checksums), return the problems found."""
-
-    def run(change: Callable[[Path], None], *, fix_checksums: bool) -> list[str]:
-        root = tmp_path / "unpacked"
-        names = extract_archive(archive, root, LIMIT)
-        change(root)
-        members = {name: (root / name).read_bytes() for name in names if (root / name).exists()}
-        if fix_checksums:
-            lines = [f"{hashlib.sha256(d).hexdigest()}  {n}\n" for n, d in sorted(members.items()) if n != CHECKSUMS]
-            members[CHECKSUMS] = "".join(lines).encode()
-        write_archive(tmp_path / "changed.tar.gz", members)
-        checks = verify(tmp_path / "changed.tar.gz", max_bytes=LIMIT, regenerate=False)
-        return [f"{check.name}: {check.problem}" for check in checks if check.problem]
-
-    return run
+def test_an_honest_archive_holds_and_lists_what_nobody_checked(archive: Path) -> None:
+    claims = verify(archive, max_bytes=10**9)
+    assert [claim for claim in claims if claim.holds is False] == []
+    found = by_name(claims)
+    assert found[UNIT].holds and "of the original model; both measured again" in found[UNIT].found
+    assert found[SHOWN].found == "4 of 4 units"
+    assert {claim.name for claim in claims if claim.holds is None} == {
+        "the prompts are those of the challenge",
+        "errors of layers and blocks in the manifest",
+        "text and pictures of the report",
+    }
+    assert all((claim.holds is None) == (claim.how == "not checked") for claim in claims)
 
 
-def test_everything_holds_including_a_unit_generated_again(archive):
-    checks = verify(archive, max_bytes=LIMIT)
-    assert [check for check in checks if check.problem] == []
-    assert any("generated again" in check.name for check in checks)
+def test_the_command_lists_every_claim_and_fails_when_one_does_not_hold(
+    archive: Path, tampered, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(app, ["verify", str(archive), "--no-regenerate", "--json"])
+    assert result.exit_code == 0, result.output
+    listed = json.loads(result.stdout)
+    assert {tuple(one) for one in listed} == {("name", "how", "holds", "found")}
+    assert by_name([Claim(**one) for one in listed])[UNIT].found == "--no-regenerate"
+    from ptq.submission.archive import write_archive
+
+    tampered.write("README.md", b"All is well.\n")
+    tampered.redo_checksums()
+    write_archive(tmp_path / "bad.tar.gz", {name: tampered.root / name for name in tampered.names()})
+    result = CliRunner().invoke(app, ["verify", str(tmp_path / "bad.tar.gz"), "--json"])
+    assert result.exit_code == 1
+    claims = by_name([Claim(**one) for one in json.loads(result.stdout)])
+    assert claims[TEXTS].holds is False and claims[UNIT].holds is None and "not tried" in claims[UNIT].found
 
 
-def test_same_inputs_give_the_same_bytes(archive, evaluated, tmp_path):
-    package(*evaluated, tmp_path / "again.tar.gz", REPORT)
-    assert (tmp_path / "again.tar.gz").read_bytes() == archive.read_bytes()
+# Scores.
 
 
-def test_a_flipped_byte_in_any_kind_of_member_is_found(archive, tampered, tmp_path):
-    for name in (
-        "weights/vae/config.json",
-        "evaluation/units.jsonl",
-        "report/report.pdf",
-        "source/ptq/version.py",
-        CHECKSUMS,
-    ):
-
-        def flip(root: Path, name: str = name) -> None:
-            data = bytearray((root / name).read_bytes())
-            data[len(data) // 2] ^= 1
-            (root / name).write_bytes(data)
-
-        problems = tampered(flip, fix_checksums=False)
-        assert any("checksum" in problem for problem in problems), name
-        shutil.rmtree(tmp_path / "unpacked")
-
-
-def test_a_removed_or_added_member_is_found(tampered, tmp_path):
-    problems = tampered(lambda root: (root / "report/report.pdf").unlink(), fix_checksums=True)
-    assert any("missing: report/report.pdf" in problem for problem in problems)
-
-
-def test_a_protected_block_added_to_the_configuration_is_found(tampered):
-    def protect(root: Path) -> None:
-        path = root / "weights/transformer/config.json"
-        config = read_json(path)
-        config["quantization_config"]["high_precision_blocks"] = [0]
-        write_json(path, config)
-        _refresh_manifest(root / "weights", lambda manifest: manifest["high_precision"].append("transformer:0"))
-
-    problems = tampered(protect, fix_checksums=True)
-    assert any("counted from the tensors" in problem and "the tensors say" in problem for problem in problems)
-
-
-def test_an_evaluation_of_another_checkpoint_is_found(tampered):
-    def swap(root: Path) -> None:
-        path = root / "evaluation/evaluation.json"
-        content = read_json(path)
-        content["candidate"]["checkpoint_digest"] = "0" * 64
-        write_json(path, content)
-
-    problems = tampered(swap, fix_checksums=True)
-    assert any("judged this checkpoint" in problem and "000000000000" in problem for problem in problems)
-
-
-def test_scores_that_do_not_give_the_verdict_are_found(tampered):
-    def worsen(root: Path) -> None:
-        path = root / "evaluation/units.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+def test_a_bad_dimension_left_out(tampered) -> None:
+    def halve(lines: list[Any]) -> None:
         for line in lines:
-            line["candidate"]["temporal_flickering"] *= 0.5
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            line["candidate"]["colour"] = 0.5 * line["reference"]["colour"]
 
-    problems = tampered(worsen, fix_checksums=True)
-    assert any("follows from the scores" in problem for problem in problems)
-
-
-def test_package_refuses_a_failed_gate_unless_told_and_then_marks_it(evaluated, tmp_path):
-    checkpoint, evaluation = evaluated
-    failing = Path(shutil.copytree(evaluation, tmp_path / "failing"))
-    content = read_json(failing / "evaluation.json")
-    write_json(failing / "evaluation.json", {**content, "verdict": "FAIL"})
-    with pytest.raises(UsageError, match="allow-failing-gate"):
-        package(checkpoint, failing, tmp_path / "no.tar.gz", REPORT)
-    assert not (tmp_path / "no.tar.gz").exists()
-    package(checkpoint, failing, tmp_path / "marked.tar.gz", REPORT, allow_failing=True)
-    extract_archive(tmp_path / "marked.tar.gz", tmp_path / "marked", LIMIT)
-    assert read_json(tmp_path / "marked/submission.json")["failing_gate_allowed"] is True
-    assert "although its gate did not pass" in (tmp_path / "marked/README.md").read_text()
+    tampered.edit_lines(UNITS, halve)
+    tampered.edit(EVALUATION, lambda judged: judged["dimensions"].pop("colour"))
+    tampered.redo_evaluation()
+    tampered.redo_derived()
+    assert "suite tiny counts colour, shape, direction, temporal_flickering" in tampered.problems()[RULES]
 
 
-def test_a_checkpoint_with_linked_components_is_packed_whole(evaluated, tmp_path):
-    checkpoint, evaluation = evaluated
-    linked = Path(shutil.copytree(checkpoint, tmp_path / "linked"))
-    for records in checkpoint.parent.glob("*-records"):  # reproduce.sh tells its settings, found beside a checkpoint
-        (tmp_path / records.name).symlink_to(records)
-    shutil.move(linked / "vae", tmp_path / "vae")
-    (linked / "vae").symlink_to(tmp_path / "vae")
-    archives = [tmp_path / "plain.tar.gz", tmp_path / "linked.tar.gz"]
-    for source, archive in zip((checkpoint, linked), archives, strict=True):
-        package(source, evaluation, archive, REPORT, allow_failing=True)
-    assert archives[0].read_bytes() == archives[1].read_bytes()
+def test_a_dimension_removed_from_units_too(tampered) -> None:
+    def remove(lines: list[Any]) -> None:
+        for line in lines:
+            del line["candidate"]["colour"], line["reference"]["colour"]
+
+    tampered.edit_lines(UNITS, remove)
+    tampered.edit(EVALUATION, lambda judged: judged["dimensions"].pop("colour"))
+    tampered.redo_evaluation()
+    problems = tampered.problems()
+    assert "colour of the reference has no score for 4 of 4 units" in problems[SCORES] and RULES in problems
 
 
-def test_package_refuses_an_evaluation_of_another_checkpoint(evaluated, packed, tmp_path):
-    with pytest.raises(UsageError, match="judged a checkpoint"):
-        package(packed["mxfp4"], evaluated[1], tmp_path / "no.tar.gz", REPORT)
+def test_bad_units_left_out_of_the_evaluation(tampered) -> None:
+    tampered.edit_lines(UNITS, lambda lines: lines.__delitem__(slice(1, None)))
+    tampered.redo_evaluation()
+    tampered.redo_derived()
+    problems = tampered.problems()
+    assert "1 lines for 4 units of the runs" in problems[SCORES] and "3 such units" in problems[SCORES]
 
 
-def test_package_refuses_more_protected_blocks_than_the_budget(evaluated, tmp_path):
-    checkpoint = Path(shutil.copytree(evaluated[0], tmp_path / "over"))
-    _refresh_manifest(
-        checkpoint,
-        lambda manifest: manifest["high_precision"].extend(["transformer:0", "transformer:1", "transformer_2:0"]),
+def test_bad_units_left_out_of_evaluation_and_runs(tampered) -> None:
+    tampered.edit_lines(UNITS, lambda lines: lines.__delitem__(slice(1, None)))
+    kept = json.loads((tampered.root / UNITS).read_text())["unit"]
+    for role in ("reference", "candidate"):
+        tampered.edit_lines(
+            f"runs/{role}/{LINES}",
+            lambda lines: lines.__setitem__(slice(None), [x for x in lines if x["unit"] == kept]),
+        )
+    tampered.redo_evaluation()
+    tampered.redo_derived()
+    assert "3 units of the reference (planned, but never started)" in tampered.problems()[PAIRED]
+
+
+def test_a_unit_counted_twice(tampered) -> None:
+    tampered.edit_lines(UNITS, lambda lines: lines.append(lines[0]))
+    tampered.redo_evaluation()
+    assert "occurs twice" in tampered.problems()[SCORES]
+
+
+def test_excluded_units_are_not_by_the_rules(tampered) -> None:
+    tampered.edit(EVALUATION, lambda judged: judged.update(excluded={"held-out/x/0": "failed"}))
+    assert "1 units are left out, for example held-out/x/0" in tampered.problems()[RULES]
+
+
+def test_scores_beyond_their_range(tampered) -> None:
+    tampered.edit_lines(UNITS, lambda lines: [line["candidate"].update(colour=5.0) for line in lines])
+    tampered.redo_evaluation()
+    assert "colour = 5.0, which lies between 0 and 1" in tampered.problems()[SCORES]
+
+
+def test_a_measure_that_nobody_knows(tampered) -> None:
+    tampered.edit_lines(UNITS, lambda lines: [line["candidate"].update(beauty=1.0) for line in lines])
+    assert "beauty is no measure" in tampered.problems()[SCORES]
+
+
+@pytest.mark.parametrize("name", [UNITS, EVALUATION])
+def test_claimed_nan(tampered, name: str) -> None:
+    if name == UNITS:
+        tampered.edit_lines(name, lambda lines: lines[0]["candidate"].update(colour=float("nan")))
+    else:
+        tampered.edit(name, lambda judged: judged["aggregates"]["mean_signed"].update(value=float("nan")))
+    assert any("finite" in problem or "NaN" in problem for problem in tampered.problems().values())
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("aggregates", "mean_signed", "low"), -0.5),
+        (("aggregates", "mean_positive", "value"), 0.0),
+        (("dimensions", "colour", "relative_loss", "high"), 0.0),
+        (("dimensions", "colour", "candidate"), 1.0),
+        (("informative", "sharpness", "reference"), 1.0),
+        (("paired", "psnr", "mean"), 99.0),
+        (("prompts",), 400),
+        (("units",), 400),
+        (("duplicates", "reference"), [["a", "b"]]),
+        (("candidate", "settings", "steps"), 40),
+        (("sources",), {"saved frames": 400}),
+    ],
+    ids=lambda value: ".".join(value) if isinstance(value, tuple) else None,
+)
+def test_an_invented_number(tampered, where: tuple[str, ...], value: Any) -> None:
+    def invent(judged: dict[str, Any]) -> None:
+        *path, last = where
+        for key in path:
+            judged = judged[key]
+        judged[last] = value
+
+    tampered.edit(EVALUATION, invent)
+    tampered.redo_derived()
+    problem = tampered.problems()[NUMBERS]
+    assert f"says {'.'.join(where)}" in problem and "its units give" in problem
+
+
+def test_a_warning_removed(tampered) -> None:
+    tampered.edit(EVALUATION, lambda judged: judged.update(warnings=[]))
+    assert "lacks a warning that its units give: Only 4 prompts" in tampered.problems()[NUMBERS]
+
+
+def test_a_flipped_verdict(tampered) -> None:
+    before = tampered.read(EVALUATION)["verdict"]
+    tampered.edit(EVALUATION, lambda judged: judged.update(verdict="FAIL" if before == "PASS" else "PASS"))
+    tampered.redo_derived()
+    problems = tampered.problems()
+    assert "its units give" in problems[VERDICT] and "verdict" in problems[NUMBERS]
+
+
+def test_a_seed_that_was_searched_for(tampered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All recorded numbers follow from the units, and still the rules' own bootstrap decides."""
+    from ptq.submission import scores
+
+    real = scores._compute
+
+    def unlucky(contents, resamples: int, seed: int):
+        found = real(contents, resamples, seed)
+        other = "FAIL" if found.verdict == "PASS" else "PASS"
+        return found.model_copy(update={"verdict": other}) if resamples == scores.RESAMPLES else found
+
+    monkeypatch.setattr(scores, "_compute", unlucky)
+    problems = tampered.problems()
+    assert list(problems) == [VERDICT] and "by the rules (10000 resamples, seed 0)" in problems[VERDICT]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"gate": "mean_score"}, "the gate is mean_score, by the rules mean_signed"),
+        ({"limit": 0.05}, r"the limit is 0.05, by the rules 0.005"),
+        ({"format": "mxfp4", "limit": 0.01}, "the format is mxfp4, by the rules hif4"),
+        ({"bootstrap": {"resamples": 10**12}}, "1000000000000 resamples"),
+        ({"bootstrap": {"resamples": 10}}, "from 10 resamples, by the rules from 1000"),
+        ({"bootstrap": {"seed": -1}}, "the seed of the intervals is -1"),
+        ({"bootstrap": {"confidence": 0.5}}, "the confidence is 0.5, by the rules 0.95"),
+        ({"suite": "core"}, "the gate is mean_signed, by the rules None"),
+        ({"suite": "mine"}, "no suite 'mine'"),
+    ],
+    ids=str,
+)
+def test_other_rules(tampered, change: dict[str, Any], reason: str) -> None:
+    def apply(judged: dict[str, Any]) -> None:
+        for key, value in change.items():
+            judged[key] = {**judged[key], **value} if isinstance(value, dict) else value
+
+    tampered.edit(EVALUATION, apply)
+    tampered.redo_derived()
+    assert reason in tampered.problems()[RULES]
+
+
+def test_scores_that_the_videos_do_not_show(tampered) -> None:
+    """Consistent in itself: units, evaluation, texts; only measuring again tells."""
+
+    def better(lines: list[Any]) -> None:
+        for line in lines:
+            for name in ("colour", "shape", "direction"):
+                line["candidate"][name] = line["reference"][name]
+
+    tampered.edit_lines(UNITS, better)
+    tampered.redo_evaluation()
+    redo_all(tampered)
+    problems = tampered.problems()
+    assert list(problems) == [SHOWN] and "its videos give" in problems[SHOWN]
+
+
+def redo_all(tampered) -> None:
+    """evaluation.json exactly as `ptq evaluate` would write it from these units, and what is derived from it."""
+    from ptq.submission.scores import _compute
+
+    judged = tampered.contents().evaluation
+    again = _compute(tampered.contents(), judged.bootstrap.resamples, judged.bootstrap.seed)
+    tampered.edit(EVALUATION, lambda value: value.update(again.as_json()))
+    tampered.redo_derived()
+
+
+# Texts and claims.
+
+
+@pytest.mark.parametrize("name", ["README.md", "reproduce.sh", "recipe.yaml", "prompts.jsonl", "weights/README.md"])
+def test_an_edited_text(tampered, name: str) -> None:
+    data = (tampered.root / name).read_bytes()
+    tampered.write(name, data + b"# and more\n")
+    assert f"{name} is not what manifest, evaluation and runs give" in tampered.problems()[TEXTS]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "mxfp4"},
+        {"budget_scope": "per-expert"},
+        {"limit": 0.1},
+        {"verdict": None},
+        {"variant": "TI2V-5B"},
+        {"failing_gate_allowed": None},
+    ],
+    ids=str,
+)
+def test_other_claims_in_submission_json(tampered, change: dict[str, Any]) -> None:
+    before = tampered.read("submission.json")["failing_gate_allowed"]
+    change = {key: not before if key == "failing_gate_allowed" else value for key, value in change.items()}
+    tampered.edit("submission.json", lambda claims: claims.update(change))
+    assert "submission.json is not what" in tampered.problems()[TEXTS]
+
+
+def test_a_replaced_recipe(tampered) -> None:
+    tampered.edit(MANIFEST, lambda manifest: manifest["recipe"]["scheme"].update(transform="hadamard", block=64))
+    tampered.redo_derived()
+    problems = tampered.problems()
+    assert (
+        "recipe of the manifest say HiF4, transform hadamard"
+        in problems["format, transform and quantized layers, from the tensors"]
     )
-    with pytest.raises(UsageError, match="allows at most 2"):
-        package(checkpoint, evaluated[1], tmp_path / "no.tar.gz", REPORT)
 
 
-def _refresh_manifest(checkpoint: Path, change: Callable[[dict], None]) -> None:
-    manifest = read_json(checkpoint / MANIFEST_FILE)
-    change(manifest)
-    manifest["files"] = hash_files(checkpoint)
-    write_json(checkpoint / MANIFEST_FILE, manifest)
+def test_a_replaced_source(tampered) -> None:
+    tampered.write("source/ptq/rules.py", b"import os\n")
+    problem = tampered.problems()["the source is that of the package"]
+    assert "1 files of source/" in problem and "source/ptq/rules.py" in problem
 
 
-def test_the_script_runs_the_commands_of_the_report(archive, evaluated):
-    """That the command line accepts them is tested where they are made (tests/report)."""
-    checkpoint, evaluation = evaluated
-    listed = reproduction(gather(Sources(evaluation, checkpoint))).commands
-    with tarfile.open(archive) as packed_archive:
-        script = packed_archive.extractfile("reproduce.sh").read().decode()
-    own = [line for line in script.splitlines() if line.startswith("ptq ")]
-    assert own == listed[1:]
-    assert [line.split()[1] for line in own] == ["calibrate", "quantize", "evaluate", "report"]
-    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+def test_source_added_and_removed(tampered) -> None:
+    tampered.write("source/ptq/backdoor.py", b"import os\n")
+    (tampered.root / "source/ptq/limits.py").unlink()
+    assert "2 files of source/" in tampered.problems()["the source is that of the package"]
+
+
+def test_another_calibration(tampered) -> None:
+    tampered.edit("calibration/calibration.json", lambda info: info.update(seed=99))
+    tampered.redo_derived()
+    assert "its digest is" in tampered.problems()["the calibration is the one of the manifest"]
+
+
+# Members.
+
+
+def test_a_flipped_byte_in_any_kind_of_member(tampered) -> None:
+    from ptq.submission.members import check_checksums
+
+    for name in ("weights/vae/config.json", UNITS, "report/report.pdf", "source/ptq/version.py"):
+        data = bytearray((tampered.root / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        tampered.write(name, bytes(data))
+        with pytest.raises(Exception, match="was changed: its sha256"):
+            check_checksums(tampered.contents())
+        data[len(data) // 2] ^= 1
+        tampered.write(name, bytes(data))
+    check_checksums(tampered.contents())
+
+
+@pytest.mark.parametrize(
+    "name", ["report/report.pdf", UNITS, "reproduce.sh", "weights/vae/config.json", "runs/reference/run.json"]
+)
+def test_a_removed_member(tampered, name: str) -> None:
+    (tampered.root / name).unlink()
+    problems = tampered.problems()
+    assert any("missing" in problem or "does not exist" in problem for problem in problems.values())
+
+
+def test_one_video_removed(tampered) -> None:
+    next((tampered.root / "runs/candidate/videos").iterdir()).unlink()
+    assert "missing: runs/candidate/videos" in tampered.problems()["the members are those of a submission"]
+
+
+@pytest.mark.parametrize("name", ["extra.txt", "runs/candidate/notes.md", "evaluation/better.json", "source/setup.py"])
+def test_an_unexpected_member(tampered, name: str) -> None:
+    tampered.write(name, b"x")
+    problems = tampered.problems()
+    assert f"{name} does not belong in a submission" in problems["the members are those of a submission"]
+
+
+def test_code_among_the_weights(tampered) -> None:
+    tampered.write("weights/text_encoder/pytorch_model.bin", b"x")
+    tampered.redo_manifest()
+    assert "pytorch_model.bin may hold code" in tampered.problems()["the members are those of a submission"]
+
+
+def test_an_archive_without_videos_says_so(tampered) -> None:
+    for role in ("reference", "candidate"):
+        for folder in ("videos", "latents", "frames"):
+            shutil.rmtree(tampered.root / "runs" / role / folder)
+    tampered.redo_checksums()
+    from ptq.submission.verify import check_contents
+
+    claims = by_name(check_contents(tampered.contents(), regenerate=False))
+    assert not [claim for claim in claims.values() if claim.holds is False]
+    assert claims[SHOWN].holds is None and "not in the archive" in claims[SHOWN].found
+
+
+# Weights and runs.
+
+
+def test_weights_of_another_checkpoint(tampered) -> None:
+    tampered.edit("weights/scheduler/scheduler_config.json", lambda config: config.update(flow_shift=9.0))
+    tampered.redo_manifest()
+    assert "is of a checkpoint with digest" in tampered.problems()[TOGETHER]
+
+
+def test_weights_swapped_and_all_digests_with_them(tampered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every digest fits again: only generating a unit tells."""
+    tampered.edit("weights/scheduler/scheduler_config.json", lambda config: config.update(shift=9.0, flow_shift=9.0))
+    from ptq.checkpoint.safetensors_file import read_header
+
+    file = next((tampered.root / "weights/transformer").glob("*.safetensors"))
+    entry = next(e for n, e in read_header(file).items() if n.endswith("proj_out.weight") or n.endswith("weight_scale"))
+    data = bytearray(file.read_bytes())
+    data[entry.start : entry.start + 8] = bytes(8)
+    tampered.write(file.relative_to(tampered.root).as_posix(), bytes(data))
+    redo_crc(tampered, file)
+    tampered.redo_manifest()
+    relabel(tampered, "candidate", identify_model("x", tampered.root / "weights").digest)
+    redo_all(tampered)
+    problems = tampered.problems(regenerate=True)
+    assert list(problems) == [UNIT] and "of the candidate: final_latents_sha256, video_sha256 differ" in problems[UNIT]
+
+
+def redo_crc(tampered, file: Path) -> None:
+    from ptq.checkpoint.safetensors_file import tensor_crc32
+    from ptq.checkpoint.shards import CHECKSUMS_KEY, INDEX_NAME, ShardSet
+
+    shards = ShardSet(file.parent)
+    name = (file.parent / INDEX_NAME).relative_to(tampered.root).as_posix()
+    fresh = {key: tensor_crc32(shards.read(key)) for key in shards.entries}
+    tampered.edit(name, lambda index: index["metadata"].update({CHECKSUMS_KEY: fresh}))
+
+
+def relabel(tampered, role: str, checkpoint: str, **info: Any) -> None:
+    """Give a run another checkpoint's digest, everywhere."""
+
+    def run(value: dict[str, Any]) -> None:
+        value["checkpoint"]["digest"] = checkpoint
+        value["checkpoint"].update(info)
+        decisive = {"checkpoint_digest": checkpoint, **{key: value[key] for key in ("dataset", "settings", "versions")}}
+        value["digest"] = digest(decisive)
+
+    tampered.edit(f"runs/{role}/run.json", run)
+    tampered.edit_lines(f"runs/{role}/{LINES}", lambda lines: [x.update(checkpoint_digest=checkpoint) for x in lines])
+
+
+def test_the_reference_run_is_the_candidates(tampered) -> None:
+    for path in sorted((tampered.root / "runs/candidate").rglob("*")):
+        if path.is_file():
+            name = path.relative_to(tampered.root / "runs/candidate").as_posix()
+            tampered.write(f"runs/reference/{name}", path.read_bytes())
+    problems = tampered.problems()
+    assert "the reference run is of a quantized checkpoint" in problems[TOGETHER]
+    assert "both runs have the same result in 4 of 4 units" in problems[PAIRED]
+
+
+def test_the_reference_run_is_the_candidates_under_another_name(tampered) -> None:
+    original = tampered.read("runs/reference/run.json")["checkpoint"]["digest"]
+    for path in sorted((tampered.root / "runs/candidate").rglob("*")):
+        if path.is_file():
+            name = path.relative_to(tampered.root / "runs/candidate").as_posix()
+            tampered.write(f"runs/reference/{name}", path.read_bytes())
+    relabel(tampered, "reference", original, format=None)
+    problems = tampered.problems()
+    assert TOGETHER not in problems and "one run stands for both" in problems[PAIRED]
+
+
+def test_a_reference_that_is_no_embedded_model_is_not_checked(tampered) -> None:
+    relabel(tampered, "reference", "0" * 64)
+    redo_all(tampered)
+    from ptq.submission.verify import check_contents
+
+    tampered.redo_checksums()
+    claims = by_name(check_contents(tampered.contents()))
+    assert not [claim for claim in claims.values() if claim.holds is False]
+    assert claims["the reference run is of the original model"].holds is None
+    assert "the original model is not in the archive" in claims[UNIT].found
+
+
+@pytest.mark.parametrize(
+    ("role", "key", "value", "reason"),
+    [
+        ("reference", "seed", 5, "says seed = 5, its run and name give"),
+        ("candidate", "steps", 40, "says steps = 40, its run and name give 3"),
+        ("candidate", "prompt", "a red ring", "the prompt differ"),
+        ("candidate", "latent_sha256", "0" * 64, "the initial noise differ"),
+        ("reference", "checkpoint_digest", "0" * 64, "says checkpoint_digest"),
+        ("candidate", "k", 1, "says unit ="),
+    ],
+)
+def test_units_made_under_other_conditions(tampered, role: str, key: str, value: Any, reason: str) -> None:
+    tampered.edit_lines(f"runs/{role}/{LINES}", lambda lines: [line.update({key: value}) for line in lines])
+    tampered.redo_derived()
+    assert reason in tampered.problems()[PAIRED]
+
+
+def test_other_settings_of_one_run(tampered) -> None:
+    def more(value: dict[str, Any]) -> None:
+        value["settings"]["negative_prompt"] = "ugly"
+        value["digest"] = digest(
+            {
+                "checkpoint_digest": value["checkpoint"]["digest"],
+                **{k: value[k] for k in ("dataset", "settings", "versions")},
+            }
+        )
+
+    tampered.edit("runs/reference/run.json", more)
+    redo_all(tampered)
+    assert "negative_prompt is 'ugly'" in tampered.problems()[PAIRED]
+
+
+def test_settings_changed_without_their_digest(tampered) -> None:
+    tampered.edit("runs/candidate/run.json", lambda value: value["versions"].update(torch="9"))
+    assert "was changed: its digest is not that of its settings" in tampered.problems()[TOGETHER]
+
+
+def test_a_failed_unit_hidden_by_the_plan(tampered) -> None:
+    for role in ("reference", "candidate"):
+        tampered.edit_lines(f"runs/{role}/{LINES}", lambda lines: lines[0].update(status="failed", error="black"))
+    tampered.edit_lines(UNITS, lambda lines: lines.pop(0))
+    assert "do not hold the same finished units" in tampered.problems()[PAIRED]
+
+
+@pytest.mark.parametrize("kind", ["videos", "latents", "frames"])
+def test_a_file_that_is_not_its_manifest_line(tampered, kind: str) -> None:
+    first, second = sorted((tampered.root / "runs/candidate" / kind).iterdir())[:2]
+    tampered.write(first.relative_to(tampered.root).as_posix(), second.read_bytes())
+    problem = tampered.problems()["videos, latents and frames have the digests of the runs"]
+    assert first.name in problem and "its sha256 differs" in problem
+
+
+def test_a_protected_block_that_the_tensors_do_not_show(tampered) -> None:
+    config = "weights/transformer/config.json"
+    tampered.edit(config, lambda value: value["quantization_config"].update(high_precision_blocks=[0]))
+    tampered.edit(MANIFEST, lambda manifest: manifest["high_precision"].append("transformer:0"))
+    tampered.redo_manifest()
+    assert "the tensors say []" in tampered.problems()["protected blocks are within the budget, from the tensors"]
+
+
+def test_another_coverage(tampered) -> None:
+    tampered.edit(MANIFEST, lambda manifest: manifest["coverage"].update(flop_share=0.999))
+    tampered.redo_derived()
+    assert "the manifest says flop_share = 0.999" in tampered.problems()["the W4A4 coverage, from the tensors"]
+
+
+def test_another_original_model(tampered) -> None:
+    tampered.edit(MANIFEST, lambda manifest: manifest["base_model"]["configs"].update(transformer="0" * 64))
+    assert (
+        "not that of the original model"
+        in tampered.problems()["format, transform and quantized layers, from the tensors"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("weights/transformer/config.json", {"num_layers": 10**9}, "num_layers = 1e+09"),
+        ("weights/transformer/config.json", {"ffn_dim": 10**12}, "ffn_dim = 1e+12"),
+        ("weights/text_encoder/config.json", {"num_layers": 10**9}, "num_layers = 1e+09"),
+        ("weights/vae/config.json", {"base_dim": 10**15}, "base_dim = 1e+15"),
+        ("weights/transformer/config.json", {"num_layers": 5}, "config.json says 5 blocks"),
+    ],
+    ids=str,
+)
+def test_numbers_that_would_take_for_ever(tampered, name: str, change: dict[str, Any], reason: str) -> None:
+    tampered.edit(name, lambda config: config.update(change))
+    tampered.redo_manifest()
+    assert any(reason in problem for problem in tampered.problems().values())
+
+
+def test_steps_that_would_take_for_ever(tampered) -> None:
+    tampered.edit("runs/candidate/run.json", lambda value: value["settings"].update(steps=10**7))
+    assert "asks for 10000000 steps" in tampered.problems()[PAIRED]
+
+
+def test_which_unit_is_generated_is_drawn_here(tampered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bad bits in one unit are found exactly when that unit is drawn: nothing in the archive says which it will be."""
+
+    def forge(lines: list[Any]) -> None:
+        lines[-1]["final_latents_sha256"] = "0" * 64
+
+    tampered.edit_lines(f"runs/candidate/{LINES}", forge)
+    bad = json.loads((tampered.root / f"runs/candidate/{LINES}").read_text().splitlines()[-1])["unit"]
+    drawn: list[list[str]] = []
+
+    class Fixed(random.Random):
+        def choice(self, seq):
+            drawn.append(list(seq))
+            return bad
+
+    monkeypatch.setattr(repeat, "_draw", Fixed(0))
+    with pytest.raises(Exception, match=f"{bad} of the candidate: final_latents_sha256 differ"):
+        repeat.check_unit(tampered.contents())
+    assert len(drawn[0]) == 4
+
+
+# Shapes.
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        EVALUATION,
+        UNITS,
+        "runs/candidate/run.json",
+        MANIFEST,
+        "submission.json",
+        "weights/model_index.json",
+        "calibration/calibration.json",
+    ],
+)
+@pytest.mark.parametrize(
+    "data",
+    [b"null", b'{"candidate": null}', b"[" * 100_000, b"1" * 10_000],
+    ids=range(4),
+)
+def test_malformed_members_are_answers_and_not_tracebacks(tampered, name: str, data: bytes) -> None:
+    tampered.write(name, data)
+    problems = tampered.problems()
+    assert problems and all(len(text) < 3000 for text in problems.values())

@@ -1,0 +1,163 @@
+"""Whether the two runs of a submission are what they say: of these weights and another model, paired, whole.
+
+Identity, seeds and the digest of a run are computed again; the files that were measured, where the archive has them, are
+compared with the manifests.
+"""
+
+from __future__ import annotations
+
+from ptq import limits
+from ptq.errors import DamagedFileError
+from ptq.evaluation.runs import pair_runs
+from ptq.generation import Settings
+from ptq.prompts import unit_seed
+from ptq.store.evaluation import ROLES
+from ptq.store.files import digest, sha256_file
+from ptq.store.run_info import RunInfo
+from ptq.store.run_manifest import ManifestLine
+from ptq.submission.check import NotCheckedError
+from ptq.submission.contents import Contents
+
+_FROM_SETTINGS = {
+    "width": "width",
+    "height": "height",
+    "frames": "num_frames",
+    "fps": "fps",
+    "steps": "steps",
+    "flow_shift": "flow_shift",
+    "guidance_scale": "guidance_scale",
+    "guidance_scale_2": "guidance_scale_2",
+}
+"""Field of a manifest line -> the setting of run.json that it repeats."""
+
+
+def check_identity(contents: Contents) -> str:
+    """The candidate run is of these weights, the reference run of an unquantized model.
+
+    Raises:
+        DamagedFileError: names the two that differ.
+    """
+    weights, judged = contents.identity, contents.evaluation
+    candidate, reference = contents.infos["candidate"], contents.infos["reference"]
+    for what, value in (
+        ("the evaluation", judged.candidate.checkpoint_digest),
+        ("the candidate run", candidate.checkpoint.digest),
+    ):
+        if value != weights.digest:
+            raise DamagedFileError(
+                f"{what} is of a checkpoint with digest {str(value)[:12]}, the weights have {weights.digest[:12]}"
+            )
+    if candidate.checkpoint.format != weights.format:
+        raise DamagedFileError(
+            f"the candidate run is of a {candidate.checkpoint.format} checkpoint, the weights are {weights.format}"
+        )
+    if reference.checkpoint.format is not None or reference.checkpoint.digest in (None, weights.digest):
+        raise DamagedFileError("the reference run is of a quantized checkpoint; it should be of the original model")
+    for role, info in contents.infos.items():
+        if getattr(judged, role).run_digest != info.digest:
+            raise DamagedFileError(f"the evaluation's {role} run is another one than runs/{role}")
+        decisive = {
+            "checkpoint_digest": info.checkpoint.digest,
+            "dataset": info.dataset,
+            "settings": info.settings,
+            "versions": info.versions,
+        }
+        if digest(decisive) != info.digest:
+            raise DamagedFileError(f"runs/{role}/run.json was changed: its digest is not that of its settings")
+    return f"weights {weights.digest[:12]}, reference {str(reference.checkpoint.digest)[:12]} ({reference.model})"
+
+
+def check_pairing(contents: Contents) -> str:
+    """Both runs hold the same finished units, made under the same conditions, each with the seed of its name.
+
+    Raises:
+        DamagedFileError: a line that contradicts its run. PtqError: units or conditions that differ.
+    """
+    for role, lines in contents.lines.items():
+        settings = bounded_settings(contents.infos[role])
+        for line in lines.values():
+            if line.is_done:
+                _check_line(role, line, contents.infos[role], settings)
+    runs = contents.runs
+    pairs = pair_runs(runs["reference"], runs["candidate"]).pairs
+    for role in ROLES:
+        plan = contents.infos[role].plan
+        if plan.units != len(pairs):
+            raise DamagedFileError(f"runs/{role} was planned for {plan.units} units and has {len(pairs)}")
+        beyond = [
+            line.unit for line in contents.lines[role].values() if not 0 <= int(line.k or 0) < plan.samples_per_prompt
+        ]
+        if beyond:
+            raise DamagedFileError(
+                f"runs/{role} has unit {beyond[0]}, {plan.samples_per_prompt} videos a prompt were planned"
+            )
+        for sample in {line.unit.rsplit("/", 1)[0] for line in contents.lines[role].values()}:
+            absent = [
+                k
+                for k in range(min(plan.samples_per_prompt, len(pairs) + 1))
+                if f"{sample}/{k}" not in runs[role].units
+            ]
+            if absent:
+                raise DamagedFileError(
+                    f"runs/{role}: unit {sample}/{absent[0]} is missing, {plan.samples_per_prompt} videos a prompt were planned"
+                )
+    same = [
+        ours.name
+        for ours, theirs in pairs
+        if ours.line.final_latents_sha256 in (theirs.line.final_latents_sha256,)
+        and ours.line.final_latents_sha256 is not None
+    ]
+    same += [ours.name for ours, theirs in pairs if ours.line.video_sha256 == theirs.line.video_sha256]
+    if same:
+        raise DamagedFileError(
+            f"both runs have the same result in {len(set(same))} of {len(pairs)} units, for example {same[0]}: quantized weights never give the original's bits, so one run stands for both"
+        )
+    return f"{len(pairs)} units, seeds computed again, conditions equal"
+
+
+def bounded_settings(info: RunInfo) -> Settings:
+    """Settings of a run, small enough to be followed.
+
+    Raises:
+        DamagedFileError: not the settings of this version, or beyond what is ever generated.
+    """
+    settings = Settings.from_json(info.settings)
+    pixels = settings.width * settings.height * settings.num_frames
+    if settings.steps > limits.VIDEO_STEPS or pixels > limits.VIDEO_PIXELS:
+        raise DamagedFileError(
+            f"run.json asks for {settings.steps} steps of {settings.width} x {settings.height} x {settings.num_frames}; at most {limits.VIDEO_STEPS} steps and {limits.VIDEO_PIXELS} pixels are followed"
+        )
+    return settings
+
+
+def _check_line(role: str, line: ManifestLine, info: RunInfo, settings: Settings) -> None:
+    dataset, sample = str(line.dataset), str(line.sample_id)
+    wanted = {
+        "unit": f"{dataset}/{sample}/{line.k}",
+        "dataset": info.dataset,
+        "seed": unit_seed(settings.seed, dataset, sample, int(line.k or 0)),
+        "checkpoint_digest": info.checkpoint.digest,
+        **{key: getattr(settings, name) for key, name in _FROM_SETTINGS.items()},
+    }
+    for key, value in wanted.items():
+        if getattr(line, key) != value:
+            raise DamagedFileError(
+                f"runs/{role}: unit {line.unit} says {key} = {getattr(line, key)!r}, its run and name give {value!r}"
+            )
+
+
+def check_measured_files(contents: Contents) -> str:
+    """Videos, latents and frames have the digests of the manifests.
+
+    Raises:
+        DamagedFileError: names the first that differs. NotCheckedError: they are not in the archive.
+    """
+    if not contents.has_measured_files:
+        raise NotCheckedError(
+            "the videos are not in the archive; ask for them, and compare them with the sha256 in runs/*/manifest-*.jsonl"
+        )
+    files = contents.measured_files()
+    for name, value in files.items():
+        if sha256_file(contents.root / name) != value:
+            raise DamagedFileError(f"{name} is not the file of its manifest line: its sha256 differs")
+    return f"{len(files)} files"
