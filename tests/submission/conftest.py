@@ -114,7 +114,11 @@ class Tampered:
         self.write(name, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode())
 
     def write(self, name: str, data: bytes) -> None:
+        """Replace a file; units.jsonl with the digest that evaluation.json has of it, as a forger would."""
         write_bytes(self.root / name, data)
+        if name == "evaluation/units.jsonl":
+            digest = hashlib.sha256(data).hexdigest()
+            self.edit("evaluation/evaluation.json", lambda judged: judged.update(units_sha256=digest))
 
     def redo_manifest(self) -> None:
         """Digests of the checkpoint's files, as a forger would write them."""

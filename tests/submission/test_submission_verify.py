@@ -535,7 +535,7 @@ def test_another_original_model(tampered) -> None:
         ("weights/transformer/config.json", {"ffn_dim": 10**12}, "ffn_dim = 1e+12"),
         ("weights/text_encoder/config.json", {"num_layers": 10**9}, "num_layers = 1e+09"),
         ("weights/vae/config.json", {"base_dim": 10**15}, "base_dim = 1e+15"),
-        ("weights/transformer/config.json", {"num_layers": 5}, "config.json says 5 blocks"),
+        ("weights/transformer/config.json", {"num_layers": 5}, "num_layers = 5, but its weights hold"),
     ],
     ids=str,
 )
