@@ -98,20 +98,28 @@ def _run(
     def convert(part: slice) -> None:
         kernel(x[part], *options, *(out[part] for out in outputs))
 
-    if (kernel, x.dtype) not in _compiled:
+    in_parts(kernel, x.dtype, len(x), PART_ELEMENTS // x.shape[1], convert)
+
+
+def in_parts(kernel: Callable[..., None], kind: Any, rows: int, part: int, run: Callable[[slice], None]) -> None:
+    """Call `run` with slices of `rows`, over several threads where there is more than one part.
+
+    Args:
+        kernel, kind: what `run` calls, and which of its variants; compiled first where it is not yet.
+    """
+    if (kernel, kind) not in _compiled:
         with _compile_lock, _process_lock(kernel), contextlib.suppress(OSError):  # the cache may be full
-            convert(slice(0))
-        _compiled.add((kernel, x.dtype))
-    rows = PART_ELEMENTS // x.shape[1]
-    workers = min(torch.get_num_threads(), -(-len(x) // rows))
+            run(slice(0, 0))
+        _compiled.add((kernel, kind))
+    workers = min(torch.get_num_threads(), -(-rows // part))
     if workers <= 1:
-        kernel(x, *options, *outputs)
+        run(slice(0, rows))
         return
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(convert, (slice(start, start + rows) for start in range(0, len(x), rows))))
+        list(pool.map(run, (slice(start, min(start + part, rows)) for start in range(0, rows, part))))
 
 
-_compiled: set[tuple[Callable[..., None], np.dtype[Any]]] = set()
+_compiled: set[tuple[Callable[..., None], Any]] = set()
 _compile_lock = threading.Lock()
 
 

@@ -1,20 +1,29 @@
 """GPTQ on a block format whose group scales are already fixed (static groups).
 
 Columns are rounded in the order of the factor; every column keeps the step of its own group, so reordering columns does
-not mix groups. Rounding goes through `Format.encode` with those steps: the codes are final and packing never re-rounds.
-Feedback is gathered lazily: one matrix product a block of columns from all blocks before, one vector product a column
-inside the block. Left-looking, so the weight is read once and never rewritten.
+not mix groups. The codes are final and packing never re-rounds. Feedback is gathered lazily: one matrix product a block of
+columns from all blocks before, and inside the block `round_block` walks the columns. Left-looking, so a weight is read
+once; its error takes its place.
+
+`round_block` is the definition; a CPU runs `native_columns` and a GPU `triton_columns` in its place, with the thresholds
+and levels of the format (`grid`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ptq.scheme import Codes, Format
+from ptq.scheme import Codes, Format, native
 from ptq.solvers.factor import Factor
+from ptq.solvers.grid import grid_of
 from ptq.solvers.rtn import check_weight
 from ptq.solvers.stats import SolverError
+
+RoundBlock = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(target, weight, steps, feedback) -> elements, see `round_block`."""
 
 
 def gptq(w_nk: Tensor, factor: Factor, fmt: Format, *, scales: Tensor, block_columns: int = 128) -> Codes:
@@ -45,19 +54,56 @@ def gptq(w_nk: Tensor, factor: Factor, fmt: Format, *, scales: Tensor, block_col
 
 def _round_columns(w_nk: Tensor, steps_nk: Tensor, factor: Factor, fmt: Format, block_columns: int) -> Tensor:
     """Elements uint8 [K, N] in the factor's column order."""
+    feedback = factor.feedback_kk
     # Columns become rows, so that each one is contiguous.
-    weight = w_nk.T.contiguous()[factor.order].to(factor.feedback_kk.dtype)
+    weight = w_nk.T.contiguous()[factor.order].to(feedback.dtype)
     steps = steps_nk.T.contiguous()[factor.order]
-    elements = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    errors = torch.empty_like(weight)
+    run = _implementation(weight, fmt)
+    elements = []
     for start in range(0, len(weight), block_columns):
-        stop = min(start + block_columns, len(weight))
-        target = weight[start:stop] + factor.feedback_kk[start:stop, :start] @ errors[:start]
-        for column in range(start, stop):
-            row = target[column - start]
-            if column > start:
-                row = row + factor.feedback_kk[column, start:column] @ errors[start:column]
-            # The grid is defined in float32, for a float64 factor too.
-            elements[column] = fmt.encode(row.float(), steps[column])
-            errors[column] = weight[column] - fmt.decode(elements[column], steps[column])
+        block = slice(start, min(start + block_columns, len(weight)))
+        target = torch.addmm(
+            weight[block], feedback[block, :start], weight[:start]
+        )  # errors in place of what is rounded
+        elements.append(run(target, weight[block], steps[block], feedback[block, block]))
+    return torch.cat(elements)
+
+
+def _implementation(weight: Tensor, fmt: Format) -> RoundBlock:
+    """The compiled loop of the device of `weight`; the eager one where there is none, or the format has no grid."""
+    grid = grid_of(fmt)
+    if grid is None:
+        return lambda *tensors: round_block(*tensors, fmt)
+    if native.takes(weight):
+        from ptq.solvers import native_columns
+
+        return lambda *tensors: native_columns.round_block(*tensors, grid)
+    if weight.is_cuda:
+        try:
+            from ptq.solvers import triton_columns
+        except ImportError:  # triton exists on Linux only
+            return lambda *tensors: round_block(*tensors, fmt)
+        on_device = grid.to(weight.device)
+        return lambda *tensors: triton_columns.round_block(*tensors, on_device)
+    return lambda *tensors: round_block(*tensors, fmt)
+
+
+def round_block(target_cn: Tensor, weight_cn: Tensor, steps_cn: Tensor, feedback_cc: Tensor, fmt: Format) -> Tensor:
+    """Round a block of columns, feeding each error forward to the columns behind it.
+
+    Args:
+        target_cn: float [C, N], what each column is rounded from, without the feedback inside the block; used up.
+        weight_cn: float [C, N]; becomes the errors.
+        steps_cn: float32 [C, N].
+        feedback_cc: float [C, C], entry [k, i] of column i on column k > i.
+
+    Returns:
+        Elements uint8 [C, N].
+    """
+    elements = torch.empty(weight_cn.shape, dtype=torch.uint8, device=weight_cn.device)
+    for column, (row, steps) in enumerate(zip(target_cn, steps_cn, strict=True)):
+        # The grid is defined in float32, for a float64 factor too.
+        elements[column] = fmt.encode(row.float(), steps)
+        weight_cn[column] -= fmt.decode(elements[column], steps)
+        target_cn[column + 1 :] += feedback_cc[column + 1 :, column, None] * weight_cn[column]
     return elements
