@@ -133,14 +133,12 @@ def transform_weight(w_nk: Tensor, blocks_gbb: Tensor) -> Tensor:
 
 def transform_hessian(h_kk: Tensor, blocks_gbb: Tensor) -> Tensor:
     """Hessian [K, K] = sum x x^T of raw inputs -> A^T H A, in the dtype of `h_kk`."""
-    size, changed = blocks_gbb.shape[1], h_kk.clone()
-    columns = [slice(start, start + size) for start in range(0, len(h_kk), size)]
+    size, changed = blocks_gbb.shape[1], torch.empty_like(h_kk)
     blocks = blocks_gbb.to(h_kk.dtype)
-    # Block by block: a wide Hessian is held twice, not four times.
-    for part, block in zip(columns, blocks, strict=True):
-        changed[:, part] = changed[:, part] @ block
-    for part, block in zip(columns, blocks, strict=True):
-        changed[part] = block.T @ changed[part]
+    # Some rows at a time: a wide Hessian is held twice, not four times.
+    for rows, out, part in zip(h_kk.split(ROWS), changed.split(ROWS), blocks.split(ROWS // size), strict=True):
+        left = part.transpose(-2, -1) @ rows.reshape(len(part), size, -1)
+        out.copy_(transform_input(left.reshape(rows.shape), blocks))
     return changed
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ptq.config.recipe import SolverSettings
 from ptq.scheme import Scheme
 from ptq.solvers.factor import check_hessian
-from ptq.solvers.measure import relative, token_error
+from ptq.solvers.measure import energy, relative
 from ptq.solvers.rtn import check_weight, round_to_nearest
 from ptq.solvers.stats import InputStats, SolverError
 
@@ -58,15 +59,18 @@ def search_basis(weights: Sequence[Tensor], stats: InputStats, scheme: Scheme, s
     if len(candidates) == 1:
         return BasisChoice(*next(iter(candidates.items())), {})
     rows = [w[:: max(1, len(w) // SEARCH_ROWS)].float() for w in weights]
-    targets = [stats.x_tk @ w.T for w in rows]
-    errors = {}
-    for name, basis in candidates.items():
-        xq = scheme.quantize_input(stats.x_tk, basis)
-        total = 0.0
-        for w, target in zip(rows, targets, strict=True):
-            codes = round_to_nearest(transform.weight(w, basis), scheme.format, scale_rule=settings.weight_rule)
-            # A Linear without any output (an all-zero weight) has no say.
-            total += relative(*token_error(target, xq @ scheme.format.dequantize(codes).T)) or 0.0
-        errors[name] = total / len(rows)
+    sizes, stacked = [len(part) for part in rows], torch.cat(rows)  # rows are independent
+    target = stats.x_tk @ stacked.T
+    figures = [[energy(part) for part in target.split(sizes, dim=1)]]
+    for basis in candidates.values():
+        codes = round_to_nearest(transform.weight(stacked, basis), scheme.format, scale_rule=settings.weight_rule)
+        output = scheme.quantize_input(stats.x_tk, basis) @ scheme.format.dequantize(codes).T
+        figures.append([energy(part) for part in output.sub_(target).split(sizes, dim=1)])
+    signals, *by_candidate = torch.stack([torch.stack(row) for row in figures]).tolist()
+    # A Linear without any output (an all-zero weight) has no say.
+    errors = {
+        name: sum(relative(*pair) or 0.0 for pair in zip(row, signals, strict=True)) / len(rows)
+        for name, row in zip(candidates, by_candidate, strict=True)
+    }
     best = min(errors, key=errors.__getitem__)
     return BasisChoice(best, candidates[best], errors)

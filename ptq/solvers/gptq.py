@@ -11,6 +11,8 @@ and levels of the format (`grid`).
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -72,20 +74,15 @@ def _round_columns(w_nk: Tensor, steps_nk: Tensor, factor: Factor, fmt: Format, 
 def _implementation(weight: Tensor, fmt: Format) -> RoundBlock:
     """The compiled loop of the device of `weight`; the eager one where there is none, or the format has no grid."""
     grid = grid_of(fmt)
-    if grid is None:
-        return lambda *tensors: round_block(*tensors, fmt)
-    if native.takes(weight):
+    if grid is not None and native.takes(weight):
         from ptq.solvers import native_columns
 
-        return lambda *tensors: native_columns.round_block(*tensors, grid)
-    if weight.is_cuda:
-        try:
-            from ptq.solvers import triton_columns
-        except ImportError:  # triton exists on Linux only
-            return lambda *tensors: round_block(*tensors, fmt)
-        on_device = grid.to(weight.device)
-        return lambda *tensors: triton_columns.round_block(*tensors, on_device)
-    return lambda *tensors: round_block(*tensors, fmt)
+        return functools.partial(native_columns.round_block, grid=grid)
+    if grid is not None and weight.is_cuda and importlib.util.find_spec("triton"):  # it exists on Linux only
+        from ptq.solvers import triton_columns
+
+        return functools.partial(triton_columns.round_block, grid=grid.to(weight.device))
+    return functools.partial(round_block, fmt=fmt)
 
 
 def round_block(target_cn: Tensor, weight_cn: Tensor, steps_cn: Tensor, feedback_cc: Tensor, fmt: Format) -> Tensor:

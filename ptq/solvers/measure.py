@@ -1,4 +1,6 @@
-"""How good a quantized weight is: weight SQNR, output error in trace form, output error on tokens."""
+"""How good a quantized weight is: weight SQNR, output error in trace form, output error on tokens.
+
+Sums stay on their device as float64 tensors; who reports them reads all of an input's figures at once."""
 
 from __future__ import annotations
 
@@ -8,14 +10,11 @@ import torch
 from torch import Tensor
 
 BLOCK = 1024
-"""Rows or columns taken at a time."""
+"""Columns taken at a time."""
 
 
-def sqnr_db(w_nk: Tensor, wq_nk: Tensor) -> float | None:
-    """10 log10(sum w^2 / sum (w - wq)^2); None where either is zero and there is no such figure."""
-    pairs = list(zip(w_nk.split(BLOCK), wq_nk.split(BLOCK), strict=True))  # float64 copies of a few rows, not of all
-    error = sum(float((w - wq).double().square().sum()) for w, wq in pairs)
-    signal = sum(float(w.double().square().sum()) for w, _ in pairs)
+def sqnr_db(error: float, signal: float) -> float | None:
+    """10 log10(signal / error) of sums of squares; None where either is zero and there is no such figure."""
     return 10.0 * math.log10(signal / error) if signal > 0 and error > 0 else None
 
 
@@ -41,6 +40,6 @@ def relative(error: float, signal: float) -> float | None:
     return 0.0 if error == 0 else None
 
 
-def token_error(y_tn: Tensor, yq_tn: Tensor) -> tuple[float, float]:
-    """(sum_t |y - yq|^2, sum_t |y|^2) of outputs float [T, N]."""
-    return tuple(float(part.square().sum(-1).double().sum()) for part in (y_tn - yq_tn, y_tn))  # type: ignore[return-value]
+def energy(x: Tensor) -> Tensor:
+    """Sum of the squares of float32 [R, C], float64 []."""
+    return x.square().sum(-1).double().sum()

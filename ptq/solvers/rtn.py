@@ -36,6 +36,7 @@ def check_weight(w_nk: Tensor) -> None:
     """Raise SolverError unless `w_nk` is a finite matrix."""
     if w_nk.dim() != 2:
         raise SolverError(f"A weight matrix [N, K] is needed, found shape {list(w_nk.shape)}.")
-    bad = int((~torch.isfinite(w_nk)).sum())
-    if bad:
+    # The sum is finite only if all entries are: float64 does not overflow on float32.
+    if not bool(torch.isfinite(w_nk.sum(dtype=torch.float64))):
+        bad = int((~torch.isfinite(w_nk)).sum())
         raise SolverError(f"The weight {list(w_nk.shape)} holds {bad} NaN or infinite values and cannot be quantized.")

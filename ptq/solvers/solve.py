@@ -5,7 +5,7 @@ Mathematics on tensors only: no module names, no files, no replay. What comes ou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from ptq.scheme.transform import OFF
 from ptq.solvers.basis import BasisChoice, search_basis
 from ptq.solvers.factor import Factor, factorize
 from ptq.solvers.gptq import gptq
-from ptq.solvers.measure import relative, sqnr_db, token_error, trace_errors
+from ptq.solvers.measure import relative, sqnr_db, trace_errors
 from ptq.solvers.rtn import round_to_nearest, round_to_scales
 from ptq.solvers.scales import search_scales
 from ptq.solvers.stats import InputStats, SolverError
@@ -82,42 +82,48 @@ def _solve(
     h_kk = None
     if stats is not None and stats.h_kk is not None:
         h_kk = scheme.transform.hessian(stats.h_kk, choice.basis)
-    codes, shared, traces = _codes(stacked, rtn, h_kk, fmt, settings)
+    rounded, shared = _rounded(stacked, rtn, h_kk, fmt, settings)
     shared |= {"basis": choice.name, "basis_errors": choice.errors}
-    inputs = None
+    figures = rounded.figures
     if stats is not None:
         shared |= {"tokens": stats.n_tokens, "sample_tokens": len(stats.x_tk)}
         inputs = (scheme.transform_input(stats.x_tk, choice.basis), scheme.quantize_input(stats.x_tk, choice.basis))
+        figures |= _output_errors(stacked, rounded.values, fmt.dequantize(rtn), *inputs)
 
-    solutions: dict[str, LayerSolution] = {}
-    start = 0
-    for name, weight in weights.items():
-        rows = slice(start, start + len(weight))
-        start = rows.stop
-        chosen = _rows(codes, rows)
-        w, wq = stacked[rows], fmt.dequantize(chosen)
-        report = {"weight_sqnr_db": sqnr_db(w, wq)} | shared
-        if traces is not None:
-            report |= traces.report(rows)
-        if inputs is not None:
-            report |= _output_errors(w, wq, fmt.dequantize(_rows(rtn, rows)), *inputs)
-        solutions[name] = LayerSolution(chosen, choice.basis, report)
-    return solutions
+    sizes = [len(weight) for weight in weights.values()]
+    parts = zip(rounded.codes.elements.split(sizes), rounded.codes.scales.split(sizes), strict=True)
+    return {
+        name: LayerSolution(Codes(*part), choice.basis, _report(totals) | shared)
+        for name, part, totals in zip(weights, parts, _totals(figures, sizes), strict=True)
+    }
 
 
-def _codes(
+@dataclass(frozen=True)
+class _Rounded:
+    """A weight as it will be stored, and what that costs: codes, their values float32 [N, K], name -> a figure of each row [N]."""
+
+    codes: Codes
+    values: Tensor
+    figures: dict[str, Tensor]
+
+
+def _rounded(
     w_nk: Tensor, rtn: Codes, h_kk: Tensor | None, fmt: Format, settings: SolverSettings
-) -> tuple[Codes, dict[str, object], _Traces | None]:
-    """Codes of a weight in the basis, what to report for all its Linears, and the errors of its rows."""
+) -> tuple[_Rounded, dict[str, object]]:
+    """A weight in the basis, rounded, and what to report for all its Linears."""
     if h_kk is None:
         scales = search_scales(w_nk, fmt) if settings.clip_search else None
-        return (rtn if scales is None else round_to_scales(w_nk, scales, fmt)), {}, None
+        codes = rtn if scales is None else round_to_scales(w_nk, scales, fmt)
+        values = fmt.dequantize(codes)
+        figures = {"weight_error": (values - w_nk).square_().sum(-1), "weight": w_nk.square().sum(-1)}
+        return _Rounded(codes, values, figures), {}
     factor, report = None, {}
     if settings.rounding == "gptq":
         factor = factorize(h_kk, damping=settings.damping, act_order=settings.act_order)
         report = {name: getattr(factor, name) for name in ("damping", "damping_retries", "dead_columns")}
-    codes, traces = _keep_better(w_nk, rtn, _round(w_nk, rtn, factor, h_kk, fmt, settings), h_kk, fmt)
-    return codes, report, traces
+    codes = _round(w_nk, rtn, factor, h_kk, fmt, settings)
+    del factor
+    return _keep_better(w_nk, rtn, codes, h_kk, fmt), report
 
 
 def _check_group(
@@ -153,41 +159,51 @@ def _round(
     return round_to_scales(w_nk, scales, fmt) if settings.clip_search else rtn
 
 
-@dataclass(frozen=True)
-class _Traces:
-    """Squared output errors of every row over the calibration tokens, float64 [N]."""
-
-    rtn: Tensor
-    chosen: Tensor
-    signal: Tensor
-    kept_rtn: Tensor
-
-    def report(self, rows: slice) -> dict[str, object]:
-        signal = float(self.signal[rows].sum())
-        return {
-            "trace_error_rtn": relative(float(self.rtn[rows].sum()), signal),
-            "trace_error": relative(float(self.chosen[rows].sum()), signal),
-            "rows_kept_rtn": int(self.kept_rtn[rows].sum()),
-        }
-
-
-def _keep_better(w_nk: Tensor, rtn: Codes, codes: Codes, h_kk: Tensor, fmt: Format) -> tuple[Codes, _Traces]:
+def _keep_better(w_nk: Tensor, rtn: Codes, codes: Codes, h_kk: Tensor, fmt: Format) -> _Rounded:
     """Row by row the better of plain rounding and the solver's codes: rows are independent, and so are their scales."""
-    errors_rtn = trace_errors(fmt.dequantize(rtn) - w_nk, h_kk)
-    errors = errors_rtn if codes is rtn else trace_errors(fmt.dequantize(codes) - w_nk, h_kk)
-    kept = errors_rtn < errors
+    plain, solved = fmt.dequantize(rtn), fmt.dequantize(codes)
+    traces_rtn, errors_rtn = _row_errors(plain, w_nk, h_kk)
+    traces, errors = _row_errors(solved, w_nk, h_kk)
+    kept = traces_rtn < traces
     column = kept.unsqueeze(-1)
     best = Codes(torch.where(column, rtn.elements, codes.elements), torch.where(column, rtn.scales, codes.scales))
-    return best, _Traces(errors_rtn, torch.minimum(errors_rtn, errors), trace_errors(w_nk, h_kk), kept)
-
-
-def _output_errors(w_nk: Tensor, wq_nk: Tensor, rtn_nk: Tensor, x_tk: Tensor, xq_tk: Tensor) -> dict[str, object]:
-    target = x_tk @ w_nk.T
-    return {
-        "output_error_rtn": relative(*token_error(target, xq_tk @ rtn_nk.T)),
-        "output_error": relative(*token_error(target, xq_tk @ wq_nk.T)),
+    figures = {
+        "weight_error": torch.where(kept, errors_rtn, errors),
+        "weight": w_nk.square().sum(-1),
+        "trace_error_rtn": traces_rtn,
+        "trace_error": torch.minimum(traces_rtn, traces),
+        "trace": trace_errors(w_nk, h_kk),
+        "kept_rtn": kept,
     }
+    return _Rounded(best, torch.where(column, plain, solved), figures)
 
 
-def _rows(codes: Codes, rows: slice) -> Codes:
-    return Codes(codes.elements[rows], codes.scales[rows])
+def _row_errors(values: Tensor, w_nk: Tensor, h_kk: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row the squared output error over the calibration tokens, and the squared error of the weight."""
+    error = values - w_nk
+    return trace_errors(error, h_kk), error.square_().sum(-1)
+
+
+def _output_errors(w_nk: Tensor, values_nk: Tensor, rtn_nk: Tensor, x_tk: Tensor, xq_tk: Tensor) -> dict[str, Tensor]:
+    """Of each row the squared output over sample tokens, and its squared errors under quantized inputs."""
+    target = x_tk @ w_nk.T
+    rtn, chosen = ((xq_tk @ quantized.T).sub_(target) for quantized in (rtn_nk, values_nk))
+    outputs = {"output_error_rtn": rtn, "output_error": chosen, "output": target}
+    return {name: output.square_().sum(0) for name, output in outputs.items()}
+
+
+def _totals(figures: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, float]]:
+    """Figures of rows [N] -> their sums over each Linear's rows; all leave the device at once."""
+    table = torch.stack([rows.double() for rows in figures.values()])
+    sums = torch.stack([part.sum(1) for part in table.split(list(sizes), dim=1)]).tolist()
+    return [dict(zip(figures, row, strict=True)) for row in sums]
+
+
+def _report(totals: Mapping[str, float]) -> dict[str, object]:
+    """What `LayerSolution.stats` says of one Linear's figures."""
+    report: dict[str, object] = {"weight_sqnr_db": sqnr_db(totals["weight_error"], totals["weight"])}
+    for name in ("trace", "output"):
+        if name in totals:
+            report[f"{name}_error_rtn"] = relative(totals[f"{name}_error_rtn"], totals[name])
+            report[f"{name}_error"] = relative(totals[f"{name}_error"], totals[name])
+    return report | ({"rows_kept_rtn": int(totals["kept_rtn"])} if "kept_rtn" in totals else {})
