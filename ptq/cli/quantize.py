@@ -33,6 +33,12 @@ def quantize(
     max_memory: Annotated[
         float | None, options.number("--max-memory", 0.0, 1e6, "GB for hidden states; more goes to disk.")
     ] = None,
+    streams: Annotated[
+        str,
+        typer.Option(
+            "--streams", help="Place of the hidden states: auto, gpu, pinned or disk; on a CPU auto, memory or disk."
+        ),
+    ] = "auto",
     link: Annotated[bool, typer.Option("--link", help="Link unchanged components instead of copying them.")] = False,
     fresh: options.Fresh = False,
     check: options.Preflight = True,
@@ -45,6 +51,8 @@ def quantize(
     """
     from ptq.config import load_recipe
     from ptq.quantization.job import Job, QuantizeOptions
+    from ptq.quantization.placing import parse_streams
+    from ptq.quantization.plan import describe, needs
     from ptq.quantization.run import quantize as run
     from ptq.quantization.settings import QuantizeSettings, parse_high_precision, parse_scope
     from ptq.store.calibration import CalibrationSet
@@ -65,15 +73,16 @@ def quantize(
         seed=seed,
     )
     limit = None if max_memory is None else int(max_memory * 1e9)
-    how = QuantizeOptions(device=device, max_memory=limit, link=link, fresh=fresh)
+    place = parse_streams(streams, device)
+    how = QuantizeOptions(device=device, max_memory=limit, streams=place, link=link, fresh=fresh)
     job = Job(layout, CalibrationSet(calibration), settings, out, how)
     if dry_run:
-        ui.details("Quantization plan", job.describe())
+        ui.details("Quantization plan", describe(job))
         return
     quiet_libraries()
     job.check()
     if check:
-        preflight(job.needs, out, device, format_name)
+        preflight(lambda: needs(job), out, device, format_name)
     manifest = run(job)
     if as_json:
         print_json(summary(manifest))

@@ -14,6 +14,7 @@ from torch import nn
 from ptq.errors import PtqError
 from ptq.quantization.calls import ReplayRecord
 from ptq.quantization.collect import InputCollector, collecting
+from ptq.quantization.placing import solve_device
 from ptq.quantization.processes import ALONE, Processes
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.shared_inputs import InputGroup, find_shared_inputs
@@ -28,9 +29,9 @@ def forward_stream(
     block: nn.Module, records: Sequence[ReplayRecord], source: Stream, target: Stream, device: torch.device
 ) -> None:
     """Run every record's hidden states through the block, from one stream into another (or the same)."""
-    for item in records:
-        hidden = source[item.record.record].to(device)
-        target[item.record.record] = run_block(block, hidden, item.context())
+    names = [item.record.record for item in records]
+    for name, item, hidden in zip(names, records, source.visit(names, device), strict=True):
+        target[name] = run_block(block, hidden, item.context())
 
 
 def find_block_inputs(
@@ -93,8 +94,10 @@ def solve_block(
         del collectors[name]
     for name, modules in modules_of.items():
         if name in own:
-            weights = {linear: module.weight.float() for linear, module in modules.items()}
-            stats = collectors.pop(name).stats()
+            home = next(iter(modules.values())).weight.device
+            device = solve_device(home, solve_cost(modules.values()))
+            weights = {linear: module.weight.to(device, torch.float32) for linear, module in modules.items()}
+            stats = collectors.pop(name).stats().to(device)
             solutions |= solve_group(weights, stats, settings.scheme, settings.recipe.solver)
     solutions = processes.merge(solutions)
     return {linear: solutions[linear] for modules in modules_of.values() for linear in modules}
@@ -113,16 +116,18 @@ def install(block: nn.Module, solutions: Mapping[str, LayerSolution], scheme: Sc
         linear = block.get_submodule(name)
         # The layer's own copy: on disk Linears of one input do not share the basis.
         basis = None if solution.basis is None else solution.basis.clone()
-        bias = None if linear.bias is None else linear.bias.float()
+        bias = None if linear.bias is None else linear.bias.to(solution.codes.elements.device, torch.float32)
         layer = QuantLinear.from_codes(solution.codes, scheme, bias, basis)
         block.set_submodule(name, layer.to(linear.weight.device))
 
 
-def stream_error(records: Sequence[ReplayRecord], reference: Stream, candidate: Stream) -> float:
+def stream_error(records: Sequence[ReplayRecord], reference: Stream, candidate: Stream, device: torch.device) -> float:
     """Squared norm of the difference of two streams, relative to the reference's."""
-    error = signal = 0.0
-    for item in records:
-        original = reference[item.record.record].float()
-        error += float((candidate[item.record.record].float() - original).square().sum(dtype=torch.float64))
-        signal += float(original.square().sum(dtype=torch.float64))
+    names = [item.record.record for item in records]
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for original, changed in zip(reference.visit(names, device), candidate.visit(names, device), strict=True):
+        original = original.float()
+        totals[0] += (changed.float() - original).square_().sum(dtype=torch.float64)
+        totals[1] += original.square().sum(dtype=torch.float64)
+    error, signal = totals.tolist()
     return error / signal if signal else 0.0

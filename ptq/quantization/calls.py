@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ptq.errors import PtqError
+from ptq.quantization.placing import Place
 from ptq.quantization.streams import Stream
 from ptq.store.calibration import CalibrationSet, DenoiserCall
 from ptq.store.records import Record
@@ -76,9 +77,9 @@ class ExpertCalls:
             for record, importance in zip(records, importances(records), strict=True)
         ]
 
-    def start(self, scratch: Path | None = None) -> Stream:
-        """A stream with the inputs of block 0 (memory-mapped in `scratch` if given)."""
-        stream = Stream(scratch)
+    def start(self, place: Place = "memory", scratch: Path | None = None) -> Stream:
+        """A stream with the inputs of block 0, see `Stream`."""
+        stream = Stream(place, scratch)
         for item in self.items:
             stream[item.record.record] = self._replay.head(self._name(item.record), self._call(item.record))[0]
         return stream

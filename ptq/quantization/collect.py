@@ -17,6 +17,8 @@ from ptq.solvers.stats import InputStats
 
 COLUMNS = 1024
 """Columns of a Hessian that are updated by one product."""
+TOKENS = 2048
+"""Tokens that a CPU converts to float32 at a time."""
 
 
 class InputCollector:
@@ -42,12 +44,13 @@ class InputCollector:
     def update(self, x: Tensor) -> None:
         """Add the tokens of x [..., K]."""
         x_tk = x.reshape(-1, x.shape[-1])
-        x32 = x_tk.float()
+        k = x_tk.shape[-1]
         if self._absmax_k is None:
-            self._absmax_k = x32.new_zeros(x32.shape[-1])
-            self._h_kk = x32.new_zeros(x32.shape[-1], x32.shape[-1]) if self._hessian else None
-        torch.maximum(self._absmax_k, x32.abs().amax(0), out=self._absmax_k)
-        self._tokens += len(x_tk) if self._h_kk is None else self._add_to_hessian(x32)
+            self._absmax_k = torch.zeros(k, device=x_tk.device)
+            self._h_kk = torch.zeros(k, k, device=x_tk.device) if self._hessian else None
+        largest = torch.maximum(*(edge.abs() for edge in torch.aminmax(x_tk, dim=0)))
+        torch.maximum(self._absmax_k, largest.float(), out=self._absmax_k)
+        self._tokens += len(x_tk) if self._h_kk is None else self._add_to_hessian(x_tk)
         self._total += len(x_tk)
         self._samples.append(x_tk[self._pick(len(x_tk), self._sample, x_tk.device)].float())
 
@@ -61,7 +64,7 @@ class InputCollector:
         for start in range(0, x_tk.shape[1], COLUMNS):
             part = slice(start, start + COLUMNS)
             above = x_tk[:, : part.stop]
-            self._h_kk[: part.stop, part].addmm_(above.T, x_tk[:, part], alpha=total / len(x_tk))
+            add_product(self._h_kk[: part.stop, part], above, x_tk[:, part], total / len(x_tk))
         return len(x_tk)
 
     def _pick(self, total: int, count: int, device: torch.device) -> Tensor:
@@ -81,6 +84,21 @@ class InputCollector:
                 part = slice(start, start + COLUMNS)
                 self._h_kk[part, :start] = self._h_kk[:start, part].T
         return InputStats(self._h_kk, self._absmax_k, self._total, self._tokens, torch.cat(self._samples))
+
+
+def add_product(h_ab: Tensor, a_ta: Tensor, b_tb: Tensor, factor: float) -> Tensor:
+    """Add factor * a^T b to float32 [A, B], in place. Products are exact where the tokens [T, A] and [T, B] are bfloat16.
+
+    A GPU multiplies bfloat16 as it is and sums in float32. A CPU has no such product: it converts some tokens at a time, never
+    all of them.
+    """
+    if a_ta.dtype == torch.float32:
+        return h_ab.addmm_(a_ta.T, b_tb, alpha=factor)
+    if a_ta.is_cuda:
+        return h_ab.add_(torch.mm(a_ta.T, b_tb, out_dtype=torch.float32), alpha=factor)
+    for a, b in zip(a_ta.split(TOKENS), b_tb.split(TOKENS), strict=True):
+        h_ab.addmm_(a.float().T, b.float(), alpha=factor)
+    return h_ab
 
 
 @contextlib.contextmanager

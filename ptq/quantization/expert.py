@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,11 +18,14 @@ from ptq.quantization.block import (
     forward_stream,
     install,
     solve_block,
+    solve_cost,
     stream_error,
 )
 from ptq.quantization.job import Job
+from ptq.quantization.placing import Place, solve_device
 from ptq.quantization.shared_inputs import InputGroup
-from ptq.quantization.workdir import WorkDir
+from ptq.quantization.workdir import STREAMS_DIR, WorkDir
+from ptq.quantization.writer import BlockWriter
 from ptq.runtime import QuantLinear
 from ptq.wan.block import block_prefix
 
@@ -45,35 +46,38 @@ class ExpertRun:
     Args:
         job: the run. name: the expert.
         work: where finished blocks go.
-        scratch: folder for memory-mapped streams, None to keep them in memory.
+        place: where both streams of hidden states are.
 
     Raises:
         PtqError: no records for this expert.
     """
 
-    def __init__(self, job: Job, name: str, work: WorkDir, scratch: Path | None) -> None:
+    def __init__(self, job: Job, name: str, work: WorkDir, place: Place) -> None:
         self.name, self.work, self.settings = name, work, job.settings
         self.replay, self._processes = job.replay(name), job.processes
         self._targets = job.packed(name).targets
         self._groups: list[InputGroup] = []
         self._calls = job.calls(name, self.replay)
         self._records = self._calls.items
-        self._original, self._propagated = self._calls.start(scratch), self._calls.start(scratch)
+        self._original, self._propagated = (self._calls.start(place, work.path / STREAMS_DIR) for _ in range(2))
 
     def run(self, bar: ui.Progress) -> ExpertResult:
         """Quantize every block, or take it from an earlier run, and measure the denoiser's output error."""
         result = ExpertResult({}, [], [], ExpertEntry(expert=self.name, denoiser_error=0.0, records=len(self._records)))
-        for index in range(self.replay.num_blocks):
-            entries, info = self._block(index)
-            result.changed.update(entries)
-            result.blocks.append(BlockEntry(**info["block"]))
-            result.layers += [LayerEntry(**layer) for layer in info["layers"]]
-            bar.advance(note=f"{self.name} block {index}, stream error {info['block']['stream_error']:.2e}")
+        with BlockWriter(self.work, self.name) as writer:
+            for index in range(self.replay.num_blocks):
+                entries, info = self._block(index, writer)
+                result.changed.update(entries)
+                result.blocks.append(BlockEntry(**info["block"]))
+                result.layers += [LayerEntry(**layer) for layer in info["layers"]]
+                bar.advance(note=f"{self.name} block {index}, stream error {info['block']['stream_error']:.2e}")
+        result.changed.update(writer.entries)
         error = self._calls.output_error(self._original, self._propagated)
         result.summary = result.summary.model_copy(update={"denoiser_error": error})
         return result
 
-    def _block(self, index: int) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
+    def _block(self, index: int, writer: BlockWriter) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
+        """Entries of a block that was finished before, and the manifest's rows of the block."""
         start = time.monotonic()
         block = self.replay.load_block(index)
         device = self.replay.device
@@ -89,43 +93,37 @@ class ExpertRun:
             return entries, {**info, "block": self._row(index, seconds, reason)}
         if not self._groups:  # the same in every block
             self._groups = find_block_inputs(block, self._targets, self._records[0], self._original, device)
+            self._say_where(block)
         collectors = collect_statistics(block, self._groups, self._records, self._original, self.settings, device)
         solutions = solve_block(block, self._groups, collectors, self.settings, self._processes)
         layers = []
         for linear, solution in solutions.items():
             n, k = solution.codes.elements.shape
             row = {"expert": self.name, "block": index, "layer": linear, "shape": (n, k), **solution.stats}
-            layers.append(LayerEntry.model_validate(row))
+            layers.append(LayerEntry.model_validate(row).model_dump(mode="json"))
         install(block, solutions, self.settings.scheme)
         forward_stream(block, self._records, self._propagated, self._propagated, device)
-        return self._commit(block, index, layers, time.monotonic() - start)
+        info = {"block": self._row(index, time.monotonic() - start, None), "layers": layers}
+        if self._processes.first:
+            writer.put(index, changed_tensors(block, block_prefix(index)), info)
+        return {}, info
 
-    def _commit(
-        self,
-        block: nn.Module,
-        index: int,
-        layers: Sequence[LayerEntry],
-        seconds: float,
-    ) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
-        """Store the block and return it as a later run would find it."""
-        tensors = changed_tensors(block, block_prefix(index))
-        info = {
-            "block": self._row(index, seconds, None),
-            "layers": [layer.model_dump(mode="json") for layer in layers],
-        }
-        if not self._processes.first:
-            return {}, info
-        self.work.save_block(self.name, index, tensors, info)
-        stored = self.work.load_block(self.name, index)
-        assert stored is not None  # it was written a moment ago
-        return stored
+    def _say_where(self, block: nn.Module) -> None:
+        """Tell which inputs are solved on the CPU though the run has a GPU."""
+        device = self.replay.device
+        costs = [solve_cost(block.get_submodule(name) for name in group.names) for group in self._groups]
+        small = sum(solve_device(device, cost) != device for cost in costs)
+        if small:
+            ui.info(
+                f"{small} of the {len(costs)} inputs of a block of {self.name} are solved on the CPU: they are too small to be faster on {device}."
+            )
 
     def _row(self, index: int, seconds: float, reason: str | None) -> dict[str, Any]:
         """The manifest's row of a block, from the two streams as they stand behind it."""
         row = BlockEntry(
             expert=self.name,
             block=index,
-            stream_error=stream_error(self._records, self._original, self._propagated),
+            stream_error=stream_error(self._records, self._original, self._propagated, self.replay.device),
             high_precision=reason is not None,
             reason=reason,
             seconds=round(seconds, 3),

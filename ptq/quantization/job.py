@@ -1,58 +1,38 @@
-"""One quantize run as a value: what it is made from, how, where to, and what it will take before anything is spent.
-
-Estimates are sizes of the large things only: the streams of hidden states, one block and its statistics, the shards. Times
-divide exact counts of operations by what a short matrix multiplication reaches here.
-"""
+"""One quantize run as a value: what it is made from, how, where to, and its sizes. What it will take: `ptq.quantization.plan`."""
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from ptq import ui
 from ptq.checkpoint.manifest import Coverage, package_versions
 from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet
 from ptq.config.load import validate
 from ptq.errors import UsageError
 from ptq.quantization.calls import ExpertCalls, spread
+from ptq.quantization.placing import StreamsOption
 from ptq.quantization.processes import ALONE, Processes
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.workdir import refuse_taken
 from ptq.rules import check_budget
 from ptq.scheme import FormatError
 from ptq.store.calibration import CalibrationSet
-from ptq.store.files import digest, files_below
+from ptq.store.files import digest
 from ptq.wan.block import block_prefix, rows_outside, video_tokens
-from ptq.wan.estimates import (
-    EFFICIENCY,
-    CallSize,
-    denoiser_activation_bytes,
-    forward_flops,
-    hessian_flops,
-    measure_rate,
-    solve_flops,
-)
+from ptq.wan.estimates import CallSize
 from ptq.wan.layout import ModelLayout
-from ptq.wan.preflight import Needs
 from ptq.wan.presets import SAMPLING, ModelPreset
 from ptq.wan.replay import ExpertReplay
 
 STREAM_BYTES = 4
 """Hidden states of both streams are counted in float32."""
-SOLVER_COPIES = 3
-"""Matrices of the widest input's size alive while it is solved: Hessian, its transform, the factor."""
-WEIGHT_COPIES = 6
-"""float32 copies of the largest Linear alive while it is solved: transformed, codes, both roundings, their errors. With them
-the estimate is within 5 % of a measured block of A14B's width (docs/benchmarks.md)."""
-LIBRARY_BYTES = 700 * 2**20
-"""Python, torch, diffusers and transformers, loaded."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +43,7 @@ class QuantizeOptions:
         device: of the replay.
         max_memory: bytes that the two streams of hidden states may take in RAM; beyond, they are memory-mapped files.
             None: half of what is available.
+        streams: where they are; "auto": the fastest place in which they fit.
         link: link unchanged components instead of copying them.
         fresh: discard an unfinished run.
         max_shard_bytes: limit of a weight file.
@@ -70,6 +51,7 @@ class QuantizeOptions:
 
     device: str = "cpu"
     max_memory: int | None = None
+    streams: StreamsOption = "auto"
     link: bool = False
     fresh: bool = False
     max_shard_bytes: int = MAX_SHARD_BYTES
@@ -180,7 +162,7 @@ class Job:
         protected = tuple(sorted(self.settings.high_precision.get(expert, ())))
         return PackedConfig(self.settings.scheme, tuple(self.layout.linear_shapes(expert)), protected)
 
-    # What it will take.
+    # Its sizes.
 
     def call_size(self, expert: str) -> CallSize:
         """Size of an expert's recorded calls, from the first of them."""
@@ -245,81 +227,6 @@ class Job:
         kept = covered.original_bytes - covered.quantized_parameters * itemsize
         return kept + covered.quantized_bytes + covered.basis_bytes
 
-    def needs(self) -> Needs:
-        """Disk, RAM and GPU memory of the whole run; what an unfinished run has written already is not counted again.
-
-        Disk: finished blocks and the final shards at the same time, the copied components, and the streams where they do not
-        fit into RAM. Memory: the streams (in RAM, or paged from disk), one block, its statistics, one forward.
-        """
-        experts, options = self.layout.experts, self.options
-        streams = max(map(self.stream_bytes, experts))
-        in_ram = streams <= options.stream_limit
-        folders = [path for path in self.layout.path.iterdir() if path.name not in experts]
-        others = 0 if options.link else sum(map(_bytes_below, folders))
-        written = _bytes_below(self.out.with_name(self.out.name + ".partial"))
-        disk = max(0, 2 * self.packed_bytes() + others + (0 if in_ram else streams) - written)
-        work = max(map(self._working_bytes, experts))
-        ram = LIBRARY_BYTES + (streams if in_ram else 0)
-        return Needs(disk, ram + work, 0) if options.device == "cpu" else Needs(disk, ram, work)
-
-    def _working_bytes(self, expert: str) -> int:
-        config = self.layout.experts[expert]
-        sizes = [n * k for n, k in self.layout.linear_shapes(expert).values()]
-        block = sum(sizes) * self.options.dtype.itemsize + WEIGHT_COPIES * 4 * max(sizes)
-        widths = [item.k for item in self.layout.block_inputs(expert).values()]
-        hessians = sum(4 * k * k for k in widths) + SOLVER_COPIES * 4 * max(widths) ** 2
-        activations = denoiser_activation_bytes(config, self.call_size(expert), self.options.dtype.itemsize)
-        return block + activations + (hessians if self.settings.needs_hessian else 0)
-
-    def seconds(self) -> float:
-        """Time of the whole run: each record through each block twice, Hessians, solves."""
-        device = self.options.device
-        rate = measure_rate(device, self.options.dtype)
-        rate32 = rate if device == "cpu" else measure_rate(device, torch.float32)
-        seconds = 0.0
-        for expert, config in self.layout.experts.items():
-            size, records = self.call_size(expert), self.used_records(expert)
-            seconds += 2 * records * forward_flops(config, size) / (rate * EFFICIENCY)
-            if self.settings.needs_hessian:
-                limit = self.settings.recipe.records.hessian_tokens or size.tokens + size.text + size.image
-                limited = {name: min(getattr(size, name), limit) for name in ("tokens", "text", "image")}
-                seconds += records * hessian_flops(config, replace(size, **limited)) / (rate32 * EFFICIENCY)
-            if self.settings.recipe.solver.rounding == "gptq":
-                seconds += solve_flops(config) / (rate32 * EFFICIENCY)
-        return seconds
-
-    def describe(self) -> dict[str, str]:
-        """Name -> value for --dry-run. Checks the inputs as the run would.
-
-        Raises:
-            PtqError: whatever would stop the run before its first block.
-        """
-        self.check()
-        settings, coverage, needs = self.settings, self.coverage(), self.needs()
-        plan = {"model": f"{self.layout.path} ({self.layout.preset.variant})", "layers": settings.scheme.describe()}
-        for expert in self.layout.experts:
-            records, recorded = self.used_records(expert), len(self.calibration.of_expert(expert))
-            tokens, used = self.call_size(expert).tokens, settings.recipe.records
-            plan[expert] = (
-                f"{self.layout.num_blocks(expert)} blocks, {records} of {recorded} records of {tokens} tokens, hidden states {ui.format_bytes(self.stream_bytes(expert))}"
-            )
-            if settings.needs_hessian:
-                hessian = min(tokens, used.hessian_tokens or tokens)
-                plan[f"{expert}, tokens"] = (
-                    f"{records * hessian} in each Hessian, {records * min(tokens, used.tokens_per_record)} in the searches"
-                )
-        plan["recipe"] = f"{settings.recipe_name}: {settings.recipe.description}"
-        plan["experts before"] = ui.format_bytes(coverage.original_bytes)
-        plan["experts after"] = ui.format_bytes(self.packed_bytes())
-        plan["W4A4 share of Linear parameters"] = f"{coverage.parameter_share:.2%}"
-        plan["disk while it runs, estimated"] = ui.format_bytes(needs.disk)
-        plan["RAM, estimated"] = ui.format_bytes(needs.ram)
-        if self.options.device != "cpu":
-            plan["GPU memory, estimated"] = ui.format_bytes(needs.vram)
-        auto = ", without the search of --high-precision auto" if settings.auto_protect else ""
-        plan["time, estimated"] = f"{ui.format_seconds(self.seconds())} on {self.options.device}{auto}"
-        return plan
-
 
 def base_model_identity(layout: ModelLayout, shards: dict[str, ShardSet]) -> dict[str, Any]:
     """Identity of the original: configurations, and names, sizes and tensor tables of its weight files."""
@@ -339,7 +246,3 @@ def base_model_identity(layout: ModelLayout, shards: dict[str, ShardSet]) -> dic
         "configs": {name: digest(config) for name, config in layout.experts.items()},
         "files": files,
     }
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(file.stat().st_size for file in files_below(folder))

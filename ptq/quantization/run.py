@@ -13,13 +13,14 @@ import psutil
 
 from ptq import ui
 from ptq.checkpoint.manifest import Manifest, hash_files, package_versions, read_manifest, write_manifest
-from ptq.errors import PtqError
 from ptq.quantization.assemble import copy_components, write_expert
 from ptq.quantization.expert import ExpertResult, ExpertRun
 from ptq.quantization.job import Job
+from ptq.quantization.placing import PLACE_WORDS, Place, check_place
+from ptq.quantization.plan import streams_place
 from ptq.quantization.processes import Processes
 from ptq.quantization.sensitivity import protect_blocks, with_protection
-from ptq.quantization.workdir import RUN_FILES, STREAMS_DIR, WorkDir
+from ptq.quantization.workdir import RUN_FILES, WorkDir
 from ptq.store.files import digest, free_space_hint
 from ptq.store.run_directory import hold_whole
 from ptq.version import __version__
@@ -83,7 +84,7 @@ def _run_experts(job: Job, work: WorkDir) -> list[ExpertResult]:
     results: list[ExpertResult] = []
     with ui.progress("Quantizing blocks", sum(layout.num_blocks(expert) for expert in layout.experts)) as bar:
         for expert, config in layout.experts.items():
-            result = ExpertRun(job, expert, work, stream_scratch(job, expert, work.path)).run(bar)
+            result = ExpertRun(job, expert, work, place_streams(job, expert, work.path)).run(bar)
             results.append(result)
             if not job.processes.first:
                 continue
@@ -93,21 +94,18 @@ def _run_experts(job: Job, work: WorkDir) -> list[ExpertResult]:
     return results
 
 
-def stream_scratch(job: Job, expert: str, work: Path) -> Path | None:
-    """Where the streams of hidden states go: None (RAM) when both fit, otherwise a scratch folder.
+def place_streams(job: Job, expert: str, work: Path) -> Place:
+    """Where the streams of an expert go, and says it.
 
     Raises:
-        PtqError: neither fits.
+        PtqError: to the disk, which has no room.
     """
-    need, limit = job.stream_bytes(expert), job.options.stream_limit
-    if need <= limit:
-        return None
-    if psutil.disk_usage(str(work)).free < need:
-        raise PtqError(
-            f"The hidden states of {job.used_records(expert)} records of {expert} take {need / 1e9:.1f} GB, more than the memory limit of {limit / 1e9:.1f} GB and than the disk offers. {free_space_hint(work)}"
-        )
-    ui.info(f"Hidden states of {expert} take {need / 1e9:.1f} GB: kept in memory-mapped files under {work}.")
-    return work / STREAMS_DIR
+    need = job.stream_bytes(expert)
+    place = streams_place(job, need)
+    what = f"Hidden states of {job.used_records(expert)} records of {expert}"
+    check_place(place, need, psutil.disk_usage(str(work)).free, what, free_space_hint(work))
+    ui.info(f"{what}: {ui.format_bytes(need)}, {PLACE_WORDS[place]}.")
+    return place
 
 
 def _manifest(job: Job, signature: dict[str, Any], results: list[ExpertResult], seconds: float) -> Manifest:

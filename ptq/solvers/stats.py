@@ -6,7 +6,7 @@ Linears that read the same tensor (q, k, v) share one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,6 +66,11 @@ class InputStats:
         x = x_tk.to(dtype)
         picked = torch.linspace(0, len(x_tk) - 1, min(sample or len(x_tk), len(x_tk)), device=x_tk.device)
         return cls(x.T @ x, x_tk.abs().amax(0).float(), len(x_tk), len(x_tk), x_tk.float()[picked.round().long()])
+
+    def to(self, device: torch.device) -> InputStats:
+        """The same on another device."""
+        h_kk = None if self.h_kk is None else self.h_kk.to(device)
+        return replace(self, h_kk=h_kk, absmax_k=self.absmax_k.to(device), x_tk=self.x_tk.to(device))
 
     @property
     def k(self) -> int:

@@ -28,6 +28,8 @@ EFFICIENCY = 0.5
 """Share of the measured matrix multiplication rate that a forward pass is assumed to reach."""
 HIDDEN_COPIES = 8
 """Tensors of the size of a block's hidden states alive at once: residual, norm, q, k, v, attention output, two casts."""
+LIBRARY_BYTES = 700 * 2**20
+"""Python, torch, diffusers and transformers, loaded."""
 DECODER_COPIES = 6
 """Full-resolution feature maps alive at once in the VAE decoder, which works on four frames at a time."""
 
@@ -129,7 +131,7 @@ def sampling_memory(
 ) -> dict[str, int]:
     """Bytes needed to run the pipeline: {"ram": ..., "vram": ...} ("vram" 0 on a CPU).
 
-    A pipeline is loaded into RAM first, whatever the device.
+    A pipeline is loaded into RAM first, whatever the device; the libraries are in it too.
     """
     on_gpu = device != "cpu"
     float_bytes = 2 if on_gpu else 4
@@ -138,9 +140,9 @@ def sampling_memory(
     work = denoiser_activation_bytes(config, call, float_bytes)
     work = max(work, decoder_activation_bytes(layout, preset)) if decode else work
     if not on_gpu:
-        return {"ram": sum(sizes.values()) + work, "vram": 0}
+        return {"ram": LIBRARY_BYTES + sum(sizes.values()) + work, "vram": 0}
     resident = {"none": sum(sizes.values()), "model": max(sizes.values()), "sequential": 0}[offload]
-    return {"ram": sum(sizes.values()), "vram": resident + work}
+    return {"ram": LIBRARY_BYTES + sum(sizes.values()), "vram": resident + work}
 
 
 def measure_rate(device: str, dtype: torch.dtype, seconds: float = 0.2) -> float:

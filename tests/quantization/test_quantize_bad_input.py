@@ -20,6 +20,7 @@ from random_model import make_random_pipeline
 
 from ptq.errors import PtqError, UsageError
 from ptq.quantization.job import Job
+from ptq.quantization.plan import describe
 from ptq.quantization.settings import parse_high_precision
 from ptq.store.calibration import CalibrationSet
 from ptq.wan.layout import read_layout
@@ -127,7 +128,7 @@ def test_widths_that_do_not_fit_stop_before_any_work(tmp_path):
         text = rf"transformer of \S+, ffn\.net\.2: K = 160 is not a multiple of {multiple}\b"
         refused(path, records.directory, tmp_path / "out", settings, text, UsageError)
         with pytest.raises(UsageError, match=text):
-            Job(read_layout(path), records, settings, tmp_path / "out").describe()
+            describe(Job(read_layout(path), records, settings, tmp_path / "out"))
     assert not (tmp_path / "out.partial").exists()
     run(path, records.directory, tmp_path / "out", RTN)  # 160 is a multiple of 32
 
@@ -174,7 +175,7 @@ def test_no_records_of_an_expert(model, tmp_path):
     missing = ({"transformer", "transformer_2"} - {r.expert for r in calibration}).pop()
     refused(model, calibration.directory, tmp_path / "out", RTN, rf"no records of {missing}\. Record more", UsageError)
     with pytest.raises(UsageError, match=f"no records of {missing}"):
-        Job(read_layout(model), calibration, RTN, tmp_path / "out").describe()
+        describe(Job(read_layout(model), calibration, RTN, tmp_path / "out"))
     assert not (tmp_path / "out.partial").exists()
 
 

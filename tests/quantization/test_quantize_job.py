@@ -4,8 +4,10 @@ import pytest
 from quantization_helpers import FULL, make_settings
 
 from ptq.checkpoint.shards import ShardSet
-from ptq.quantization.job import LIBRARY_BYTES, Job, QuantizeOptions
+from ptq.quantization.job import Job, QuantizeOptions
+from ptq.quantization.plan import describe, needs
 from ptq.store.calibration import CalibrationSet
+from ptq.wan.estimates import LIBRARY_BYTES
 from ptq.wan.layout import read_layout
 
 
@@ -42,21 +44,21 @@ def test_streams_are_two_float32_tensors_of_every_record(job):
 
 def test_needs_follow_the_options(job, tmp_path):
     plain, gptq = make_settings("hif4"), make_settings("hif4", "solver.rounding=gptq")
-    need = job(plain).needs()
-    assert job(gptq).needs().ram > need.ram  # Hessians
-    assert job(plain, link=True).needs().disk < need.disk
+    need = needs(job(plain))
+    assert needs(job(gptq)).ram > need.ram  # Hessians
+    assert needs(job(plain, link=True)).disk < need.disk
     streams = max(map(job(plain).stream_bytes, job(plain).layout.experts))
-    spilled = job(plain, max_memory=0).needs()
+    spilled = needs(job(plain, max_memory=0))
     assert (spilled.disk, spilled.ram) == (need.disk + streams, need.ram - streams)
-    on_gpu = job(plain, device="cuda").needs()
+    on_gpu = needs(job(plain, device="cuda"))
     assert on_gpu.ram == streams + LIBRARY_BYTES and 0 < on_gpu.vram < need.ram
     (tmp_path / "out.partial" / "blocks").mkdir(parents=True)
     (tmp_path / "out.partial" / "blocks" / "0").write_bytes(b"x" * 1000)
-    assert job(plain).needs().disk == need.disk - 1000
+    assert needs(job(plain)).disk == need.disk - 1000
 
 
 @pytest.mark.parametrize("format_name", ["hif4", "mxfp4"])
 def test_the_plan_is_told_in_words(job, tmp_path, format_name):
-    rows = job(make_settings(format_name)).describe()
+    rows = describe(job(make_settings(format_name)))
     assert "blocks, 2 of 6 records of" in rows["transformer"] and rows["time, estimated"].endswith("on cpu")
     assert rows["W4A4 share of Linear parameters"].endswith("%") and not list(tmp_path.iterdir())

@@ -1,0 +1,157 @@
+"""What a quantize run will take, before anything is spent: memory, disk, and time from a probe of the real kernels.
+
+Memory is that of the large things alive at the same time, in the phase of a block that holds most: its records run through it
+while statistics are collected, or its widest input is solved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ptq import ui
+from ptq.quantization.job import Job
+from ptq.quantization.placing import Place, choose_place
+from ptq.quantization.probe import Rates, probe
+from ptq.solvers.basis import SEARCH_ROWS
+from ptq.store.files import files_below
+from ptq.wan.estimates import (
+    LIBRARY_BYTES,
+    denoiser_activation_bytes,
+    forward_flops,
+    hessian_flops,
+    solve_flops,
+)
+from ptq.wan.preflight import Needs
+
+FACTOR_COPIES = 4
+"""Matrices of an input's size alive while it is factorised: Hessian, the same in the basis, what is factorised, its factor."""
+WEIGHT_COPIES = 6
+"""float32 copies of an input's Linears alive while they are rounded: as loaded, in the basis, both roundings' values, errors,
+steps."""
+
+
+OUTPUT_PRODUCTS = 3
+"""Outputs of a Linear on sample tokens: original, rounded to nearest, as solved."""
+TRACES = 3
+"""Errors in trace form: rounded to nearest, as solved, and the signal."""
+
+
+def needs(job: Job) -> Needs:
+    """Disk, RAM and GPU memory of the whole run; what an unfinished run has written already is not counted again.
+
+    Disk: finished blocks and the final shards at the same time, the copied components, and the streams where they are there.
+    """
+    experts, options = job.layout.experts, job.options
+    streams = max(map(job.stream_bytes, experts))
+    place = streams_place(job, streams)
+    folders = [path for path in job.layout.path.iterdir() if path.name not in experts]
+    others = 0 if options.link else sum(map(_bytes_below, folders))
+    written = _bytes_below(job.out.with_name(job.out.name + ".partial"))
+    disk = max(0, 2 * job.packed_bytes() + others + (streams if place == "disk" else 0) - written)
+    work = max(working_bytes(job, expert) for expert in experts)
+    ram = LIBRARY_BYTES + (streams if place in ("memory", "pinned") else 0)
+    if options.device == "cpu":
+        return Needs(disk, ram + work, 0)
+    return Needs(disk, ram, work + (streams if place == "gpu" else 0))
+
+
+def streams_place(job: Job, need: int) -> Place:
+    """Where streams of `need` bytes go, by the memory that is free now."""
+    options, free = job.options, None
+    if options.device != "cpu":
+        work = max(working_bytes(job, expert) for expert in job.layout.experts)
+        free = max(0, torch.cuda.mem_get_info(options.device)[0] - work) if torch.cuda.is_available() else 0
+    return choose_place(options.streams, need, gpu=free, ram=options.stream_limit)
+
+
+def working_bytes(job: Job, expert: str) -> int:
+    """Peak of one block's work beside the streams, in the phase that holds most."""
+    config, call = job.layout.experts[expert], job.call_size(expert)
+    inputs = list(job.layout.block_inputs(expert).values())
+    itemsize = job.options.dtype.itemsize
+    block = itemsize * sum(n * k for n, k in job.layout.linear_shapes(expert).values())
+    hessians = sum(4 * i.k**2 for i in inputs) if job.settings.needs_hessian else 0
+    forward = denoiser_activation_bytes(config, call, itemsize)
+    solves = [_solve_bytes(job, len(i.linears) * i.n, i.k) for i in inputs]
+    return block + hessians + max(forward, *solves)
+
+
+def _solve_bytes(job: Job, rows: int, k: int) -> int:
+    """What solving an input holds beside its Hessian."""
+    square = (FACTOR_COPIES - 1) * 4 * k**2 if job.settings.needs_hessian else 0
+    return square + WEIGHT_COPIES * 4 * rows * k
+
+
+def seconds(job: Job, rates: Rates | None = None) -> float:
+    """Time of the whole run: each record through each block twice, Hessians, solves; rates are probed where not given."""
+    total = 0.0
+    for expert, config in job.layout.experts.items():
+        rate = rates or probe(job, expert)
+        size, records = job.call_size(expert), job.used_records(expert)
+        forward, blocks = forward_flops(config, size) / rate.forward, int(config["num_layers"])
+        total += rate.start + 2 * records * max(forward, blocks * rate.shortest)
+        if job.settings.needs_hessian:
+            limit = job.settings.recipe.records.hessian_tokens or size.tokens + size.text + size.image
+            limited = {name: min(getattr(size, name), limit) for name in ("tokens", "text", "image")}
+            total += records * hessian_flops(config, replace(size, **limited)) / rate.hessian
+        if job.settings.recipe.solver.rounding == "gptq":
+            total += solve_flops(config) / rate.solve
+        total += blocks * (_block_values(job, expert) / rate.values + _search_flops(job, expert) / rate.hessian)
+    return total
+
+
+def _block_values(job: Job, expert: str) -> int:
+    return sum(n * k for n, k in job.layout.linear_shapes(expert).values()) // job.layout.num_blocks(expert)
+
+
+def _search_flops(job: Job, expert: str) -> float:
+    """Products of a block's search for bases and of its reported errors: sample tokens through each candidate, traces."""
+    settings, call = job.settings, job.call_size(expert)
+    total = 0.0
+    for item in job.layout.block_inputs(expert).values():
+        rows, searched = len(item.linears) * item.n, len(item.linears) * min(item.n, SEARCH_ROWS)
+        sample = min(call.rows(item.rows), settings.recipe.records.tokens_per_record) * job.used_records(expert)
+        candidates = 2 + len(settings.recipe.solver.smoothing) if settings.scheme.transform.needs_records else 0
+        total += 2.0 * sample * item.k * ((candidates + 1) * searched + OUTPUT_PRODUCTS * rows)
+        total += TRACES * rows * float(item.k) ** 2 if settings.needs_hessian else 0.0
+    return total
+
+
+def describe(job: Job) -> dict[str, str]:
+    """Name -> value for --dry-run. Checks the inputs as the run would.
+
+    Raises:
+        PtqError: whatever would stop the run before its first block.
+    """
+    job.check()
+    settings, coverage, need = job.settings, job.coverage(), needs(job)
+    plan = {"model": f"{job.layout.path} ({job.layout.preset.variant})", "layers": settings.scheme.describe()}
+    for expert in job.layout.experts:
+        records, recorded = job.used_records(expert), len(job.calibration.of_expert(expert))
+        tokens, used, streams = job.call_size(expert).tokens, settings.recipe.records, job.stream_bytes(expert)
+        plan[expert] = (
+            f"{job.layout.num_blocks(expert)} blocks, {records} of {recorded} records of {tokens} tokens, hidden states {ui.format_bytes(streams)} ({streams_place(job, streams)})"
+        )
+        if settings.needs_hessian:
+            hessian = min(tokens, used.hessian_tokens or tokens)
+            plan[f"{expert}, tokens"] = (
+                f"{records * hessian} in each Hessian, {records * min(tokens, used.tokens_per_record)} in the searches"
+            )
+    plan["recipe"] = f"{settings.recipe_name}: {settings.recipe.description}"
+    plan["experts before"] = ui.format_bytes(coverage.original_bytes)
+    plan["experts after"] = ui.format_bytes(job.packed_bytes())
+    plan["W4A4 share of Linear parameters"] = f"{coverage.parameter_share:.2%}"
+    plan["disk while it runs, estimated"] = ui.format_bytes(need.disk)
+    plan["RAM, estimated"] = ui.format_bytes(need.ram)
+    if job.options.device != "cpu":
+        plan["GPU memory, estimated"] = ui.format_bytes(need.vram)
+    auto = ", without the search of --high-precision auto" if settings.auto_protect else ""
+    plan["time, estimated"] = f"{ui.format_seconds(seconds(job))} on {job.options.device}{auto}"
+    return plan
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(file.stat().st_size for file in files_below(folder))
