@@ -105,9 +105,10 @@ def _quad_errors(w_rk: Tensor, byte: Tensor, weights_k: Tensor | None) -> Tensor
     weights = None if weights_k is None else weights_k.reshape(-1, 16, 4).permute(2, 0, 1).unsqueeze(1).contiguous()
     lowest, highest = min(SEARCHED_OFFSETS), max(SEARCHED_OFFSETS) + 8
     errors = torch.empty((highest - lowest + 1, *byte.shape, 16), device=w_rk.device)
-    for i in range(lowest, highest + 1):
-        # Sixteen bytes down is a factor 16 exactly, and keeps the index below the NaN byte.
-        step = (scale_values(byte + i - 16) * 4.0).unsqueeze(-1)
+    # Sixteen bytes down is a factor 16 exactly, and keeps the index below the NaN byte.
+    offsets = torch.arange(lowest - 16, highest - 15, device=byte.device, dtype=byte.dtype)
+    steps = (scale_values(byte + offsets[:, None, None]) * 4.0).unsqueeze(-1)
+    for i, step in zip(range(lowest, highest + 1), steps, strict=True):
         level = (y / step).round_().clamp_(max=7.0)
         error = torch.addcmul(y, level, step, value=-1.0).square_()
         if weights is not None:

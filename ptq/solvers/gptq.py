@@ -62,12 +62,13 @@ def _round_columns(w_nk: Tensor, steps_nk: Tensor, factor: Factor, fmt: Format, 
     steps = steps_nk.T.contiguous()[factor.order]
     run = _implementation(weight, fmt)
     elements = []
-    for start in range(0, len(weight), block_columns):
-        block = slice(start, min(start + block_columns, len(weight)))
-        target = torch.addmm(
-            weight[block], feedback[block, :start], weight[:start]
-        )  # errors in place of what is rounded
-        elements.append(run(target, weight[block], steps[block], feedback[block, block]))
+    start = 0
+    for block in zip(*(whole.split(block_columns) for whole in (weight, steps, feedback)), strict=True):
+        part, part_steps, onto = block
+        stop = start + len(part)
+        target = torch.addmm(part, onto[:, :start], weight[:start])  # there errors are in place of what was rounded
+        elements.append(run(target, part, part_steps, onto[:, start:stop]))
+        start = stop
     return torch.cat(elements)
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +33,11 @@ class Grid:
 
     thresholds: Tensor
     levels: Tensor
+
+    @functools.cached_property
+    def arrays(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Both as numpy arrays."""
+        return self.thresholds.numpy(), self.levels.numpy()
 
     def to(self, device: torch.device) -> Grid:
         return Grid(self.thresholds.to(device), self.levels.to(device))

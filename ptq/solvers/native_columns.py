@@ -22,16 +22,14 @@ f32, i32 = np.float32, np.int32
 
 def round_block(target_cn: Tensor, weight_cn: Tensor, steps_cn: Tensor, feedback_cc: Tensor, grid: Grid) -> Tensor:
     """As `ptq.solvers.gptq.round_block`, of contiguous tensors on the CPU, with the grid in place of the format."""
-    elements = torch.empty(weight_cn.shape, dtype=torch.uint8)
-    forward = feedback_cc.T.contiguous()
-    tensors = (target_cn, weight_cn, steps_cn, forward, grid.thresholds, grid.levels, elements)
-    arrays = [tensor.numpy() for tensor in tensors]
+    target, weight, steps, feedback = (x.numpy() for x in (target_cn, weight_cn, steps_cn, feedback_cc))
+    forward, elements = np.ascontiguousarray(feedback.T), np.empty(weight.shape, np.uint8)
 
     def run(rows: slice) -> None:
-        round_columns(rows.start, rows.stop, *arrays)
+        round_columns(rows.start, rows.stop, target, weight, steps, forward, *grid.arrays, elements)
 
     in_parts(round_columns, weight_cn.dtype, weight_cn.shape[1], PART, run)
-    return elements
+    return torch.from_numpy(elements)
 
 
 @kernel

@@ -63,16 +63,15 @@ def test_killed_again_and_again_in_the_middle_of_writes(single, single_records, 
 
 def stop_after(monkeypatch, blocks: int) -> None:
     """Make the next run fail after so many finished blocks."""
-    original, left = expert_module.ExpertRun._commit, [blocks]
+    original, left = expert_module.BlockWriter.put, [blocks]
 
-    def commit(self, *arguments):
-        result = original(self, *arguments)
+    def put(self, *arguments):
+        original(self, *arguments)
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
-        return result
 
-    monkeypatch.setattr(expert_module.ExpertRun, "_commit", commit)
+    monkeypatch.setattr(expert_module.BlockWriter, "put", put)
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ def test_a_grid_may_leave_levels_unused() -> None:
 def test_gptq_takes_the_compiled_walk_on_a_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = native_columns.round_block
-    monkeypatch.setattr(native_columns, "round_block", lambda *tensors: calls.append(1) or real(*tensors))
+    monkeypatch.setattr(native_columns, "round_block", lambda *tensors, grid: calls.append(1) or real(*tensors, grid))
     x = torch.randn(512, 192, generator=torch.Generator().manual_seed(0))
     w = torch.randn(8, 192, generator=torch.Generator().manual_seed(1))
     fmt = formats.get(name)

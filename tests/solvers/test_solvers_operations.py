@@ -1,0 +1,96 @@
+"""How many torch operations a block's solve dispatches: on a GPU each is a launch, and launches were what bound it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ptq.config import load_recipe
+from ptq.scheme import Scheme
+from ptq.solvers import InputStats, solve_group
+from ptq.solvers.grid import grid_of
+
+WIDTHS = {
+    "qkv": (5120, 3),
+    "out": (5120, 1),
+    "q2": (5120, 1),
+    "kv2": (5120, 2),
+    "out2": (5120, 1),
+    "up": (5120, 1),
+    "down": (13824, 1),
+}
+"""Input of an A14B block -> its true K, and how many Linears read it."""
+ROWS = 16
+"""Of each Linear: rows are what a GPU does side by side, so they do not count."""
+LIMIT = 5000
+
+
+VIEWS = (
+    "slice",
+    "detach",
+    "view",
+    "permute",
+    "expand",
+    "transpose",
+    "select",
+    "unsqueeze",
+    "squeeze",
+    "split",
+    "alias",
+    "t.",
+    "unbind",
+    "diagonal",
+    "empty",
+    "_unsafe_view",
+    "as_strided",
+)
+"""Operations that compute nothing."""
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that compute, all of them, and those that wait for a result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.views = self.waits = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        view = function.__name__.split(".")[0] + "."
+        self.views += view.startswith(VIEWS)
+        self.count += not view.startswith(VIEWS)
+        self.waits += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def statistics(k: int) -> InputStats:
+    """A well-conditioned Hessian that costs nothing to make: a diagonal and a few directions."""
+    generator = torch.Generator().manual_seed(k)
+    x: Tensor = torch.randn(32, k, generator=generator)
+    h_kk = x.T @ x
+    h_kk.diagonal().add_(32.0)
+    return InputStats(h_kk, x.abs().amax(0), 64, 64, x)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("name", ["hif4"])
+def test_a_block_of_true_width_takes_few_operations(name: str) -> None:
+    recipe = load_recipe(name, name)
+    scheme = Scheme.of(name, **recipe.scheme.model_dump())
+    counted = {}
+    grid_of(scheme.format)  # made once a process
+    for k in {k for k, _ in WIDTHS.values()}:
+        for linears in {count for width, count in WIDTHS.values() if width == k}:
+            weights = {str(i): torch.randn(ROWS, k, generator=torch.Generator().manual_seed(i)) for i in range(linears)}
+            stats = statistics(k)
+            with Operations() as operations:
+                solve_group(weights, stats, scheme, recipe.solver)
+            counted[k, linears] = operations
+    views = sum(counted[width].views for width in WIDTHS.values())
+    total = sum(counted[width].count for width in WIDTHS.values())
+    waits = sum(counted[width].waits for width in WIDTHS.values())
+    print(f"{name}: {total} operations and {views} views, {waits} of them wait for a result")
+    assert total < LIMIT
+    assert waits < 40 * len(WIDTHS)
