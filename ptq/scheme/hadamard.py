@@ -62,7 +62,7 @@ def hadamard_matrix(size: int) -> Tensor:
     Raises:
         ValueError: `size` is not one of BLOCK_SIZES.
     """
-    return signs(size) / size**0.5
+    return _scaled_signs(size, 1.0, torch.device("cpu"), torch.float32) / size**0.5
 
 
 def signs(size: int) -> Tensor:

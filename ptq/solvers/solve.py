@@ -88,7 +88,7 @@ def _solve(
     if stats is not None:
         shared |= {"tokens": stats.n_tokens, "sample_tokens": len(stats.x_tk)}
         inputs = (scheme.transform_input(stats.x_tk, choice.basis), scheme.quantize_input(stats.x_tk, choice.basis))
-        figures |= _output_errors(stacked, rounded.values, fmt.dequantize(rtn), *inputs)
+        figures |= _output_errors(stacked, rounded.values, rounded.plain, *inputs)
 
     sizes = [len(weight) for weight in weights.values()]
     parts = zip(rounded.codes.elements.split(sizes), rounded.codes.scales.split(sizes), strict=True)
@@ -100,10 +100,12 @@ def _solve(
 
 @dataclass(frozen=True)
 class _Rounded:
-    """A weight as it will be stored, and what that costs: codes, their values float32 [N, K], name -> a figure of each row [N]."""
+    """A weight as it will be stored, and what that costs: codes, their values and those of plain rounding, both float32 [N, K],
+    name -> a figure of each row [N]."""
 
     codes: Codes
     values: Tensor
+    plain: Tensor
     figures: dict[str, Tensor]
 
 
@@ -116,7 +118,7 @@ def _rounded(
         codes = rtn if scales is None else round_to_scales(w_nk, scales, fmt)
         values = fmt.dequantize(codes)
         figures = {"weight_error": (values - w_nk).square_().sum(-1), "weight": w_nk.square().sum(-1)}
-        return _Rounded(codes, values, figures), {}
+        return _Rounded(codes, values, values if codes is rtn else fmt.dequantize(rtn), figures), {}
     factor, report = None, {}
     if settings.rounding == "gptq":
         factor = factorize(h_kk, damping=settings.damping, act_order=settings.act_order)
@@ -175,7 +177,7 @@ def _keep_better(w_nk: Tensor, rtn: Codes, codes: Codes, h_kk: Tensor, fmt: Form
         "trace": trace_errors(w_nk, h_kk),
         "kept_rtn": kept,
     }
-    return _Rounded(best, torch.where(column, plain, solved), figures)
+    return _Rounded(best, torch.where(column, plain, solved), plain, figures)
 
 
 def _row_errors(values: Tensor, w_nk: Tensor, h_kk: Tensor) -> tuple[Tensor, Tensor]:
