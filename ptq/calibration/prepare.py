@@ -13,7 +13,17 @@ from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.prompts import PromptSet, require_media
 from ptq.store.records import prompt_file
 from ptq.store.sharding import Shard
-from ptq.wan.estimates import EFFICIENCY, call_size, forward_flops, measure_rate, sampling_memory
+from ptq.wan.estimates import (
+    EFFICIENCY,
+    LOADING_RATE,
+    LOADING_SECONDS,
+    SHORTEST_BLOCK,
+    call_size,
+    component_bytes,
+    forward_flops,
+    measure_rate,
+    sampling_memory,
+)
 from ptq.wan.layout import ModelLayout
 from ptq.wan.loading import load_pipeline
 from ptq.wan.pipeline import place_pipeline
@@ -98,13 +108,17 @@ def estimate_needs(plan: CalibrationPlan, out: Path, shard: Shard, device: str, 
 
 
 def estimate_seconds(plan: CalibrationPlan, out: Path, shard: Shard, device: str) -> float:
-    """Upper limit of the time of this process's part: a prompt's run ends with its last record. Measures the device."""
+    """Upper limit of the time of this process's part, loading included: a prompt's run ends with its last record. Measures the
+    device."""
     import torch
 
     rate = measure_rate(device, torch.float32 if device == "cpu" else torch.bfloat16)
     config = next(iter(plan.layout.experts.values()))
     calls = prompts_left(plan, out, shard) * plan.preset.steps * len(plan.branches)
-    return calls * forward_flops(config, call_size(plan.layout, plan.preset)) / (rate * EFFICIENCY)
+    call = forward_flops(config, call_size(plan.layout, plan.preset)) / (rate * EFFICIENCY)
+    weights = sum(component_bytes(plan.layout.path, 4 if device == "cpu" else 2).values())
+    loading = LOADING_SECONDS + weights / LOADING_RATE
+    return loading + calls * max(call, int(config["num_layers"]) * SHORTEST_BLOCK)
 
 
 def describe_plan(plan: CalibrationPlan, out: Path, shard: Shard, device: str, offload: str) -> dict[str, str]:

@@ -30,6 +30,12 @@ HIDDEN_COPIES = 8
 """Tensors of the size of a block's hidden states alive at once: residual, norm, q, k, v, attention output, two casts."""
 LIBRARY_BYTES = 700 * 2**20
 """Python, torch, diffusers and transformers, loaded."""
+LOADING_SECONDS = 5.0
+"""Importing the libraries and loading the smallest pipeline, on one core."""
+LOADING_RATE = 0.5e9
+"""Bytes of weights loaded in a second, on top of that."""
+SHORTEST_BLOCK = 0.003
+"""Seconds that a block's forward takes at least, however few its tokens: its operations are started one by one."""
 DECODER_COPIES = 6
 """Full-resolution feature maps alive at once in the VAE decoder, which works on four frames at a time."""
 
