@@ -58,7 +58,8 @@ class SolverSettings(_Strict):
         rounding: rtn (to nearest) or gptq (arXiv 2210.17323, with static groups).
         smoothing: exponents alpha tried for each distinct input besides "off", by the transforms that can smooth.
         clip_search: search the group scales instead of taking the format's rule.
-        weight_rule: the format's scale rule for weights where scales are not searched; None: its default.
+        weight_rule: the format's scale rule for weights; None: its default. Where scales are searched it counts if it has
+            scales of a kind of its own, among which they then are (HiF4's p2: powers of two).
         damping: added to the Hessian's diagonal, as a share of its mean; grows tenfold (counted) when not enough.
         act_order: round columns by descending Hessian diagonal.
     """

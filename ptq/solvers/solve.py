@@ -110,7 +110,7 @@ def _codes(
 ) -> tuple[Codes, dict[str, object], _Traces | None]:
     """Codes of a weight in the basis, what to report for all its Linears, and the errors of its rows."""
     if h_kk is None:
-        scales = search_scales(w_nk, fmt) if settings.clip_search else None
+        scales = search_scales(w_nk, fmt, scale_rule=settings.weight_rule) if settings.clip_search else None
         return (rtn if scales is None else round_to_scales(w_nk, scales, fmt)), {}, None
     factor, report = None, {}
     if settings.rounding == "gptq":
@@ -147,7 +147,9 @@ def _round(
     w_nk: Tensor, rtn: Codes, factor: Factor | None, h_kk: Tensor, fmt: Format, settings: SolverSettings
 ) -> Codes:
     """The codes that the settings ask for, on searched or given scales."""
-    scales = search_scales(w_nk, fmt, weights_k=h_kk.diagonal()) if settings.clip_search else rtn.scales
+    scales = rtn.scales
+    if settings.clip_search:
+        scales = search_scales(w_nk, fmt, weights_k=h_kk.diagonal(), scale_rule=settings.weight_rule)
     if factor is not None:
         return gptq(w_nk, factor, fmt, scales=scales)
     return round_to_scales(w_nk, scales, fmt) if settings.clip_search else rtn

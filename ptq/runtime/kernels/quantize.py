@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ptq.runtime.kernels import blocks as b
 from ptq.runtime.kernels import formats as f
-from ptq.scheme import FormatError, Hadamard, Scheme
+from ptq.scheme import Format, FormatError, Hadamard, Scheme
+from ptq.scheme.format import EMPTY
 from ptq.scheme.hadamard import rotation_factors
-from ptq.scheme.mxfp4 import NAN_SCALE, nonzero_blocks
 from ptq.scheme.placement import E5M2_RANGE, E_REF
 
 Output = Literal["packed", "fp8", "bf16"]
@@ -96,15 +96,23 @@ def quantize_reference(
     return QuantizedInput((values * 2.0**-e_ref).clamp(-57344.0, 57344.0).to(torch.float8_e5m2), None, e_ref)
 
 
-def count_outside_reference(values_packed: Tensor, scales: Tensor, e_ref: int = E_REF) -> tuple[int, int]:
-    """The kernel's counters in torch: (saturated, underflowed) non-zero MXFP4 blocks outside the exact range of e5m2.
+def count_outside_reference(fmt: Format, packed: Tensor, scales: Tensor, e_ref: int = E_REF) -> tuple[int, int]:
+    """The kernel's counters in torch: (saturated, underflowed) groups of packed codes outside the exact range of e5m2.
 
     Args:
-        values_packed: uint8 [M, K/2]. scales: uint8 [M, K/32]. e_ref: reference exponent of the FP8 form.
+        packed: uint8 [M, K/2]. scales: [M, K/group]. e_ref: reference exponent of the FP8 form.
+
+    Raises:
+        FormatError: values of these codes are not exact in FP8.
     """
-    exponent = scales.to(torch.int32) - 127 - e_ref
-    used = nonzero_blocks(values_packed) & (scales != NAN_SCALE)
-    return int((used & (exponent > E5M2_RANGE[1])).sum()), int((used & (exponent < E5M2_RANGE[0])).sum())
+    exponents = fmt.exponents(packed, scales)
+    if exponents is None:
+        raise FormatError(
+            f"{fmt.title} codes whose scales have mantissas are not exact in FP8: there is nothing to count."
+        )
+    low, high = (exponent - e_ref for exponent in exponents)
+    used = exponents[1] != -EMPTY
+    return int((used & (high > E5M2_RANGE[1])).sum()), int((used & (low < E5M2_RANGE[0])).sum())
 
 
 def check_output(scheme: Scheme, out: Output) -> None:
