@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ptq.runtime import ops
-from ptq.runtime.bench_linear import default_schemes, median_seconds, quantized_layer
+from ptq.runtime.backends import recipe_schemes
+from ptq.runtime.bench_linear import median_seconds, quantized_layer
 from ptq.runtime.kernels import gemm_fp8
 from ptq.runtime.kernels.expand_weight import expand_weight
 from ptq.runtime.kernels.quantize import quantize
@@ -50,7 +51,7 @@ def block_linears(rows: int, width: int, ffn: int, device: torch.device, repeats
 
     weights = [torch.randn(shape, device=device, dtype=torch.bfloat16) / shape[1] ** 0.5 for shape in shapes]
     models = {"bf16": [_plain(weight) for weight in weights]}
-    schemes = default_schemes()
+    schemes = recipe_schemes()
     models |= {name: [quantized_layer(weight, scheme) for weight in weights] for name, scheme in schemes.items()}
     with torch.no_grad():
         runs = {name: (lambda layers=layers: call(layers)) for name, layers in models.items()}
@@ -69,7 +70,7 @@ def quantizer_bandwidth(rows: int, width: int, device: torch.device, repeats: in
             scheme = Scheme.of(name, transform="smoothed", block=32)
             run = lambda scheme=scheme, out=out: quantize(x, smooth, scheme, out).values  # noqa: E731
             jobs[f"{name} {out}"] = (run, nbytes)
-    for name, scheme in default_schemes().items():
+    for name, scheme in recipe_schemes().items():
         out = "fp8" if scheme.format.exact_in_fp8(scheme.input_rule) else "bf16"
         basis = scheme.transform.plain(width, device)
         run = lambda scheme=scheme, out=out, basis=basis: quantize(x, basis, scheme, out).values  # noqa: E731
@@ -86,7 +87,7 @@ def denoiser_step(geometry: dict[str, Any], device: torch.device, repeats: int) 
     """One forward of a random-weight WanTransformer3DModel, bfloat16 and quantized, with its peak memory."""
     results: dict[str, float] = {}
     memory: dict[str, int] = {}
-    for name, scheme in {"bf16": None, **default_schemes()}.items():
+    for name, scheme in {"bf16": None, **recipe_schemes()}.items():
         model, inputs = _denoiser(geometry, device)
         if scheme is not None:
             quantize_blocks(model, scheme)

@@ -173,6 +173,12 @@ def _read_records(flat: Mapping[str, Any]) -> bool:
     return flat.get("rounding") == "gptq" or any(flat.get(key) for key in ingredients)
 
 
+def installed_recipes() -> dict[str, Recipe]:
+    """Name -> recipe, of those that come with the package."""
+    names = list_configs("recipes")
+    return {name: validate(Recipe, load_yaml(CONFIGS / "recipes" / f"{name}.yaml"), f"Recipe {name}") for name in names}
+
+
 def load_recipe(name_or_file: str, format_name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Resolve --recipe and --set into a recipe for one format.
 

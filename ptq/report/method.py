@@ -34,6 +34,8 @@ def describe_method(manifest: Manifest) -> list[Step]:
 
 def _format(manifest: Manifest) -> Step:
     text = f"{get_format(manifest.format).description} Weights and inputs of every quantized layer use it."
+    if manifest.recipe.description:
+        text += f" The recipe, {manifest.recipe_name}, says of itself: {manifest.recipe.description}"
     return Step(f"format-{manifest.format}", "Number format", text)
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ptq import ui
+from ptq.config import installed_recipes
 from ptq.errors import UsageError
 from ptq.runtime.weight import PackedWeight
 from ptq.scheme import Placement, Scheme, get_format
@@ -166,11 +167,20 @@ def obstacle(backend: Backend, call: Call) -> str | None:
     return backend.obstacle(call)
 
 
+def recipe_schemes() -> dict[str, Scheme]:
+    """Installed recipe -> the numerics of its layers; those that are made for one format, in the order of the formats."""
+    return {
+        name: Scheme.of(fmt, **recipe.scheme.model_dump())
+        for fmt in FORMATS
+        for name, recipe in installed_recipes().items()
+        if recipe.format == fmt
+    }
+
+
 def preview(machine: Machine) -> dict[str, str]:
-    """Format -> "backend: reason" for a large layer on this machine, for `ptq doctor`; what is forced counts."""
+    """Format or recipe -> "backend: reason" for a large layer on this machine, for `ptq doctor`; what is forced counts."""
     found = {}
-    for name in FORMATS:
-        scheme = Scheme(get_format(name))
+    for name, scheme in ({name: Scheme(get_format(name)) for name in FORMATS} | recipe_schemes()).items():
         fp8 = scheme.format.exact_in_fp8(scheme.input_rule)
         placement = Placement("e4m3", 0, None, "a usual weight") if fp8 else DECODED
         try:

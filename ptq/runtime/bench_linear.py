@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq.config import list_configs, load_recipe
 from ptq.runtime import cpu
+from ptq.runtime.backends import recipe_schemes
 from ptq.runtime.last_input import forget_input
 from ptq.runtime.linear import QuantLinear
-from ptq.scheme import FORMATS, Scheme
+from ptq.scheme import Scheme
 
 CPU_SHAPES = ((256, 192, 192), (256, 512, 192), (256, 192, 512), (1024, 1536, 1536))
 """[M, N, K] of small models, and one layer that no cache hides."""
@@ -155,7 +155,7 @@ def _candidates(x: Tensor, weight: Tensor) -> dict[str, tuple[Run, int, Scheme |
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (8, 9):
         w8, factor = _to_e4m3(weight)
         found["fp8 w8a8"] = (lambda: _w8a8(x, w8, factor), w8.nbytes, None)
-    for name, scheme in default_schemes().items():
+    for name, scheme in recipe_schemes().items():
         layer = quantized_layer(weight, scheme)
         decoded = layer.packed.decode().to(x.dtype)
         fake = _fake_quant(x, decoded, layer)
@@ -167,12 +167,6 @@ def _candidates(x: Tensor, weight: Tensor) -> dict[str, tuple[Run, int, Scheme |
             found[f"{name} plain dot_scaled"] = (_plain_dot_scaled(x, layer), packed, scheme)
         found[f"{name} ptq"] = (_layer_call(layer, x), kept, scheme)
     return found
-
-
-def default_schemes() -> dict[str, Scheme]:
-    """Format -> the numerics of its default recipe; those that have one."""
-    names = [name for name in FORMATS if name in list_configs("recipes")]
-    return {name: Scheme.of(name, **load_recipe(name, name).scheme.model_dump()) for name in names}
 
 
 def quantized_layer(weight: Tensor, scheme: Scheme, bias: Tensor | None = None) -> QuantLinear:

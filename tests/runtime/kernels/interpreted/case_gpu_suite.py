@@ -65,7 +65,7 @@ def test_denoiser_step_quantizes_ten_linears_a_block():
     assert [row["candidate"] for row in gpu_measure.denoiser_step(geometry, CPU, 1)] == ["bf16", "mxfp4", "hif4"]
     model, inputs = gpu_measure._denoiser(geometry, CPU)
     before = model(**inputs).sample
-    assert gpu_measure.quantize_blocks(model, gpu_measure.default_schemes()["hif4"]) == 20
+    assert gpu_measure.quantize_blocks(model, gpu_measure.recipe_schemes()["hif4"]) == 20
     after = model(**inputs).sample
     assert 0 < (after - before).norm() / before.norm() < 0.3
 
