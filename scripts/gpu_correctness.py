@@ -25,8 +25,8 @@ LEARNED = tuple(
     Scheme.of(name, transform="learned", block=64, input_rule=rule)
     for name, rule in (("mxfp4", "even"), ("hif4", "mse"))
 )
-FP8_LIMIT, FP8_ACCURATE_LIMIT, F32_LIMIT = 1.6e-3, 4e-4, 2e-6
-"""Relative error of float32 results: fast FP8 accumulation (14 bits), promoted every 512, true float32."""
+FP8_LIMIT, F32_LIMIT = 1.6e-3, 2e-6
+"""Relative error of float32 results: fast FP8 accumulation (14 bits) at K = 5120, growing with sqrt(K); true float32."""
 CODE_LIMIT = 1e-4
 """Share of codes that may differ where a float32 rotation sum rounds."""
 
@@ -119,9 +119,8 @@ def _products(case: Case, x: Tensor) -> Iterator[Check]:
     w = expand_weight(weight, placement)
     a = quantize(x, weight.basis, MXFP4, "fp8").values
     exact = a.double() @ weight.decode().double().T
-    for accurate, limit in ((False, FP8_LIMIT), (True, FP8_ACCURATE_LIMIT)):
-        found = gemm_fp8(a, w, placement.exponent, None, None, torch.float32, accurate=accurate)
-        yield Check(f"gemm_fp8 accurate={accurate} {case}", _relative(found, exact), limit)
+    found = gemm_fp8(a, w, placement.exponent, None, None, torch.float32)
+    yield Check(f"gemm_fp8 {case}", _relative(found, exact), FP8_LIMIT * max(1.0, case.k / 5120) ** 0.5)
     for scheme in (MXFP4, HIF4):
         weight = _weight(case, scheme, x.device)
         grid = quantize(x[:64], weight.basis, scheme, "bf16").values

@@ -5,8 +5,8 @@ the device, the scheme, the shape and the placement of the weight. It is never s
 reason, and a forced backend (`PTQ_BACKEND`, `use_backend`) that cannot run is an error that says why.
 
     dot-scaled    Blackwell's block-scaled tensor cores, nothing expanded       ptq/runtime/gpu.py
-    triton-fp8    exact in FP8 on Hopper and Blackwell: our persistent kernel
-    scaled-mm     the same operands through torch._scaled_mm (cuBLASLt)
+    scaled-mm     exact in FP8, values and sums: torch._scaled_mm (cuBLASLt) without fast accumulation
+    triton-fp8    the same operands on Hopper and Blackwell, every placement: our persistent kernel, sums of 14 bits on Hopper
     bf16-decode   every format with kernels, any CUDA device since sm_80: exact values in bfloat16
     cpu           float32 on the CPU, every format                              ptq/runtime/cpu.py
 """

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ptq.runtime.kernels import blocks as b
 from ptq.runtime.kernels import formats as f
-from ptq.scheme import Format, FormatError, Hadamard, Scheme
+from ptq.scheme import Format, FormatError, Hadamard, HiF4, Scheme
 from ptq.scheme.format import EMPTY
 from ptq.scheme.hadamard import rotation_factors
 from ptq.scheme.placement import E5M2_RANGE, E_REF
@@ -33,7 +33,9 @@ STEPS = 8
 """Tiles that a program walks, one under the other: what belongs to their columns is loaded once for all of them."""
 MANY_ROWS = 4096
 """From so many rows on; with fewer a program takes one tile, or there would be too few programs."""
-COMPILE_OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
+WARPS = 4
+SMALL_TILE, SMALL_TILE_WARPS = 2048, 8
+"""Where HiF4's `mse` writes packed codes, which spills registers with more elements a thread."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,11 @@ def quantize(
     scales = torch.empty(scale_shape, dtype=fmt.scale_dtype, device=x.device) if out == "packed" else None
     if m:
         chosen = constants(scheme, out, x.dtype, k, e_ref, m)
-        unit, rows = scheme.multiple, TILE_ELEMENTS // scheme.multiple * chosen["STEPS"]
+        unit, rows = scheme.multiple, chosen["ROWS"] * chosen["STEPS"]
         grid = (triton.cdiv(m, rows) * (k // unit) if chosen["BLOCKS"] else triton.cdiv(m * (k // unit), rows),)
         basis = basis if basis is None else basis.contiguous()
         arguments = (x, basis, values, scales, counters, m, x.stride(0))
-        quantize_kernel[grid](*arguments, **chosen, **COMPILE_OPTIONS)
+        quantize_kernel[grid](*arguments, **chosen, **options(scheme, out))
     return QuantizedInput(values, scales, e_ref if out == "fp8" else 0)
 
 
@@ -129,6 +131,17 @@ def significand_parts(dtype: torch.dtype, smooth: bool) -> int:
     return min(3, -(-bits // 8))
 
 
+def tile_of(scheme: Scheme, out: Output) -> tuple[int, int]:
+    """Elements of a tile, and warps of a program."""
+    small = out == "packed" and (scheme.format.name, scheme.input_rule) == (HiF4.name, "mse")
+    return (SMALL_TILE, SMALL_TILE_WARPS) if small else (TILE_ELEMENTS, WARPS)
+
+
+def options(scheme: Scheme, out: Output) -> dict[str, Any]:
+    """Compiler options. Contraction is off: what is to be fused says so."""
+    return {"num_warps": tile_of(scheme, out)[1], "num_stages": 3, "enable_fp_fusion": False}
+
+
 def constants(scheme: Scheme, out: Output, dtype: torch.dtype, k: int, e_ref: int, m: int) -> dict[str, Any]:
     """Compile-time arguments of `quantize_kernel` for one scheme, row length and number of rows."""
     transform, unit = scheme.transform, scheme.multiple
@@ -136,7 +149,7 @@ def constants(scheme: Scheme, out: Output, dtype: torch.dtype, k: int, e_ref: in
     return {
         "K": k,
         "L": unit,
-        "ROWS": TILE_ELEMENTS // unit,
+        "ROWS": tile_of(scheme, out)[0] // unit,
         "STEPS": STEPS if m >= MANY_ROWS else 1,
         "FORMAT": scheme.format.kernel_id,
         "OUT": out,
