@@ -23,7 +23,7 @@ from ptq.scheme.placement import DECODED
 MXFP4, HIF4 = (Scheme.of(name, transform="smoothed", block=32) for name in ("mxfp4", "hif4"))
 LEARNED = tuple(
     Scheme.of(name, transform="learned", block=64, input_rule=rule)
-    for name, rule in (("mxfp4", "even"), ("hif4", "mse"))
+    for name, rule in (("mxfp4", "even"), ("hif4", "mse"), ("hif4", "p2"))
 )
 FP8_LIMIT, F32_LIMIT = 1.6e-3, 2e-6
 """Relative error of float32 results: fast FP8 accumulation (14 bits) at K = 5120, growing with sqrt(K); true float32."""
@@ -74,7 +74,8 @@ def _input(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _weight(case: Case, scheme: Scheme, device: torch.device, bias: Tensor | None = None) -> PackedWeight:
     w = torch.randn(case.n, case.k, generator=torch.Generator().manual_seed(case.n)) / case.k**0.5
-    codes, scales = scheme.format.quantize_and_pack(w)
+    rule = "p2" if scheme.input_rule == "p2" else None
+    codes, scales = scheme.format.quantize_and_pack(w, scale_rule=rule)
     return PackedWeight(codes.to(device), scales.to(device), bias, _basis(case, scheme, device), scheme)
 
 
@@ -150,14 +151,14 @@ def _each_backend(layer: QuantLinear, x: Tensor, device: torch.device) -> Iterat
             yield name, ops.execute(backend, x.to(device), weight, placement)
 
 
-def compiled_layer(device: torch.device) -> Check:
+def compiled_layer(device: torch.device, backend: str = "inductor") -> Check:
     """A quantized layer inside torch.compile equals itself outside."""
     case = Case(128, 256, 256)
     layer = QuantLinear.from_packed(_weight(case, Scheme.of("mxfp4", transform="hadamard", block=32), device))
     x = _input(case, device)[0]
     function: Callable[[Tensor], Tensor] = lambda x: torch.relu(layer(x)) * 2  # noqa: E731
     with torch.no_grad():
-        found = torch.compile(function, fullgraph=True)(x)
+        found = torch.compile(function, fullgraph=True, backend=backend)(x)
         return Check("torch.compile", _mismatch(found, function(x)), 0.0)
 
 

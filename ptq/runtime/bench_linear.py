@@ -7,6 +7,7 @@ counts, so that load from elsewhere hits all of them alike: ratios mean more tha
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -206,8 +207,13 @@ def _to_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / factor).to(torch.float8_e4m3fn), factor
 
 
+@functools.cache
+def _fused_to_e4m3() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    return torch.compile(_to_e4m3)  # a user of torchao or TransformerEngine has it as a kernel
+
+
 def _w8a8(x: Tensor, w8: Tensor, w_factor: Tensor) -> Tensor:
-    x8, x_factor = _to_e4m3(x)
+    x8, x_factor = _fused_to_e4m3()(x)
     return torch._scaled_mm(x8, w8.t(), x_factor, w_factor, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
