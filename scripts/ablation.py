@@ -18,7 +18,7 @@ from held_out import SweepRow, sweep
 
 from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.cli.common import quiet_libraries
-from ptq.config import Recipe, load_recipe
+from ptq.config import Recipe, list_configs, load_recipe
 from ptq.prompts import read_prompts
 from ptq.quantization.settings import QuantizeSettings
 from ptq.scheme import get_format
@@ -73,7 +73,9 @@ def variants(format_name: str, widths: set[int]) -> dict[str, Recipe]:
         chosen[label] = (*(() if learned else SMOOTHING), f"scheme.block={size}")
     chosen |= {f"all, activations {rule}": (f"scheme.input_rule={rule}",) for rule in fmt.scale_rules}
     chosen |= {f"all, damping {damping:g}": (f"solver.damping={damping}",) for damping in DAMPINGS}
-    return {name: load_recipe(format_name, format_name, overrides) for name, overrides in chosen.items()}
+    found = {name: load_recipe(format_name, format_name, overrides) for name, overrides in chosen.items()}
+    others = [name for name in list_configs("recipes") if name.startswith(f"{format_name}-")]
+    return found | {f"recipe {name}": load_recipe(name, format_name) for name in others}
 
 
 def record(model: str, layout: ModelLayout, work: Path, name: str, prompts: list[str]) -> CalibrationSet:
@@ -139,6 +141,7 @@ def main() -> None:
     parser = sweep_parser(__doc__)
     parser.add_argument("--formats", nargs="+", default=["hif4", "mxfp4"])
     parser.add_argument("--figures", type=Path, default=Path("docs/img"))
+    parser.add_argument("--only", nargs="+", help="variants to solve; the first is what the others are relative to")
     args = parser.parse_args()
     quiet_libraries()
     layout = resolve_model(args.model)
@@ -146,6 +149,7 @@ def main() -> None:
     for name in args.formats:
         widths = {k for expert in layout.experts for _, k in layout.linear_shapes(expert).values()}
         recipes = variants(name, widths)
+        recipes = {label: recipes[label] for label in args.only or recipes}
         settings = {label: QuantizeSettings(name, recipe, label, {}) for label, recipe in recipes.items()}
         table = as_table(sweep(layout, own, other, settings))
         write_json(args.out / f"quality-{args.model}-{name}.json", table)

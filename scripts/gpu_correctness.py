@@ -23,10 +23,10 @@ from ptq.scheme.placement import DECODED
 MXFP4, HIF4 = (Scheme.of(name, transform="smoothed", block=32) for name in ("mxfp4", "hif4"))
 LEARNED = tuple(
     Scheme.of(name, transform="learned", block=64, input_rule=rule)
-    for name, rule in (("mxfp4", "even"), ("hif4", "mse"))
+    for name, rule in (("mxfp4", "even"), ("hif4", "mse"), ("hif4", "p2"))
 )
-FP8_LIMIT, FP8_ACCURATE_LIMIT, F32_LIMIT = 1.6e-3, 4e-4, 2e-6
-"""Relative error of float32 results: fast FP8 accumulation (14 bits), promoted every 512, true float32."""
+FP8_LIMIT, F32_LIMIT = 1.6e-3, 2e-6
+"""Relative error of float32 results: fast FP8 accumulation (14 bits) at K = 5120, growing with sqrt(K); true float32."""
 CODE_LIMIT = 1e-4
 """Share of codes that may differ where a float32 rotation sum rounds."""
 
@@ -74,7 +74,8 @@ def _input(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _weight(case: Case, scheme: Scheme, device: torch.device, bias: Tensor | None = None) -> PackedWeight:
     w = torch.randn(case.n, case.k, generator=torch.Generator().manual_seed(case.n)) / case.k**0.5
-    codes, scales = scheme.format.quantize_and_pack(w)
+    rule = "p2" if scheme.input_rule == "p2" else None
+    codes, scales = scheme.format.quantize_and_pack(w, scale_rule=rule)
     return PackedWeight(codes.to(device), scales.to(device), bias, _basis(case, scheme, device), scheme)
 
 
@@ -119,9 +120,8 @@ def _products(case: Case, x: Tensor) -> Iterator[Check]:
     w = expand_weight(weight, placement)
     a = quantize(x, weight.basis, MXFP4, "fp8").values
     exact = a.double() @ weight.decode().double().T
-    for accurate, limit in ((False, FP8_LIMIT), (True, FP8_ACCURATE_LIMIT)):
-        found = gemm_fp8(a, w, placement.exponent, None, None, torch.float32, accurate=accurate)
-        yield Check(f"gemm_fp8 accurate={accurate} {case}", _relative(found, exact), limit)
+    found = gemm_fp8(a, w, placement.exponent, None, None, torch.float32)
+    yield Check(f"gemm_fp8 {case}", _relative(found, exact), FP8_LIMIT * max(1.0, case.k / 5120) ** 0.5)
     for scheme in (MXFP4, HIF4):
         weight = _weight(case, scheme, x.device)
         grid = quantize(x[:64], weight.basis, scheme, "bf16").values
@@ -151,14 +151,14 @@ def _each_backend(layer: QuantLinear, x: Tensor, device: torch.device) -> Iterat
             yield name, ops.execute(backend, x.to(device), weight, placement)
 
 
-def compiled_layer(device: torch.device) -> Check:
+def compiled_layer(device: torch.device, backend: str = "inductor") -> Check:
     """A quantized layer inside torch.compile equals itself outside."""
     case = Case(128, 256, 256)
     layer = QuantLinear.from_packed(_weight(case, Scheme.of("mxfp4", transform="hadamard", block=32), device))
     x = _input(case, device)[0]
     function: Callable[[Tensor], Tensor] = lambda x: torch.relu(layer(x)) * 2  # noqa: E731
     with torch.no_grad():
-        found = torch.compile(function, fullgraph=True)(x)
+        found = torch.compile(function, fullgraph=True, backend=backend)(x)
         return Check("torch.compile", _mismatch(found, function(x)), 0.0)
 
 

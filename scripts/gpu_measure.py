@@ -6,22 +6,29 @@ expansion.
 
 from __future__ import annotations
 
+import gc
+import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ptq.runtime import ops
-from ptq.runtime.bench_linear import default_schemes, median_seconds, quantized_layer
+from ptq.runtime.backends import recipe_schemes
+from ptq.runtime.bench_linear import median_seconds, quantized_layer
 from ptq.runtime.kernels import gemm_fp8
 from ptq.runtime.kernels.expand_weight import expand_weight
 from ptq.runtime.kernels.quantize import quantize
 from ptq.runtime.kernels.tiles import Tile
+from ptq.runtime.last_input import forget_input
 from ptq.scheme import Scheme
 
 A14B = {"heads": 40, "ffn": 13824, "layers": 40, "channels": 16, "latent": (21, 60, 104)}
 TI2V_5B = {"heads": 24, "ffn": 14336, "layers": 30, "channels": 48, "latent": (31, 44, 80)}
-"""Geometry of one denoiser call: 832 x 480 x 81 frames and 1280 x 704 x 121 frames."""
+SMALL = {"heads": 1, "ffn": 256, "layers": 2, "channels": 16, "latent": (1, 4, 4)}
+"""Geometry of one denoiser call: 832 x 480 x 81 frames, 1280 x 704 x 121 frames, and one that a CPU runs at once."""
 TEXT_TOKENS, TEXT_DIM = 512, 4096
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
 HADAMARD = Scheme.of("mxfp4", transform="hadamard", block=32)
@@ -50,7 +57,7 @@ def block_linears(rows: int, width: int, ffn: int, device: torch.device, repeats
 
     weights = [torch.randn(shape, device=device, dtype=torch.bfloat16) / shape[1] ** 0.5 for shape in shapes]
     models = {"bf16": [_plain(weight) for weight in weights]}
-    schemes = default_schemes()
+    schemes = recipe_schemes()
     models |= {name: [quantized_layer(weight, scheme) for weight in weights] for name, scheme in schemes.items()}
     with torch.no_grad():
         runs = {name: (lambda layers=layers: call(layers)) for name, layers in models.items()}
@@ -69,11 +76,11 @@ def quantizer_bandwidth(rows: int, width: int, device: torch.device, repeats: in
             scheme = Scheme.of(name, transform="smoothed", block=32)
             run = lambda scheme=scheme, out=out: quantize(x, smooth, scheme, out).values  # noqa: E731
             jobs[f"{name} {out}"] = (run, nbytes)
-    for name, scheme in default_schemes().items():
+    for name, scheme in recipe_schemes().items():
         out = "fp8" if scheme.format.exact_in_fp8(scheme.input_rule) else "bf16"
         basis = scheme.transform.plain(width, device)
         run = lambda scheme=scheme, out=out, basis=basis: quantize(x, basis, scheme, out).values  # noqa: E731
-        jobs[f"{name} {out}, default recipe"] = (run, {"fp8": 3.0, "bf16": 4.0}[out])
+        jobs[f"{name} {out}, recipe"] = (run, {"fp8": 3.0, "bf16": 4.0}[out])
     seconds = median_seconds({name: run for name, (run, _) in jobs.items()}, device, repeats)
     rate = {name: x.numel() * nbytes / seconds[name] / 1e9 for name, (_, nbytes) in jobs.items()}
     return [
@@ -82,21 +89,63 @@ def quantizer_bandwidth(rows: int, width: int, device: torch.device, repeats: in
     ]
 
 
-def denoiser_step(geometry: dict[str, Any], device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """One forward of a random-weight WanTransformer3DModel, bfloat16 and quantized, with its peak memory."""
+def denoiser_step(geometry: dict[str, Any], device: torch.device, repeats: int, backend: str) -> list[dict[str, Any]]:
+    """One forward of a random-weight WanTransformer3DModel, bfloat16 and quantized, with its peak memory.
+
+    The first row is the baseline: bfloat16 with compiled blocks and the fastest attention of the installation. One model at a
+    time is in memory.
+
+    Args:
+        backend: of torch.compile.
+    """
     results: dict[str, float] = {}
     memory: dict[str, int] = {}
-    for name, scheme in {"bf16": None, **default_schemes()}.items():
-        model, inputs = _denoiser(geometry, device)
-        if scheme is not None:
-            quantize_blocks(model, scheme)
-        _reset_peak(device)
-        with torch.no_grad():
-            run = lambda model=model, inputs=inputs: model(**inputs).sample  # noqa: E731
-            results |= median_seconds({name: run}, device, repeats)
-        memory[name] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        del model
-    return _relative_rows("denoiser step", results, memory)
+    attention = fastest_attention(geometry, device, repeats)
+    for name, scheme in {"bf16": None, **recipe_schemes()}.items():
+        for compiled in (True, False):
+            label = f"{name}, compiled" if compiled else name
+            with torch.no_grad(), sdpa_kernel(attention):
+                results[label], memory[label] = _one_step(
+                    geometry, scheme, device, repeats, backend if compiled else None
+                )
+    rows = _relative_rows("denoiser step", results, memory)
+    return [{**row, "attention": attention.name} for row in rows]
+
+
+def _one_step(
+    geometry: dict[str, Any], scheme: Scheme | None, device: torch.device, repeats: int, backend: str | None
+) -> tuple[float, int]:
+    """Seconds of a forward and the peak of memory while it runs. Nothing of the model outlives the call."""
+    model, inputs = _denoiser(geometry, device)
+    if scheme is not None:
+        quantize_blocks(model, scheme)
+    if backend is not None:
+        model.compile_repeated_blocks(fullgraph=True, backend=backend)
+    forget_input()
+    gc.collect()
+    _reset_peak(device)
+    seconds = median_seconds({"step": lambda: model(**inputs).sample}, device, repeats)["step"]
+    return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def fastest_attention(geometry: dict[str, Any], device: torch.device, repeats: int) -> SDPBackend:
+    """The backend of torch's attention that is fastest on the tokens of this geometry, among those that run here."""
+    frames, height, width = geometry["latent"]
+    shape = (1, geometry["heads"], frames * (height // 2) * (width // 2), 128)
+    dtype = torch.bfloat16
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
+    seconds = {}
+    for one in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+        if one is SDPBackend.MATH and seconds:
+            break  # holds all scores at once: only where nothing else runs
+        with warnings.catch_warnings(), sdpa_kernel(one):
+            warnings.simplefilter("ignore")  # torch warns about each thing that a refused backend lacks
+            try:
+                run = lambda: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
+                seconds[one] = median_seconds({"a": run}, device, repeats)["a"]
+            except RuntimeError:  # torch's way to say that this one does not run here
+                continue
+    return min(seconds, key=seconds.__getitem__)
 
 
 def quantize_blocks(model: nn.Module, scheme: Scheme) -> int:

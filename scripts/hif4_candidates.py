@@ -27,8 +27,8 @@ from ptq.cli.common import quiet_libraries
 from ptq.config import load_recipe
 from ptq.quantization.settings import QuantizeSettings
 from ptq.scheme import FORMATS, hif4
-from ptq.scheme.format import Codes, grouped
-from ptq.scheme.hif4 import NAN_SCALE, SCALE_BIAS, HiF4, join_words, scale_values
+from ptq.scheme.format import NAN_SCALE, Codes, grouped
+from ptq.scheme.hif4 import SCALE_BIAS, HiF4, join_words, scale_values
 from ptq.store.files import write_json
 from ptq.wan.loading import resolve_model
 
@@ -88,9 +88,9 @@ class Candidate(HiF4):
     def __init__(self, name: str, weights: Rule | None = None, inputs: Rule | None = None) -> None:
         self.name, self.weights, self.inputs = name, weights, inputs  # type: ignore[misc]
 
-    def search_scales(self, w_rk: Tensor, weights_k: Tensor | None) -> Tensor:
+    def search_scales(self, w_rk: Tensor, weights_k: Tensor | None, scale_rule: str | None = None) -> Tensor:
         if self.weights is None:
-            return super().search_scales(w_rk, weights_k)
+            return super().search_scales(w_rk, weights_k, scale_rule)
         return scale_words(w_rk, self.weights, weights_k)
 
     def quantize(self, x: Tensor, *, scale_rule: str | None = None, ties: str | None = None) -> Codes:

@@ -44,13 +44,13 @@ def read_layer(read: Callable[[str], Tensor], name: str, scheme: Scheme, bias: T
     return PackedWeight(read(f"{name}{PACKED}"), read(f"{name}.weight_scale"), bias, stored, scheme)
 
 
-def describe_placements(checkpoint: Path, experts: Iterable[str], format_name: str) -> dict[str, str]:
+def describe_placements(checkpoint: Path, experts: Iterable[str], format_name: str, rule: str | None) -> dict[str, str]:
     """Expert -> how many of its weights go on which rung of the FP8 ladder, and which do not fit; for `ptq doctor`.
 
-    Empty for formats that are never exact in FP8.
+    Empty where inputs quantized by this rule are not exact in FP8.
     """
     fmt, facts = get_format(format_name), {}
-    for expert in sorted(experts) if fmt.exact_in_fp8(None) else ():
+    for expert in sorted(experts) if fmt.exact_in_fp8(rule) else ():
         shards = ShardSet(checkpoint / expert)
         placements = {
             name: fmt.place(shards.read(f"{name}{PACKED}"), shards.read(f"{name}.weight_scale"))

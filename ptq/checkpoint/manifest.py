@@ -141,7 +141,8 @@ def todays_recipe(recipe: dict[str, Any], format_name: Any) -> tuple[dict[str, A
     if "activations.ties" in earlier:
         from ptq.scheme import FORMATS  # brings torch
 
-        if format_name in FORMATS and earlier["activations.ties"] == FORMATS[format_name].ties_options[0]:
+        rule = today["scheme"].get("input_rule")
+        if format_name in FORMATS and earlier["activations.ties"] == FORMATS[format_name].options(rule)[1]:
             del earlier["activations.ties"]
     return today, earlier
 

@@ -31,7 +31,8 @@ def doctor(
 
         manifest = verify_files(checkpoint)
         facts[f"checkpoint {checkpoint}"] = "complete, every file as recorded in its manifest"
-        facts |= describe_placements(checkpoint, {row.expert for row in manifest.layers}, manifest.format)
+        experts, rule = {row.expert for row in manifest.layers}, manifest.recipe.scheme.input_rule
+        facts |= describe_placements(checkpoint, experts, manifest.format, rule)
     if as_json:
         print_json(facts)
     else:

@@ -58,7 +58,8 @@ class SolverSettings(_Strict):
         rounding: rtn (to nearest) or gptq (arXiv 2210.17323, with static groups).
         smoothing: exponents alpha tried for each distinct input besides "off", by the transforms that can smooth.
         clip_search: search the group scales instead of taking the format's rule.
-        weight_rule: the format's scale rule for weights where scales are not searched; None: its default.
+        weight_rule: the format's scale rule for weights; None: its default. Where scales are searched it counts if it has
+            scales of a kind of its own, among which they then are (HiF4's p2: powers of two).
         damping: added to the Hessian's diagonal, as a share of its mean; grows tenfold (counted) when not enough.
         act_order: round columns by descending Hessian diagonal.
     """
@@ -170,6 +171,12 @@ def _read_records(flat: Mapping[str, Any]) -> bool:
     """Whether a recipe without groups took anything from the calibration records."""
     ingredients = ("learned_transform", "clip_search", "smoothing", "bias_correction")
     return flat.get("rounding") == "gptq" or any(flat.get(key) for key in ingredients)
+
+
+def installed_recipes() -> dict[str, Recipe]:
+    """Name -> recipe, of those that come with the package."""
+    names = list_configs("recipes")
+    return {name: validate(Recipe, load_yaml(CONFIGS / "recipes" / f"{name}.yaml"), f"Recipe {name}") for name in names}
 
 
 def load_recipe(name_or_file: str, format_name: str, overrides: tuple[str, ...] = ()) -> Recipe:

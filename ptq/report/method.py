@@ -34,6 +34,8 @@ def describe_method(manifest: Manifest) -> list[Step]:
 
 def _format(manifest: Manifest) -> Step:
     text = f"{get_format(manifest.format).description} Weights and inputs of every quantized layer use it."
+    if manifest.recipe.description:
+        text += f" The recipe, {manifest.recipe_name}, says of itself: {manifest.recipe.description}"
     return Step(f"format-{manifest.format}", "Number format", text)
 
 
@@ -76,7 +78,7 @@ def _transform(manifest: Manifest) -> Step | None:
 def _scales(manifest: Manifest) -> Step | None:
     fmt, solver = get_format(manifest.format), manifest.recipe.solver
     if solver.clip_search:
-        text = f"The scale of each weight group is the one with the smallest weighted error ({fmt.searched_scales}). The stored numbers are plain {fmt.title}."
+        text = f"The scale of each weight group is the one with the smallest weighted error ({fmt.searched(solver.weight_rule)}). The stored numbers are plain {fmt.title}."
         return Step("scales", "Searched group scales", text)
     return (
         Step("", "Weight scales", f"Weight scales follow the rule {solver.weight_rule}.")

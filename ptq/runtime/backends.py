@@ -5,8 +5,8 @@ the device, the scheme, the shape and the placement of the weight. It is never s
 reason, and a forced backend (`PTQ_BACKEND`, `use_backend`) that cannot run is an error that says why.
 
     dot-scaled    Blackwell's block-scaled tensor cores, nothing expanded       ptq/runtime/gpu.py
-    triton-fp8    exact in FP8 on Hopper and Blackwell: our persistent kernel
-    scaled-mm     the same operands through torch._scaled_mm (cuBLASLt)
+    scaled-mm     exact in FP8, values and sums: torch._scaled_mm (cuBLASLt) without fast accumulation
+    triton-fp8    the same operands on Hopper and Blackwell, every placement: our persistent kernel, sums of 14 bits on Hopper
     bf16-decode   every format with kernels, any CUDA device since sm_80: exact values in bfloat16
     cpu           float32 on the CPU, every format                              ptq/runtime/cpu.py
 """
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ptq import ui
+from ptq.config import installed_recipes
 from ptq.errors import UsageError
 from ptq.runtime.weight import PackedWeight
 from ptq.scheme import Placement, Scheme, get_format
@@ -166,11 +167,20 @@ def obstacle(backend: Backend, call: Call) -> str | None:
     return backend.obstacle(call)
 
 
+def recipe_schemes() -> dict[str, Scheme]:
+    """Installed recipe -> the numerics of its layers; those that are made for one format, in the order of the formats."""
+    return {
+        name: Scheme.of(fmt, **recipe.scheme.model_dump())
+        for fmt in FORMATS
+        for name, recipe in installed_recipes().items()
+        if recipe.format == fmt
+    }
+
+
 def preview(machine: Machine) -> dict[str, str]:
-    """Format -> "backend: reason" for a large layer on this machine, for `ptq doctor`; what is forced counts."""
+    """Format or recipe -> "backend: reason" for a large layer on this machine, for `ptq doctor`; what is forced counts."""
     found = {}
-    for name in FORMATS:
-        scheme = Scheme(get_format(name))
+    for name, scheme in ({name: Scheme(get_format(name)) for name in FORMATS} | recipe_schemes()).items():
         fp8 = scheme.format.exact_in_fp8(scheme.input_rule)
         placement = Placement("e4m3", 0, None, "a usual weight") if fp8 else DECODED
         try:

@@ -7,6 +7,7 @@ counts, so that load from elsewhere hits all of them alike: ratios mean more tha
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq.config import list_configs, load_recipe
 from ptq.runtime import cpu
+from ptq.runtime.backends import recipe_schemes
 from ptq.runtime.last_input import forget_input
 from ptq.runtime.linear import QuantLinear
-from ptq.scheme import FORMATS, Scheme
+from ptq.scheme import Scheme
 
 CPU_SHAPES = ((256, 192, 192), (256, 512, 192), (256, 192, 512), (1024, 1536, 1536))
 """[M, N, K] of small models, and one layer that no cache hides."""
@@ -155,7 +156,7 @@ def _candidates(x: Tensor, weight: Tensor) -> dict[str, tuple[Run, int, Scheme |
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (8, 9):
         w8, factor = _to_e4m3(weight)
         found["fp8 w8a8"] = (lambda: _w8a8(x, w8, factor), w8.nbytes, None)
-    for name, scheme in default_schemes().items():
+    for name, scheme in recipe_schemes().items():
         layer = quantized_layer(weight, scheme)
         decoded = layer.packed.decode().to(x.dtype)
         fake = _fake_quant(x, decoded, layer)
@@ -167,12 +168,6 @@ def _candidates(x: Tensor, weight: Tensor) -> dict[str, tuple[Run, int, Scheme |
             found[f"{name} plain dot_scaled"] = (_plain_dot_scaled(x, layer), packed, scheme)
         found[f"{name} ptq"] = (_layer_call(layer, x), kept, scheme)
     return found
-
-
-def default_schemes() -> dict[str, Scheme]:
-    """Format -> the numerics of its default recipe; those that have one."""
-    names = [name for name in FORMATS if name in list_configs("recipes")]
-    return {name: Scheme.of(name, **load_recipe(name, name).scheme.model_dump()) for name in names}
 
 
 def quantized_layer(weight: Tensor, scheme: Scheme, bias: Tensor | None = None) -> QuantLinear:
@@ -212,8 +207,13 @@ def _to_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / factor).to(torch.float8_e4m3fn), factor
 
 
+@functools.cache
+def _fused_to_e4m3() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    return torch.compile(_to_e4m3)  # a user of torchao or TransformerEngine has it as a kernel
+
+
 def _w8a8(x: Tensor, w8: Tensor, w_factor: Tensor) -> Tensor:
-    x8, x_factor = _to_e4m3(x)
+    x8, x_factor = _fused_to_e4m3()(x)
     return torch._scaled_mm(x8, w8.t(), x_factor, w_factor, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 

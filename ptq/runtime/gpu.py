@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,9 +16,6 @@ from ptq.scheme.placement import DECODED, E_REF
 
 if TYPE_CHECKING:
     from ptq.runtime.kernels.quantize import Output, QuantizedInput
-
-ACCURATE_VARIABLE = "PTQ_FP8_ACCURATE"
-"""Set to 1: FP8 products promote their accumulator every 512 elements of K."""
 
 
 def _no_kernels(call: Call) -> str | None:
@@ -59,10 +55,8 @@ def _triton_fp8_obstacle(call: Call) -> str | None:
 
 def _scaled_mm_obstacle(call: Call) -> str | None:
     reason, placement = _no_kernels(call) or _not_fp8(call), call.placement
-    if reason is None and placement.kind != "e4m3":
-        reason = (
-            f"torch._scaled_mm takes e4m3 weights with one factor, this one is {placement.kind} ({placement.reason})"
-        )
+    if reason is None and placement.kind not in ("e4m3", "e4m3-row"):
+        reason = f"torch._scaled_mm takes e4m3 weights, this one is {placement.kind} ({placement.reason})"
     if reason is None and call.machine.capability < (8, 9):
         reason = f"FP8 tensor cores came with 8.9, found {call.machine.dotted}"
     if reason is None and (call.n % 16 or call.k % 16):
@@ -91,7 +85,7 @@ def _triton_fp8(x: Tensor, w: PackedWeight, placement: Placement) -> Tensor:
 
     a = quantized_input(x, w, "fp8")
     expanded, exponent = expand_weight(w, placement), placement.exponent + a.e_ref
-    return gemm_fp8(a.values, expanded, exponent, placement.row_exponents, w.bias, x.dtype, accurate=_accurate())
+    return gemm_fp8(a.values, expanded, exponent, placement.row_exponents, w.bias, x.dtype)
 
 
 def _scaled_mm(x: Tensor, w: PackedWeight, placement: Placement) -> Tensor:
@@ -99,11 +93,20 @@ def _scaled_mm(x: Tensor, w: PackedWeight, placement: Placement) -> Tensor:
 
     a, expanded = quantized_input(x, w, "fp8"), expand_weight(w, placement)
     factors = [torch.full((), 2.0**exponent, device=x.device) for exponent in (a.e_ref, placement.exponent)]
-    fused = w.bias.to(x.dtype) if w.bias is not None and x.dtype == torch.bfloat16 else None
+    rows, bias, fuse = placement.row_exponents, w.bias, x.dtype == torch.bfloat16
+    if bias is not None and fuse:  # in units of the rows: powers of two, exact
+        bias = bias.to(x.dtype) if rows is None else torch.ldexp(bias.float(), -rows).to(x.dtype)
+    # Without fast accumulation the sums are exact here: products are small multiples of one power of two.
     y = torch._scaled_mm(
-        a.values, expanded.t(), *factors, bias=fused, out_dtype=x.dtype, use_fast_accum=not _accurate()
+        a.values,
+        expanded.t(),
+        *factors,
+        bias=bias if fuse else None,
+        out_dtype=x.dtype if fuse else torch.float32,
+        use_fast_accum=False,
     )
-    return y if w.bias is None or fused is not None else y + w.bias
+    y = y if rows is None else y * torch.exp2(rows.to(y.dtype))
+    return y if bias is None or fuse else y + bias.float()
 
 
 def _bf16_decode(x: Tensor, w: PackedWeight, placement: Placement) -> Tensor:
@@ -130,14 +133,10 @@ def quantized_input(x: Tensor, w: PackedWeight, out: Output) -> QuantizedInput:
     return shared_input(x, w.basis, (w.scheme, out), run)
 
 
-def _accurate() -> bool:
-    return os.environ.get(ACCURATE_VARIABLE, "0") == "1"
-
-
 for backend in (
     Backend("dot-scaled", "cuda", "block-scaled tensor cores multiply the codes", _dot_scaled_obstacle, _dot_scaled),
+    Backend("scaled-mm", "cuda", "values are exact in FP8, and so are the sums", _scaled_mm_obstacle, _scaled_mm),
     Backend("triton-fp8", "cuda", "every value is exact in FP8", _triton_fp8_obstacle, _triton_fp8),
-    Backend("scaled-mm", "cuda", "every value is exact in FP8", _scaled_mm_obstacle, _scaled_mm),
     Backend("bf16-decode", "cuda", "exact in bfloat16", _bf16_decode_obstacle, _bf16_decode, few_rows=True),
 ):
     register_backend(backend)

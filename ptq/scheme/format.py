@@ -24,11 +24,15 @@ from torch import Tensor
 
 from ptq.errors import PtqError
 from ptq.scheme import native
-from ptq.scheme.placement import DECODED, Placement
+from ptq.scheme.placement import DECODED, Placement, place_rows
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP16_MAX = 65504.0
 """Largest finite float16."""
+NAN_SCALE = 0xFF
+"""Lowest byte of the scale of a group that holds a NaN or an infinity."""
+EMPTY = 1 << 12
+"""An exponent beyond every real one: that of a group of zeros."""
 
 
 class FormatError(PtqError, ValueError):
@@ -69,7 +73,7 @@ class Format(ABC):
     scale_rules: ClassVar[tuple[str, ...]]
     """Names accepted by `scale_rule`; the first one is the default."""
     ties_options: ClassVar[tuple[str, ...]]
-    """Names accepted by `ties`; the first one is the default, and the one that layers use."""
+    """Names accepted by `ties`; the first one is the default of every rule that `usual_ties` does not name."""
     searched_scales: ClassVar[str | None] = None
     """What `search_scales` tries, for the report; None: there is no search."""
     kernel_id: ClassVar[int | None] = None
@@ -85,7 +89,7 @@ class Format(ABC):
         Args:
             x: float32, bfloat16 or float16 [..., K], K a multiple of `group_size`. Arithmetic is float32.
             scale_rule: one of `scale_rules` (default: the first).
-            ties: one of `ties_options` (default: the first).
+            ties: one of `ties_options` (default: `usual_ties` of the rule).
 
         Returns:
             Codes. A group that holds a NaN or an infinity becomes a NaN group (scale byte 0xFF, elements 0).
@@ -188,8 +192,18 @@ class Format(ABC):
         """The number by which the format's device functions know a scale rule."""
         return self.scale_rules.index(scale_rule)
 
-    def search_scales(self, w_rk: Tensor, weights_k: Tensor | None) -> Tensor:
+    def usual_ties(self, scale_rule: str) -> str:
+        """How a rule rounds ties where nothing else is asked for, and how layers round them."""
+        return self.ties_options[0]
+
+    def searched(self, scale_rule: str | None) -> str | None:
+        """`searched_scales` where the weight has this rule."""
+        return self.searched_scales
+
+    def search_scales(self, w_rk: Tensor, weights_k: Tensor | None, scale_rule: str | None = None) -> Tensor:
         """Scales [R, K / group] of a weight float32 [R, K] with the smallest squared error, columns weighted by float32 [K].
+
+        scale_rule: of the weight; where a rule has scales of a kind of its own, they are searched among these.
 
         Raises:
             FormatError: the format has no such search.
@@ -200,13 +214,27 @@ class Format(ABC):
         """Whether inputs quantized by this rule are exact in FP8 times one power of two."""
         return False
 
+    def exponents(self, packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The d (`ptq.scheme.placement`) that the smallest and the largest values of each group of packed codes need.
+
+        int32 [..., K / group] each, EMPTY and -EMPTY for groups of zeros and NaN groups. low is high + 1 where the smallest
+        needs less than E2M1 * 2^high. None: values of these codes are not exact in FP8.
+        """
+        return None
+
     def place(self, weight_packed: Tensor, weight_scale: Tensor) -> Placement:
         """How a packed weight is held while it is multiplied: in FP8 where it is exact there, else in bfloat16.
 
         Raises:
             FormatError: a damaged weight.
         """
-        return DECODED
+        exponents = self.exponents(weight_packed, weight_scale)
+        if exponents is None:
+            return DECODED
+        if bool(((weight_scale & 0xFF) == NAN_SCALE).any()):
+            raise FormatError("A weight scale is NaN (byte 0xFF): the checkpoint is damaged, quantize the model again.")
+        low, high = exponents[0].amin(-1), exponents[1].amax(-1)
+        return place_rows(torch.where(high == -EMPTY, low, torch.minimum(low, high)), high)
 
     def decode_packed(self, weight_packed: Tensor, weight_scale: Tensor) -> Tensor:
         """Packed codes -> exact values, float32 [..., K]."""
@@ -242,9 +270,9 @@ class Format(ABC):
     def options(self, scale_rule: str | None, ties: str | None = None) -> tuple[str, str]:
         """(scale rule, ties), defaults filled in; FormatError where the format does not have one."""
         rule = scale_rule or self.scale_rules[0]
-        ties = ties or self.ties_options[0]
         if rule not in self.scale_rules:
             raise FormatError(f"{self.name} has no scale rule {rule!r}; choose one of {', '.join(self.scale_rules)}.")
+        ties = ties or self.usual_ties(rule)
         if ties not in self.ties_options:
             raise FormatError(f"{self.name} has no ties option {ties!r}; choose one of {', '.join(self.ties_options)}.")
         return rule, ties

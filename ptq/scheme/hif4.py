@@ -6,7 +6,8 @@ e8 and e16, and an unsigned E6M2 scale S = 2^(E-48) * (1 + M/4). The scale word 
 
 The rule `reference` follows the organisers' conversion step by step (bfloat16 reciprocals included): its rounding of S and
 its thresholds are part of the format as everyone measures it, so they are bit-identical here rather than mathematically
-nicer. The rule `mse` starts from its S and searches S and the exponents for the smallest squared error.
+nicer. The rule `mse` starts from its S and searches S and the exponents for the smallest squared error. The rule `p2` takes
+S without its mantissa, a power of two: values then have three significant bits and are exact in FP8.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ptq.scheme import native
-from ptq.scheme.format import Format, with_sign
+from ptq.scheme.format import EMPTY, NAN_SCALE, Format, with_sign
 
-NAN_SCALE = 0xFF
 SCALE_MIN, SCALE_MAX = 2.0**-48, 49152.0
 SCALE_BIAS = 48
 BF16_ONE_SEVENTH = 0.142578125
@@ -29,6 +29,12 @@ MSE_LARGEST = 128.0
 error that no choice avoids becomes smaller, and squares stay finite."""
 SEARCHED_OFFSETS = (0, -1, 1, -2, 2, -3, -4)
 """E6M2 bytes tried for a weight's group, relative to the reference, best first: on equal error the first one wins."""
+BINADE = 4
+"""Bytes from one S to twice that S."""
+P2_OFFSETS = (0, BINADE, -BINADE)
+"""The same under the rule `p2`, relative to its own byte."""
+P2_MAX_EXPONENT = 15
+"""2^15 is the largest S without a mantissa."""
 
 
 class HiF4(Format):
@@ -41,7 +47,7 @@ class HiF4(Format):
     bits_per_value = 4.5
     scale_dtype = torch.int32
     scale_layout = "hif4-pto-u32-v1"
-    scale_rules = ("reference", "mse")
+    scale_rules = ("reference", "mse", "p2")
     ties_options = ("away", "even")
     searched_scales = "scale codes four below to two above the rule's, micro-exponents free"
     kernel_id = 1
@@ -73,24 +79,50 @@ class HiF4(Format):
     def kernels(self, rule: str, ties: str) -> native.Kernels:
         from ptq.scheme.native_hif4 import codes, values
 
-        return native.Kernels(codes, values, (rule == "mse", ties == "even"))
+        return native.Kernels(codes, values, (self.kernel_rule(rule), ties == "even"))
 
-    def search_scales(self, w_rk: Tensor, weights_k: Tensor | None) -> Tensor:
+    def usual_ties(self, scale_rule: str) -> str:
+        return "even" if scale_rule == "p2" else self.ties_options[0]
+
+    def searched(self, scale_rule: str | None) -> str | None:
+        if scale_rule != "p2":
+            return self.searched_scales
+        return "powers of two from half to twice the rule's, micro-exponents free"
+
+    def exact_in_fp8(self, scale_rule: str | None) -> bool:
+        return scale_rule == "p2"
+
+    def exponents(self, packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor] | None:
+        byte = scales & 0xFF
+        finite = byte != NAN_SCALE
+        if bool(((byte & 3 != 0) & finite).any()):
+            return None
+        _, e8, e16 = split_words(scales)
+        # A four holds k * 2^j with k up to 7, of which 2^j is the lowest bit; that of E2M1 * 2^d is 2^(d - 1).
+        j = ((byte >> 2) - SCALE_BIAS - 2).unsqueeze(-1) + e8.repeat_interleave(2, dim=-1) + e16
+        used = ((packed.reshape(*j.shape, 2) & 0x77) != 0).any(-1) & finite.unsqueeze(-1)
+        return torch.where(used, j + 1, EMPTY).amin(-1), torch.where(used, j, -EMPTY).amax(-1)
+
+    def search_scales(self, w_rk: Tensor, weights_k: Tensor | None, scale_rule: str | None = None) -> Tensor:
         # The group is 8 x 2 x 4: for given S and e8 each four elements choose e16 alone, and each eight choose e8 alone, so
-        # the optimum is exact. Because 2 * S(byte) = S(byte + 4), the 7 x 3 steps of all candidates are only 15 different ones.
-        byte = self.quantize(w_rk).scales & 0xFF  # [R, G]
-        errors = _quad_errors(w_rk, byte, weights_k)
-        lowest = min(SEARCHED_OFFSETS)
+        # the optimum is exact. Because 2 * S(byte) = S(byte + 4), candidates share steps: 7 x 3 are only 15 different ones.
+        p2 = scale_rule == "p2"
+        offsets = P2_OFFSETS if p2 else SEARCHED_OFFSETS
+        byte = self.quantize(w_rk, scale_rule="p2" if p2 else None).scales & 0xFF  # [R, G]
+        # Rungs are the bytes whose steps the candidates use, S and its doubles: under `p2` every fourth one.
+        spacing = BINADE if p2 else 1
+        lowest, double = min(offsets), BINADE // spacing
+        errors = _quad_errors(w_rk, byte, weights_k, range(lowest, max(offsets) + 2 * BINADE + 1, spacing))
         best_error = torch.full(byte.shape, torch.inf, device=byte.device)
         best_offset = torch.zeros_like(byte)
-        for offset in SEARCHED_OFFSETS:
-            by_e8 = _error_by_e8(*(errors[offset - lowest + 4 * shift] for shift in range(3)))
+        for offset in offsets:
+            by_e8 = _error_by_e8(*(errors[(offset - lowest) // spacing + double * shift] for shift in range(3)))
             error = torch.minimum(*by_e8).sum(-1)
             better = (error < best_error) & (byte + offset >= 0) & (byte + offset < NAN_SCALE)
             best_error = torch.where(better, error, best_error)
             best_offset = torch.where(better, offset, best_offset)
-        index = (best_offset - lowest).long()[None, :, :, None].expand(1, -1, -1, 16)
-        chosen = [errors.gather(0, index + 4 * shift)[0] for shift in range(3)]
+        index = ((best_offset - lowest) // spacing).long()[None, :, :, None].expand(1, -1, -1, 16)
+        chosen = [errors.gather(0, index + double * shift)[0] for shift in range(3)]
         error_e8_0, error_e8_1 = _error_by_e8(*chosen)
         e8 = error_e8_1 < error_e8_0  # [R, G, 8]
         high = e8.repeat_interleave(2, dim=-1)
@@ -98,22 +130,21 @@ class HiF4(Format):
         return join_words(byte + best_offset, e8, e16)
 
 
-def _quad_errors(w_rk: Tensor, byte: Tensor, weights_k: Tensor | None) -> Tensor:
-    """Weighted squared error of every four elements under each step S(byte + i) / 4: [15, R, G, 16]."""
+def _quad_errors(w_rk: Tensor, byte: Tensor, weights_k: Tensor | None, offsets: range) -> Tensor:
+    """Weighted squared error of every four elements under each step S(byte + offset) / 4: [offsets, R, G, 16]."""
     # Elements of a quad in the leading dimension: sums over it run over contiguous memory.
     y = w_rk.abs().reshape(*byte.shape, 16, 4).permute(3, 0, 1, 2).contiguous()
     weights = None if weights_k is None else weights_k.reshape(-1, 16, 4).permute(2, 0, 1).unsqueeze(1).contiguous()
-    lowest, highest = min(SEARCHED_OFFSETS), max(SEARCHED_OFFSETS) + 8
-    errors = torch.empty((highest - lowest + 1, *byte.shape, 16), device=w_rk.device)
+    errors = torch.empty((len(offsets), *byte.shape, 16), device=w_rk.device)
     # Sixteen bytes down is a factor 16 exactly, and keeps the index below the NaN byte.
-    offsets = torch.arange(lowest - 16, highest - 15, device=byte.device, dtype=byte.dtype)
-    steps = (scale_values(byte + offsets[:, None, None]) * 4.0).unsqueeze(-1)
-    for i, step in zip(range(lowest, highest + 1), steps, strict=True):
+    below = torch.tensor([offset - 16 for offset in offsets], device=byte.device, dtype=byte.dtype)
+    steps = (scale_values(byte + below[:, None, None]) * 4.0).unsqueeze(-1)
+    for i, step in enumerate(steps):
         level = (y / step).round_().clamp_(max=7.0)
         error = torch.addcmul(y, level, step, value=-1.0).square_()
         if weights is not None:
             error *= weights
-        torch.sum(error, 0, out=errors[i - lowest])
+        torch.sum(error, 0, out=errors[i])
     return errors
 
 
@@ -178,7 +209,7 @@ def _convert(x_gn: Tensor, rule: str, ties: str) -> tuple[Tensor, Tensor, Tensor
         whole number in 0..7 (meaningless where the group is not finite: byte 0xFF).
     """
     magnitude = x_gn.abs().view(8, 2, 4, -1)
-    byte, r, e8, e16 = _search(magnitude) if rule == "mse" else _reference(magnitude)
+    byte, r, e8, e16 = SCALES[rule](magnitude)
     factor = r * 4.0 * torch.where(e8, 0.5, 1.0) * torch.where(e16, 0.5, 1.0)
     scaled = magnitude * factor
     level = torch.round(scaled) if ties == "even" else torch.floor(scaled + 0.5)
@@ -194,6 +225,22 @@ def _reference(magnitude: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     e8 = v8 * r >= 4.0
     half_e8 = torch.where(e8, 0.5, 1.0)  # 2^-e8
     return byte, r, e8, v16 * r * half_e8 >= 2.0
+
+
+def _power_of_two_scales(magnitude: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The scales of |x| [8, 2, 4, n] under `p2`: S = 2^(floor(log2 maximum) - 2), thresholds 4 S and, without e8, 2 S.
+
+    Returns:
+        Byte, 1/S (exact), e8, e16; shapes as in `_convert`.
+    """
+    v16 = magnitude.amax(2, keepdim=True)
+    v8 = v16.amax(1, keepdim=True)
+    amax = v8.amax(0).flatten()
+    exponent = ((amax.view(torch.int32) >> 23) - 129).clamp(-SCALE_BIAS, P2_MAX_EXPONENT)
+    s = _power_of_two(exponent)
+    e8 = v8 >= 4.0 * s
+    byte = torch.where(torch.isfinite(amax), (exponent + SCALE_BIAS) * BINADE, NAN_SCALE)
+    return byte, _power_of_two(-exponent), e8, v16 >= torch.where(e8, 4.0, 2.0) * s
 
 
 def _search(magnitude: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -225,6 +272,10 @@ def _search(magnitude: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         e8 = torch.where(better, raised, e8)
         e16 = torch.where(better, torch.where(raised.unsqueeze(1), error2 < error1, error1 < error0), e16)
     return torch.where(base == NAN_SCALE, base, chosen), _reciprocals(chosen), e8[:, None, None], e16[:, :, None]
+
+
+SCALES = {"reference": _reference, "mse": _search, "p2": _power_of_two_scales}
+"""Scale rule -> its scales of |x| [8, 2, 4, n]."""
 
 
 def _squared_errors(y: Tensor, r: Tensor, step: Tensor) -> Tensor:

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from ptq.scheme import native
-from ptq.scheme.format import Format, FormatError, grouped, with_sign
-from ptq.scheme.placement import Placement, place_rows
+from ptq.scheme.format import EMPTY, NAN_SCALE, Format, grouped, with_sign
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-NAN_SCALE = 0xFF
 E2M1_MAX_EXPONENT = 2
 """6 = 1.5 * 2^2."""
 MAX_SCALE = 252
@@ -30,8 +28,6 @@ EXPONENT_CARRY = {"floor": 0, "ceil": 0x3FFFFF, "even": 0x200000, "qmax7.25": 0x
 even f >= 0.75 (half an E2M1 ulp added), qmax7.25 f > 0.8125 (amax > 7.25 * 2^(e-2))."""
 SEARCHED_OFFSETS = (0, 1, -1)
 """Exponents tried for a weight's group, relative to the rule `floor`, best first: on equal error the first one wins."""
-EMPTY = 1 << 12
-"""An exponent beyond every real one: that of a block of zeros."""
 
 
 class MXFP4(Format):
@@ -82,7 +78,7 @@ class MXFP4(Format):
     def kernel_rule(self, scale_rule: str) -> int:
         return -1 if scale_rule == "mse" else EXPONENT_CARRY[scale_rule]
 
-    def search_scales(self, w_rk: Tensor, weights_k: Tensor | None) -> Tensor:
+    def search_scales(self, w_rk: Tensor, weights_k: Tensor | None, scale_rule: str | None = None) -> Tensor:
         floor = self.quantize(w_rk, scale_rule="floor").scales.to(torch.int32)
         weights = None if weights_k is None else grouped(weights_k, self.group_size)
         best_scales, best_error = floor, torch.full(floor.shape, torch.inf, device=w_rk.device)
@@ -101,28 +97,10 @@ class MXFP4(Format):
     def exact_in_fp8(self, scale_rule: str | None) -> bool:
         return True
 
-    def place(self, weight_packed: Tensor, weight_scale: Tensor) -> Placement:
-        return place_rows(*row_exponent_ranges(weight_packed, weight_scale))
-
-
-def row_exponent_ranges(weight_packed: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest block exponent of each row, int32 [N] each; a row of zeros has low > high.
-
-    Blocks whose codes are all zero do not count: zero is exact under any factor.
-    """
-    if bool((weight_scale == NAN_SCALE).any()):
-        raise FormatError("A weight scale is NaN (byte 0xFF): the checkpoint is damaged, quantize the model again.")
-    used = nonzero_blocks(weight_packed)
-    exponent = weight_scale.to(torch.int32) - 127
-    low = torch.where(used, exponent, EMPTY).amin(-1)
-    high = torch.where(used, exponent, -EMPTY).amax(-1)
-    return low, high
-
-
-def nonzero_blocks(packed: Tensor) -> Tensor:
-    """Packed codes uint8 [..., K/2] -> bool [..., K/32]: which blocks have a non-zero magnitude."""
-    blocks = packed.reshape(*packed.shape[:-1], packed.shape[-1] // 16, 16)
-    return ((blocks & 0x77) != 0).any(-1)
+    def exponents(self, packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        used = ((grouped(packed, self.group_size // 2) & 0x77) != 0).any(-1) & (scales != NAN_SCALE)
+        exponent = scales.to(torch.int32) - 127
+        return torch.where(used, exponent, EMPTY), torch.where(used, exponent, -EMPTY)
 
 
 def scale_values(scales: Tensor) -> Tensor:

@@ -22,10 +22,13 @@ ROUND_TO_INTEGER = f32(2.0**23)
 """Added and subtracted again."""
 EXPONENT_BIAS = i32(127 - 48)
 MSE_BYTES, MSE_LARGEST = 3, f32(128.0)
+MSE, P2 = 1, 2
+"""Positions in `HiF4.scale_rules`."""
+P2_MIN_EXPONENT, P2_MAX_EXPONENT = i32(-48), i32(15)
 
 
 @kernel
-def codes(x, shift, mse, even, out, scales):
+def codes(x, shift, rule, even, out, scales):
     """Elements or packed elements and scale words; see `ptq.scheme.native.Kernels`."""
     magnitude = np.empty(GROUP, np.int32)
     levels = np.empty(GROUP, np.int32)
@@ -37,8 +40,10 @@ def codes(x, shift, mse, even, out, scales):
     pairs = elements.view(np.uint16)
     packed = out.shape[1] == GROUP // 2
     for g in range(len(x)):
-        if mse:
+        if rule == MSE:
             word = _search(x[g], shift, even, magnitude, factors, y, errors, levels)
+        elif rule == P2:
+            word = _power_of_two_scale(x[g], shift, even, magnitude, fours, factors, levels)
         else:
             word = _reference(x[g], shift, even, magnitude, fours, factors, levels)
         scales[g] = i32(word)
@@ -57,7 +62,7 @@ def codes(x, shift, mse, even, out, scales):
 
 
 @kernel
-def values(x, shift, mse, even, out):
+def values(x, shift, rule, even, out):
     """Values on the grid; see `ptq.scheme.native.Kernels`."""
     magnitude = np.empty(GROUP, np.int32)
     levels = np.empty(GROUP, np.int32)
@@ -66,8 +71,10 @@ def values(x, shift, mse, even, out):
     errors = np.empty((MSE_BYTES, 3, FOURS), np.float32)
     y = np.empty((4, FOURS), np.float32)
     for g in range(len(x)):
-        if mse:
+        if rule == MSE:
             word = _search(x[g], shift, even, magnitude, factors, y, errors, levels)
+        elif rule == P2:
+            word = _power_of_two_scale(x[g], shift, even, magnitude, fours, factors, levels)
         else:
             word = _reference(x[g], shift, even, magnitude, fours, factors, levels)
         if word == NAN_SCALE:
@@ -84,8 +91,8 @@ def values(x, shift, mse, even, out):
 
 
 @njit(error_model="numpy")
-def _reference(x, shift, even, magnitude, fours, factors, levels):
-    """One group [64] -> its scale word, 0xFF where it is not finite; fills `levels` with 0..7. The rest is scratch."""
+def _maxima(x, shift, magnitude, fours):
+    """Bits of |x| [64] into `magnitude`, the largest of each four into `fours`; returns the largest."""
     for k in range(GROUP):
         magnitude[k] = i32(u32(u32(x[k]) << u32(shift)) & ~SIGN)
     for i in range(FOURS):
@@ -93,6 +100,13 @@ def _reference(x, shift, even, magnitude, fours, factors, levels):
     largest = i32(0)
     for i in range(FOURS):
         largest = max(largest, fours[i])
+    return largest
+
+
+@njit(error_model="numpy")
+def _reference(x, shift, even, magnitude, fours, factors, levels):
+    """One group [64] -> its scale word, 0xFF where it is not finite; fills `levels` with 0..7. The rest is scratch."""
+    largest = _maxima(x, shift, magnitude, fours)
     if largest >= INFINITY:
         return NAN_SCALE
     byte = _scale_byte(largest)
@@ -106,6 +120,27 @@ def _reference(x, shift, even, magnitude, fours, factors, levels):
             e16 = i32(fours[j]).view(f32) * r * half_e8 >= f32(2.0)
             word |= u32(e16) << u32(16 + j)
             factors[j] = r * f32(4.0) * half_e8 * (f32(0.5) if e16 else f32(1.0))
+    _round(magnitude, factors, even, levels)
+    return word
+
+
+@njit(error_model="numpy")
+def _power_of_two_scale(x, shift, even, magnitude, fours, factors, levels):
+    """`_reference` under the rule `p2`. Bits of a power of two times 2^n are those plus n << 23."""
+    largest = _maxima(x, shift, magnitude, fours)
+    if largest >= INFINITY:
+        return NAN_SCALE
+    exponent = i32(min(max(i32(i32(largest >> i32(23)) - i32(129)), P2_MIN_EXPONENT), P2_MAX_EXPONENT))
+    two = i32(i32(exponent + i32(128)) << i32(23))  # bits of 2 S
+    four = i32(i32(exponent + i32(129)) << i32(23))
+    word = u32(i32(i32(exponent + i32(48)) << i32(2)))
+    for i in range(FOURS // 2):
+        e8 = 1 if max(fours[2 * i], fours[2 * i + 1]) >= four else 0
+        word |= u32(e8) << u32(8 + i)
+        for j in range(2 * i, 2 * i + 2):
+            e16 = 1 if fours[j] >= (four if e8 else two) else 0
+            word |= u32(e16) << u32(16 + j)
+            factors[j] = i32(i32(i32(129) - exponent - i32(e8 + e16)) << i32(23)).view(f32)
     _round(magnitude, factors, even, levels)
     return word
 

@@ -118,7 +118,7 @@ class Scheme:
             "format": fmt.name,
             "weights": _Weights(group_size=fmt.group_size, scale_layout=fmt.scale_layout).model_dump(),
             "input_activations": _Inputs(
-                format=fmt.name, scale_rule=str(self.input_rule), ties=fmt.ties_options[0]
+                format=fmt.name, scale_rule=str(self.input_rule), ties=fmt.usual_ties(str(self.input_rule))
             ).model_dump(),
             "transform": _Transform(
                 type=plain if smoothed else transform.kind, block_size=transform.block, smooth=smoothed
@@ -190,9 +190,9 @@ class _Config(_Strict):
             problems.append(f"the scale rule {inputs.scale_rule!r}")
         if inputs.ties not in fmt.ties_options:
             problems.append(f"the ties option {inputs.ties!r}")
-        elif inputs.ties != fmt.ties_options[0]:
+        elif inputs.ties != fmt.usual_ties(inputs.scale_rule):
             raise PtqError(
-                f"{where} asks for inputs whose ties are rounded {inputs.ties}; layers of this version round them {fmt.ties_options[0]}. Quantize the model again, or run the checkpoint with the version that made it."
+                f"{where} asks for inputs whose ties are rounded {inputs.ties}; layers of this version round them {fmt.usual_ties(inputs.scale_rule)}. Quantize the model again, or run the checkpoint with the version that made it."
             )
         if transform.smooth and transform.type not in (UNCHANGED.kind, Hadamard.kind):
             problems.append(f"a transform of type {transform.type} with a smoothing vector beside it")

@@ -24,12 +24,15 @@ WEIGHT_FLOOR = 1e-4
 """Columns weigh at least this fraction of the mean, so that channels never seen in calibration keep sane scales."""
 
 
-def search_scales(w_nk: Tensor, fmt: Format, *, weights_k: Tensor | None = None) -> Tensor:
+def search_scales(
+    w_nk: Tensor, fmt: Format, *, weights_k: Tensor | None = None, scale_rule: str | None = None
+) -> Tensor:
     """Best scales for a weight.
 
     Args:
         w_nk: float [N, K].
         weights_k: importance of an error in each column, float [K], >= 0: diag(H) or the factor's pivots. None: equal.
+        scale_rule: of the weight, where it limits the search.
 
     Returns:
         Scales [N, K / group] in the format's stored layout.
@@ -42,7 +45,7 @@ def search_scales(w_nk: Tensor, fmt: Format, *, weights_k: Tensor | None = None)
     weights = None if weights_k is None else _weights(weights_k, w_nk)
     chunk = CHUNK_ELEMENTS_CUDA if w_nk.is_cuda else CHUNK_ELEMENTS
     rows = max(1, chunk // w_nk.shape[1])
-    return torch.cat([fmt.search_scales(part.float(), weights) for part in w_nk.split(rows)])
+    return torch.cat([fmt.search_scales(part.float(), weights, scale_rule) for part in w_nk.split(rows)])
 
 
 def _weights(weights_k: Tensor, w_nk: Tensor) -> Tensor:

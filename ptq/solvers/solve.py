@@ -114,7 +114,7 @@ def _rounded(
 ) -> tuple[_Rounded, dict[str, object]]:
     """A weight in the basis, rounded, and what to report for all its Linears."""
     if h_kk is None:
-        scales = search_scales(w_nk, fmt) if settings.clip_search else None
+        scales = search_scales(w_nk, fmt, scale_rule=settings.weight_rule) if settings.clip_search else None
         codes = rtn if scales is None else round_to_scales(w_nk, scales, fmt)
         values = fmt.dequantize(codes)
         figures = {"weight_error": (values - w_nk).square_().sum(-1), "weight": w_nk.square().sum(-1)}
@@ -155,7 +155,9 @@ def _round(
     w_nk: Tensor, rtn: Codes, factor: Factor | None, h_kk: Tensor, fmt: Format, settings: SolverSettings
 ) -> Codes:
     """The codes that the settings ask for, on searched or given scales."""
-    scales = search_scales(w_nk, fmt, weights_k=h_kk.diagonal()) if settings.clip_search else rtn.scales
+    scales = rtn.scales
+    if settings.clip_search:
+        scales = search_scales(w_nk, fmt, weights_k=h_kk.diagonal(), scale_rule=settings.weight_rule)
     if factor is not None:
         return gptq(w_nk, factor, fmt, scales=scales)
     return round_to_scales(w_nk, scales, fmt) if settings.clip_search else rtn

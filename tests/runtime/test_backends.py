@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptq import formats, ui
+from ptq.config import installed_recipes
 from ptq.errors import UsageError
 from ptq.runtime import QuantLinear, backends, cpu, ops
 from ptq.runtime.backends import BACKENDS, Call, Machine, choose, obstacle
+from ptq.runtime.diagnosis import machine_facts
 from ptq.scheme import MXFP4 as MXFP4Format
 from ptq.scheme import Hadamard, Placement, Scheme, Transform
 from ptq.scheme.placement import DECODED
@@ -22,7 +24,8 @@ CPU = Machine("cpu", (0, 0), True)
 MACHINES = (HOPPER, BLACKWELL, CONSUMER, ADA, AMPERE, VOLTA, CPU, Machine("cuda", (9, 0), False))
 WAN = (32760, 5120, 5120)
 TENSOR, ROW = Placement("e4m3", -6, None, "fits"), Placement("e4m3-row", 0, torch.zeros(1), "span 20")
-WIDE = Placement("bf16", 0, None, "span 40")
+WIDE, E5M2 = Placement("bf16", 0, None, "span 40"), Placement("e5m2", -9, None, "span 25")
+HIF4_FAST = Scheme.of("hif4", transform="learned", block=64, input_rule="p2")
 MXFP4, HIF4 = (Scheme.of(name, transform="hadamard", block=block) for name, block in (("mxfp4", 32), ("hif4", 64)))
 ON_GPU = [name for name, backend in BACKENDS.items() if backend.device == "cuda"]
 
@@ -38,8 +41,12 @@ def nothing_forced(monkeypatch):
 @pytest.mark.parametrize(
     ("machine", "scheme", "placement", "shape", "expected"),
     [
-        (HOPPER, MXFP4, TENSOR, WAN, "triton-fp8"),
-        (HOPPER, MXFP4, ROW, WAN, "triton-fp8"),
+        (HOPPER, MXFP4, TENSOR, WAN, "scaled-mm"),
+        (HOPPER, MXFP4, ROW, WAN, "scaled-mm"),
+        (HOPPER, MXFP4, E5M2, WAN, "triton-fp8"),
+        (HOPPER, HIF4_FAST, ROW, WAN, "scaled-mm"),
+        (BLACKWELL, HIF4_FAST, TENSOR, WAN, "scaled-mm"),
+        (HOPPER, HIF4_FAST, DECODED, WAN, "bf16-decode"),
         (HOPPER, MXFP4, WIDE, WAN, "bf16-decode"),
         (HOPPER, HIF4, DECODED, WAN, "bf16-decode"),
         (HOPPER, MXFP4, TENSOR, (1, 5120, 5120), "bf16-decode"),
@@ -47,7 +54,8 @@ def nothing_forced(monkeypatch):
         (CONSUMER, MXFP4, TENSOR, WAN, "dot-scaled"),
         (BLACKWELL, HIF4, DECODED, WAN, "bf16-decode"),
         (ADA, MXFP4, TENSOR, WAN, "scaled-mm"),
-        (ADA, MXFP4, ROW, WAN, "bf16-decode"),
+        (ADA, MXFP4, ROW, WAN, "scaled-mm"),
+        (ADA, MXFP4, E5M2, WAN, "bf16-decode"),
         (AMPERE, MXFP4, TENSOR, WAN, "bf16-decode"),
         (CPU, MXFP4, TENSOR, WAN, "cpu"),
     ],
@@ -81,7 +89,7 @@ def test_forcing_runs_that_backend_or_says_why_not(machine, scheme, placement, r
 
 
 def test_the_backends_and_the_order_in_which_they_are_tried():
-    ours = ("dot-scaled", "triton-fp8", "scaled-mm", "bf16-decode")
+    ours = ("dot-scaled", "scaled-mm", "triton-fp8", "bf16-decode")
     assert tuple(name for name in ON_GPU if name in ours) == ours and BACKENDS["cpu"] is cpu.CPU
     assert all(backend.name == name for name, backend in BACKENDS.items())
     assert [name for name in (*ours, "cpu") if BACKENDS[name].few_rows] == ["bf16-decode", "cpu"]
@@ -126,7 +134,7 @@ def test_no_backend_at_all_is_an_error_with_every_reason(machine):
 
 
 def test_preview_for_doctor():
-    assert backends.preview(HOPPER)["mxfp4"].startswith("triton-fp8: ")
+    assert backends.preview(HOPPER)["mxfp4"].startswith("scaled-mm: ")
     assert backends.preview(HOPPER)["hif4"].startswith("bf16-decode: ")
     assert "No backend" in backends.preview(VOLTA)["mxfp4"]
     backends.use_backend("scaled-mm")
@@ -271,3 +279,11 @@ def test_a_transform_that_changes_inputs_its_own_way_has_no_gpu_kernel_unless_it
     scheme = Scheme(formats.get("mxfp4"), Flipped(64))
     call = Call(scheme, 1000, 64, 64, DECODED, HOPPER)
     assert obstacle(BACKENDS["bf16-decode"], call) == "the transform flipped has no GPU kernel"
+
+
+def test_doctor_says_what_each_recipe_is_for():
+    facts = machine_facts()
+    for name, recipe in installed_recipes().items():
+        assert facts[f"recipe {name}"] == recipe.description != ""
+    assert "24 % more denoiser error than hif4" in facts["recipe hif4-fast"] and "backend for hif4-fast" in facts
+    assert backends.preview(HOPPER)["hif4-fast"].startswith(backends.preview(HOPPER)["mxfp4"].split(":")[0])

@@ -28,7 +28,16 @@ def invoke(*arguments):
 
 def test_figures_of_one_shape():
     rows = {row.candidate: row for row in bench_linear.measure_shape((32, 128, 256), CPU, repeats=3)}
-    assert list(rows) == ["float32", "bf16", "mxfp4 fake-quant", "mxfp4 ptq", "hif4 fake-quant", "hif4 ptq"]
+    assert list(rows) == [
+        "float32",
+        "bf16",
+        "mxfp4 fake-quant",
+        "mxfp4 ptq",
+        "hif4 fake-quant",
+        "hif4 ptq",
+        "hif4-fast fake-quant",
+        "hif4-fast ptq",
+    ]
     base = rows["float32"]
     assert base.speedup == 1.0 and base.weight_bytes == 4 * 128 * 256
     for row in rows.values():

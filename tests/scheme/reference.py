@@ -156,3 +156,26 @@ def quantize_hif4_mse(x: np.ndarray, ties: str = "away") -> tuple[np.ndarray, np
     level = np.minimum(level, 7).astype(int)
     words = byte + (e8 << np.arange(8, 16)).sum(1) + (e16 << np.arange(16, 32)).sum(1)
     return level + 8 * ((x < 0) & (level > 0)), words
+
+
+def quantize_hif4_p2(x: np.ndarray, ties: str = "even") -> tuple[np.ndarray, np.ndarray]:
+    """The rule `p2`: float64 groups [n, 64] of finite values -> (nibbles [n, 64], words [n])."""
+    nibbles, words = np.zeros(x.shape, dtype=np.int64), np.zeros(len(x), dtype=np.int64)
+    for row, group in enumerate(x):
+        magnitude = np.abs(group)
+        exponent = -48
+        while exponent < 15 and magnitude.max() >= 8 * 2.0**exponent:
+            exponent += 1
+        scale, word = 2.0**exponent, 4 * (exponent + 48)
+        for eight in range(8):
+            e8 = int(magnitude[8 * eight : 8 * eight + 8].max() >= 4 * scale)
+            word += e8 << (8 + eight)
+            for four in (2 * eight, 2 * eight + 1):
+                part = slice(4 * four, 4 * four + 4)
+                e16 = int(magnitude[part].max() >= (4 if e8 else 2) * scale)
+                word += e16 << (16 + four)
+                y = magnitude[part] / (scale / 4 * 2 ** (e8 + e16))
+                level = np.minimum(np.floor(y + 0.5) if ties == "away" else np.round(y), 7).astype(int)
+                nibbles[row, part] = level + 8 * ((group[part] < 0) & (level > 0))
+        words[row] = word
+    return nibbles, words

@@ -11,9 +11,12 @@ rounded to the target grid before they are cast. The hardware does both in one i
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import libdevice
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 INF_BITS = tl.constexpr(0x7F800000)
+NEAREST_INTEGER = tl.constexpr(12582912.0)
+"""1.5 * 2^23: its ulp is 1, so adding and subtracting it rounds to integers; times 2^n, to multiples of 2^n."""
 
 
 @triton.jit
@@ -62,6 +65,25 @@ def to_e5m2(x):
 
 
 @triton.jit
+def round_half_up(x):
+    """floor(x + 0.5) of float32 x >= 0, with both roundings of that expression; meant for x far below 2^22.
+
+    The hardware adds with rounding down, at full rate, where a conversion to an integer would run at a quarter of it.
+    """
+    if INTERPRET:
+        return tl.floor(x + 0.5)
+    return libdevice.add_rd(x + 0.5, NEAREST_INTEGER) - NEAREST_INTEGER
+
+
+@triton.jit
+def fused(x, y, z):
+    """x * y + z of float32, rounded once."""
+    if INTERPRET:
+        return (x.to(tl.float64) * y + z.to(tl.float64)).to(tl.float32)
+    return tl.fma(x, y, z)
+
+
+@triton.jit
 def power_of_two(exponent):
     """2^exponent as float32 for exponents in [-126, 127]."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
@@ -80,7 +102,7 @@ def hadamard_signs(SIZE: tl.constexpr):
 
 @triton.jit
 def rotate(x, SIZE: tl.constexpr, FACTOR: tl.constexpr, PARTS: tl.constexpr):
-    """Block Hadamard of float32 [R, L] in blocks of SIZE, times FACTOR (a power of two); see `multiply_block`."""
+    """Block Hadamard of [R, L] in blocks of SIZE, times FACTOR (a power of two); see `multiply_block`."""
     R: tl.constexpr = x.shape[0]
     L: tl.constexpr = x.shape[1]
     blocks = tl.reshape(x, (R * L // SIZE, SIZE))
@@ -89,13 +111,15 @@ def rotate(x, SIZE: tl.constexpr, FACTOR: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def multiply_block(x, matrix, PARTS: tl.constexpr):
-    """float32 [R, S] @ bfloat16 [S, S].
+    """[R, S] of any float dtype @ bfloat16 [S, S] -> float32.
 
     x is split into PARTS bfloat16 summands by truncation, which is exact when PARTS * 8 bits cover the significand of x,
-    and each is multiplied on tensor cores: every product is exact, only the float32 sums round.
+    and each is multiplied on tensor cores: every product is exact, only the float32 sums round. bfloat16 x is one part.
     """
-    rest = x
     total = tl.zeros(x.shape, tl.float32)
+    if x.dtype == tl.bfloat16:
+        return dot_f32(x, matrix, total)
+    rest = x.to(tl.float32)
     for part_index in tl.static_range(PARTS):
         part = (rest.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
         total = dot_f32(part.to(tl.bfloat16), matrix, total)
@@ -119,6 +143,23 @@ def load_e4m3(ptr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def larger(x, y):
+    """The larger magnitude of two float32, a NaN where either is one."""
+    return tl.maximum(tl.abs(x), tl.abs(y), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def max_abs(x, AXIS: tl.constexpr):
+    """Largest magnitude of float32 x along an axis: a NaN, whose bits are above those of every other, where there is one.
+
+    By float comparisons, which take the sign away for free.
+    """
+    if INTERPRET:
+        return tl.max(magnitude_bits(x), AXIS).to(tl.float32, bitcast=True)
+    return tl.reduce(tl.abs(x), AXIS, larger)
+
+
+@triton.jit
 def magnitude_bits(x):
     """Bits of |x| as int32: ordered like |x|, with infinities and NaN above every finite value."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -129,6 +170,13 @@ def with_sign_of(magnitude, x):
     """|magnitude| with the sign of x, zeros always +0 (float32)."""
     bits = magnitude.to(tl.int32, bitcast=True) | (x.to(tl.int32, bitcast=True) & -2147483648)
     return bits.to(tl.float32, bitcast=True) + 0.0
+
+
+@triton.jit
+def count(above, below, counters_ptr):
+    """Add the true ones among bool above and below (of any shape) to int32 counters [2]."""
+    tl.atomic_add(counters_ptr, tl.sum(above.to(tl.int32), 0), sem="relaxed")
+    tl.atomic_add(counters_ptr + 1, tl.sum(below.to(tl.int32), 0), sem="relaxed")
 
 
 @triton.jit

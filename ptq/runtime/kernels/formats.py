@@ -18,14 +18,14 @@ HIF4 = tl.constexpr(get_format("hif4").kernel_id)
 def decode_tile(packed, scales, exponent, FORMAT: tl.constexpr):
     """Packed codes uint8 [R, L/2] and their scales [R, L / group] -> float32 [R, L].
 
-    exponent: values are divided by 2^exponent, int32 [R, 1] or scalar (formats that are exact in FP8 only).
+    exponent: values are divided by 2^exponent, int32 [R, 1] or scalar.
     """
     R: tl.constexpr = packed.shape[0]
     L: tl.constexpr = packed.shape[1] * 2
     nibbles = b.unpack_nibbles(packed)
     # One result at the end: an early return under a constant condition would still compile what follows it.
     if FORMAT == HIF4:
-        values, factor = hif4.decode(nibbles, scales)
+        values, factor = hif4.decode(nibbles, scales, exponent)
     else:
         tl.static_assert(FORMAT == MXFP4, "no device functions for this format")
         values, factor = mxfp4.decode(nibbles, scales, exponent)
@@ -44,7 +44,7 @@ def store_tile(
     unit: number of each row's unit. offset: of each element in `values_ptr` where it is not packed. inside: rows to store.
     """
     if FORMAT == HIF4:
-        hif4.store(x, unit, offset, inside, values_ptr, scales_ptr, L, ROWS, OUT, RULE)
+        hif4.store(x, unit, offset, inside, values_ptr, scales_ptr, counters_ptr, L, ROWS, OUT, RULE, E_REF)
     else:
         tl.static_assert(FORMAT == MXFP4, "no device functions for this format")
         mxfp4.store(x, unit, offset, inside, values_ptr, scales_ptr, counters_ptr, L, ROWS, OUT, RULE, E_REF)

@@ -1,111 +1,191 @@
-"""Device functions that round register tiles to HiF4: the two scale rules of `ptq.scheme.hif4`, operation by operation.
+"""Device functions that round register tiles to HiF4: the scale rules of `ptq.scheme.hif4`, operation by operation.
 
 The rule `mse` rounds each element nine times: with three bytes, and e8 + e16 of 0, 1, 2. The four elements of a quad become
 four tensors first, so that everything up to a quad's error is arithmetic within a thread. Sums are added in the order of
-the eager function, two addends at a time: scales are equal and not merely close.
+the eager function, two addends at a time. Products that feed an addition are fused there (`tl.fma`; the interpreter rounds
+between the two): on a GPU the other one of two errors that are equal up to rounding may win. What is written is never fused.
 """
 
 import triton
 import triton.language as tl
 
 from ptq.runtime.kernels import blocks as b
-from ptq.scheme import hif4
+from ptq.scheme import HiF4, hif4
+from ptq.scheme.placement import E5M2_RANGE
 
 BF16_ONE_SEVENTH = tl.constexpr(hif4.BF16_ONE_SEVENTH)
 MSE_BYTES = tl.constexpr(hif4.MSE_BYTES)
-NEAREST_INTEGER = tl.constexpr(12582912.0)
-"""1.5 * 2^23: its ulp is 1."""
+MSE, P2 = tl.constexpr(HiF4.scale_rules.index("mse")), tl.constexpr(HiF4.scale_rules.index("p2"))
+LOWEST, HIGHEST = tl.constexpr(E5M2_RANGE[0] - 1), tl.constexpr(E5M2_RANGE[1])
+"""k * 2^j is exact in e5m2 for these j: its lowest bit is 2^j, that of E2M1 * 2^d is 2^(d - 1)."""
 
 
 @triton.jit
-def convert(x, RULE: tl.constexpr):
-    """float32 [R, L] -> (level float32 [G, 16, 4] in 0..7, quarter step float32 [G, 16], scale word int32 [G]).
+def rounded(x, RULE: tl.constexpr, NIBBLES: tl.constexpr):
+    """float32 [R, L] -> (values float32 or nibbles int32 [R, L], scale word int32 [G], quarter step float32 of each four).
 
-    Groups that are not finite get the word 0xFF, a NaN step and no defined level. RULE: `HiF4.kernel_rule`.
+    A group that is not finite has the word 0xFF, NaN steps and values, zeros as nibbles. RULE: `HiF4.kernel_rule`.
     """
-    G: tl.constexpr = x.shape[0] * x.shape[1] // 64
-    quads = tl.reshape(x, (G, 16, 4))
-    if RULE == 1:
-        byte, r, e8, e16, finite = _search(tl.abs(x), G)
+    R: tl.constexpr = x.shape[0]
+    L: tl.constexpr = x.shape[1]
+    G: tl.constexpr = R * L // 64
+    if RULE == MSE:
+        groups = tl.reshape(x, (G, 64))
+        amax = b.max_abs(
+            groups, 1
+        )  # in the layout that the tile has: from its parts, the compiler would choose a worse one
+        finite = amax.to(tl.int32, bitcast=True) < b.INF_BITS
+        y0, y1, y2, y3 = _split_fours(groups)
+        byte, e8, exponent = _search(y0, y1, y2, y3, _scale_byte(amax, finite), G)
+        quarter = tl.where(finite[:, None], _shifted(e6m2_value(byte)[:, None] * 0.25, exponent), float("nan"))
+        factor = _shifted(_reciprocal(byte, False)[:, None] * 4.0, -exponent)
+        y0, y1 = _round(y0, factor, quarter, NIBBLES), _round(y1, factor, quarter, NIBBLES)
+        y2, y3 = _round(y2, factor, quarter, NIBBLES), _round(y3, factor, quarter, NIBBLES)
+        result = tl.reshape(tl.join(tl.join(y0, y2), tl.join(y1, y3)), (R, L))
+        exponent = tl.reshape(exponent, (G, 8, 2))
     else:
-        byte, r, e8, e16, finite = _reference(quads, G)
-    e8_of_16 = _of_16(e8, G)
-    factor = r[:, None] * 4.0 * b.power_of_two(-e8_of_16) * b.power_of_two(-e16)
-    scaled = tl.abs(quads) * factor[:, :, None]
-    level = tl.minimum(tl.floor(scaled + 0.5), 7.0)
+        fours = tl.reshape(x, (G, 8, 2, 4))
+        v16 = b.max_abs(fours, 3)
+        v8 = b.max_abs(v16, 2)
+        amax = b.max_abs(v8, 1)
+        finite = amax.to(tl.int32, bitcast=True) < b.INF_BITS
+        if RULE == P2:
+            byte, four = _power_of_two(amax)
+            two = four * 0.5
+            e8 = v8 >= four[:, None]
+            e16 = v16 >= tl.where(e8, four[:, None], two[:, None])[:, :, None]
+        else:
+            byte = _scale_byte(amax, finite)
+            r = _reciprocal(byte, True)
+            e8 = v8 * r[:, None] >= 4.0
+            e16 = v16 * r[:, None, None] * tl.where(e8, 0.5, 1.0)[:, :, None] >= 2.0
+        e8 = e8.to(tl.int32)
+        exponent = e8[:, :, None] + e16.to(tl.int32)
+        scale = e6m2_value(byte)[:, None, None] * 0.25
+        quarter = tl.where(finite[:, None, None], _shifted(scale, exponent), float("nan"))
+        if RULE == P2:
+            result = _round_in_place(fours, quarter[:, :, :, None], NIBBLES)
+        else:
+            factor = _shifted(r[:, None, None] * 4.0, -exponent)
+            result = _round(fours, factor[:, :, :, None], quarter[:, :, :, None], NIBBLES)
+        result = tl.reshape(result, (R, L))
     e8_bits = tl.xor_sum(e8 << (8 + tl.arange(0, 8))[None, :], 1)
-    e16_bits = tl.xor_sum(e16 << (16 + tl.arange(0, 16))[None, :], 1)
+    place = 16 + 2 * tl.arange(0, 8)[None, :, None] + tl.arange(0, 2)[None, None, :]
+    e16_bits = tl.xor_sum(tl.xor_sum((exponent - e8[:, :, None]) << place, 2), 1)
     word = tl.where(finite, byte | e8_bits | e16_bits, 255)
-    quarter = e6m2_value(word & 0xFF)[:, None] * 0.25 * b.power_of_two(e8_of_16 + e16)
-    return level, quarter, word
+    if NIBBLES:
+        result = tl.reshape(tl.where((word == 255)[:, None], 0, tl.reshape(result, (G, 64))), (R, L))
+    return result, word, quarter
 
 
 @triton.jit
-def _reference(quads, G: tl.constexpr):
-    """Quads [G, 16, 4] -> (byte int32 [G], 1/S rounded to bfloat16 [G], e8 int32 [G, 8], e16 int32 [G, 16], finite [G])."""
-    v16 = tl.max(b.magnitude_bits(quads), 2)
-    v8 = tl.max(tl.reshape(v16, (G, 8, 2)), 2)
-    amax = tl.max(v8, 1)
-    finite = amax < b.INF_BITS
-    byte = _scale_byte(amax, finite)
-    r = _reciprocal(byte, True)
-    e8 = (v8.to(tl.float32, bitcast=True) * r[:, None] >= 4.0).to(tl.int32)
-    v16_scaled = v16.to(tl.float32, bitcast=True) * r[:, None] * b.power_of_two(-_of_16(e8, G))
-    return byte, r, e8, (v16_scaled >= 2.0).to(tl.int32), finite
+def _round(y, factor, quarter, NIBBLES: tl.constexpr):
+    """float32 elements with reciprocal and step of their fours -> values or nibbles."""
+    level = tl.minimum(b.round_half_up(tl.abs(y) * factor), 7.0)
+    if NIBBLES:
+        result = _signed(level.to(tl.int32), y)
+    else:
+        bits = (level * quarter).to(tl.int32, bitcast=True) | (y.to(tl.int32, bitcast=True) & -2147483648)
+        result = bits.to(tl.float32, bitcast=True)
+    return result
 
 
 @triton.jit
-def _search(magnitude, G: tl.constexpr):
-    """Magnitudes [R, L] -> the results of `_reference` with the smallest squared error, 1/S rounded to float32."""
-    even, odd = tl.split(tl.reshape(magnitude, (G, 16, 2, 2)))
+def _round_in_place(y, quarter, NIBBLES: tl.constexpr):
+    """`_round` with ties to even, by adding and subtracting a number whose ulp is one step; steps are powers of two."""
+    magic, largest = quarter * b.NEAREST_INTEGER, quarter * 7.0
+    if NIBBLES:
+        steps = (tl.abs(y) + magic).to(tl.int32, bitcast=True) - magic.to(tl.int32, bitcast=True)
+        result = _signed(tl.minimum(steps, 7), y)
+    else:
+        value = tl.minimum((y + magic) - magic, largest, propagate_nan=tl.PropagateNan.ALL)
+        result = tl.maximum(value, -largest, propagate_nan=tl.PropagateNan.ALL)
+    return result
+
+
+@triton.jit
+def _signed(level, y):
+    """Levels int32 -> nibbles; a zero is never signed."""
+    return tl.where((y < 0) & (level > 0), level | 8, level)
+
+
+@triton.jit
+def _shifted(x, exponent):
+    """float32 x times 2^exponent int32, exact; both x and the result normal."""
+    return (x.to(tl.int32, bitcast=True) + (exponent << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _power_of_two(amax):
+    """Group maxima float32 [G] -> (E6M2 byte int32 of S = 2^(floor(log2 maximum) - 2) within its limits, 4 S float32)."""
+    exponent = (amax.to(tl.int32, bitcast=True) >> 23) - 129
+    exponent = tl.minimum(tl.maximum(exponent, -hif4.SCALE_BIAS), hif4.P2_MAX_EXPONENT)
+    return (exponent + 48) << 2, b.power_of_two(exponent + 2)
+
+
+@triton.jit
+def _split_fours(groups):
+    """float32 [G, 64] -> first, second, third and fourth elements of its fours, [G, 16] each."""
+    even, odd = tl.split(tl.reshape(groups, (groups.shape[0], 16, 2, 2)))
     y0, y2 = tl.split(even)
     y1, y3 = tl.split(odd)
-    bits = tl.maximum(
-        tl.maximum(b.magnitude_bits(y0), b.magnitude_bits(y1)), tl.maximum(b.magnitude_bits(y2), b.magnitude_bits(y3))
-    )
-    amax = tl.max(bits, 1)
-    finite = amax < b.INF_BITS
-    first = _scale_byte(amax, finite)
-    exponent = (first >> 2) - 48
-    unit = b.power_of_two(2 - exponent)[:, None]
-    y0, y1 = tl.minimum(y0 * unit, 128.0), tl.minimum(y1 * unit, 128.0)
-    y2, y3 = tl.minimum(y2 * unit, 128.0), tl.minimum(y3 * unit, 128.0)
+    return y0, y1, y2, y3
+
+
+@triton.jit
+def _search(y0, y1, y2, y3, first, G: tl.constexpr):
+    """Elements of fours [G, 16] and bytes int32 [G] to start from -> the best byte [G], e8 [G, 8], e8 + e16 [G, 16], int32.
+
+    As `ptq.scheme.hif4`, without its units: squares are finite because no magnitude counts as more than 128 quarters.
+    """
+    largest = b.power_of_two((first >> 2) - 48 + 5)[:, None]
+    y0, y1 = tl.minimum(tl.abs(y0), largest), tl.minimum(tl.abs(y1), largest)
+    y2, y3 = tl.minimum(tl.abs(y2), largest), tl.minimum(tl.abs(y3), largest)
     byte = first
     best = tl.full((G,), float("inf"), tl.float32)
     e8 = tl.zeros((G, 8), tl.int32)
-    e16 = tl.zeros((G, 16), tl.int32)
+    exponent = tl.zeros((G, 16), tl.int32)
     for offset in tl.static_range(MSE_BYTES):
         candidate = first + offset
-        r = (_reciprocal(candidate, False) * b.power_of_two(exponent))[:, None]
-        step = (e6m2_value(candidate) * b.power_of_two(-exponent))[:, None]
+        r = (_reciprocal(candidate, False) * 4.0)[:, None]
+        step = (e6m2_value(candidate) * 0.25)[:, None]
         error0 = _squared_error(y0, y1, y2, y3, r, step, 1.0)
         error1 = _squared_error(y0, y1, y2, y3, r, step, 2.0)
         error2 = _squared_error(y0, y1, y2, y3, r, step, 4.0)
         low = _add_neighbours(tl.minimum(error0, error1))
         high = _add_neighbours(tl.minimum(error1, error2))
         raised = (high < low).to(tl.int32)
-        raised_16 = tl.where(_of_16(raised, G) == 1, error2 < error1, error1 < error0)
-        error = tl.reshape(_add_neighbours(_add_neighbours(_add_neighbours(tl.minimum(low, high)))), (G,))
+        of_16 = tl.reshape(tl.broadcast_to(raised[:, :, None], (G, 8, 2)), (G, 16))
+        chosen = of_16 + tl.where(of_16 == 0, error1 < error0, error2 < error1).to(tl.int32)
+        error = _sum_of_eights(tl.minimum(low, high))
         better = (error < best) & (candidate < 255)
         best = tl.where(better, error, best)
         byte = tl.where(better, candidate, byte)
         e8 = tl.where(better[:, None], raised, e8)
-        e16 = tl.where(better[:, None], raised_16.to(tl.int32), e16)
-    return byte, _reciprocal(byte, False), e8, e16, finite
+        exponent = tl.where(better[:, None], chosen, exponent)
+    return byte, e8, exponent
 
 
 @triton.jit
 def _squared_error(y0, y1, y2, y3, r, step, POWER: tl.constexpr):
     """Squared error [G, 16] of quads, given as their four elements, with 2^(e8 + e16) = POWER; r and step are [G, 1]."""
-    first = _square(y0, r, step, POWER) + _square(y1, r, step, POWER)
-    return first + (_square(y2, r, step, POWER) + _square(y3, r, step, POWER))
+    d0, d1 = _difference(y0, r, step, POWER), _difference(y1, r, step, POWER)
+    d2, d3 = _difference(y2, r, step, POWER), _difference(y3, r, step, POWER)
+    return tl.fma(d0, d0, d1 * d1) + tl.fma(d2, d2, d3 * d3)
 
 
 @triton.jit
-def _square(y, r, step, POWER: tl.constexpr):
-    magic: tl.constexpr = NEAREST_INTEGER * POWER  # its ulp is POWER
-    difference = tl.minimum((y * r + magic) - magic, 7.0 * POWER) * step - y
-    return difference * difference
+def _difference(y, r, step, POWER: tl.constexpr):
+    magic: tl.constexpr = b.NEAREST_INTEGER * POWER  # its ulp is POWER
+    return tl.fma(tl.minimum(tl.fma(y, r, magic) - magic, 7.0 * POWER), step, -y)
+
+
+@triton.jit
+def _sum_of_eights(x):
+    """[G, 8] -> [G]. The order is the eager function's where that can be told: on a GPU products are fused as well."""
+    if b.INTERPRET:
+        return tl.reshape(_add_neighbours(_add_neighbours(_add_neighbours(x))), (x.shape[0],))
+    return tl.sum(x, 1)
 
 
 @triton.jit
@@ -115,15 +195,9 @@ def _add_neighbours(x):
 
 
 @triton.jit
-def _of_16(e8, G: tl.constexpr):
-    """[G, 8] -> [G, 16], each value twice."""
-    return tl.reshape(tl.broadcast_to(e8[:, :, None], (G, 8, 2)), (G, 16))
-
-
-@triton.jit
 def _scale_byte(amax, finite):
-    """Bits of the group maximum int32 [G] -> E6M2 byte int32 of bf16(maximum / 7)."""
-    maximum = tl.where(finite, amax, 0).to(tl.float32, bitcast=True)
+    """Group maximum float32 [G] -> E6M2 byte int32 of bf16(maximum / 7)."""
+    maximum = tl.where(finite, amax, 0.0)
     s = b.to_bf16(maximum * BF16_ONE_SEVENTH).to(tl.float32)
     s = tl.minimum(tl.maximum(s, 3.552713678800501e-15), 49152.0)  # 2^-48
     bits = s.to(tl.int32, bitcast=True)
@@ -142,14 +216,6 @@ def _reciprocal(byte, BF16: tl.constexpr):
 
 
 @triton.jit
-def nibbles_of(level, word, x):
-    """Levels float32 [G, 16, 4], scale words [G] and the source -> nibbles int32; a zero level is never signed."""
-    index = tl.where((word == 255)[:, None, None], 0.0, level).to(tl.int32)
-    negative = (tl.reshape(x, level.shape) < 0) & (index > 0)
-    return tl.where(negative, index | 8, index)
-
-
-@triton.jit
 def e6m2_value(byte):
     """E6M2 bytes int32 -> float32 S; 255 is NaN."""
     bits = (((byte >> 2) + (127 - 48)) << 23) | ((byte & 3) << 21)
@@ -157,33 +223,54 @@ def e6m2_value(byte):
 
 
 @triton.jit
-def steps(word, LENGTH: tl.constexpr):
-    """Scale words int32 [R, LENGTH / 64] -> quarter steps float32 [R, LENGTH / 4], one for each four elements."""
-    R: tl.constexpr = word.shape[0]
-    quad = tl.arange(0, 16)[None, None, :]
-    bits = word[:, :, None]
-    exponent = ((bits >> (8 + quad // 2)) & 1) + ((bits >> (16 + quad)) & 1)
-    steps = e6m2_value(bits & 0xFF) * 0.25 * b.power_of_two(exponent)
-    return tl.reshape(steps, (R, LENGTH // 4))
+def decode(nibbles, words, exponent):
+    """Nibbles int32 [R, L] and scale words int32 [R, L/64] -> (levels float32 [R, L], quarter steps float32 [R, L/4]).
+
+    exponent: steps are divided by 2^exponent, int32 [R, 1] or scalar.
+    """
+    magnitude = (nibbles & 7).to(tl.float32)
+    return tl.where(nibbles >= 8, -magnitude, magnitude) + 0.0, _steps(words, exponent)
 
 
 @triton.jit
-def decode(nibbles, words):
-    """Nibbles int32 [R, L] and scale words int32 [R, L/64] -> (levels float32 [R, L], quarter steps float32 [R, L/4])."""
-    magnitude = (nibbles & 7).to(tl.float32)
-    return tl.where(nibbles >= 8, -magnitude, magnitude) + 0.0, steps(words, nibbles.shape[1])
+def _steps(words, exponent):
+    R: tl.constexpr = words.shape[0]
+    FOURS: tl.constexpr = words.shape[1] * 16
+    four = tl.arange(0, 16)[None, None, :]
+    bits = words[:, :, None]
+    power = tl.reshape(((bits >> (8 + four // 2)) & 1) + ((bits >> (16 + four)) & 1), (R, FOURS)) - exponent
+    scale = tl.broadcast_to(e6m2_value(bits & 0xFF), (R, words.shape[1], 16))
+    return tl.reshape(scale * 0.25, (R, FOURS)) * b.power_of_two(power)
+
+
+@triton.jit
+def count_outside(nibbles, quarter, E_REF: tl.constexpr, counters_ptr):
+    """Count the groups with non-zero fours above and below the exact range of e5m2 (NaN groups in neither)."""
+    bits = quarter.to(tl.int32, bitcast=True)
+    j = (bits >> 23) - 127 - E_REF
+    used = tl.max(tl.reshape(nibbles, (quarter.shape[0], 8, 2, 4)) & 7, 3) > 0
+    above, below = tl.max((used & (j > HIGHEST)).to(tl.int32), 2), tl.max((used & (j < LOWEST)).to(tl.int32), 2)
+    b.count(tl.max(above, 1) > 0, tl.max(below, 1) > 0, counters_ptr)
 
 
 @triton.jit
 def store(
-    x, unit, offset, inside, values_ptr, scales_ptr,
-    L: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, RULE: tl.constexpr,
+    x, unit, offset, inside, values_ptr, scales_ptr, counters_ptr,
+    L: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, RULE: tl.constexpr, E_REF: tl.constexpr,
 ):  # fmt: skip
     """Round float32 [ROWS, L] and store it; see `ptq.runtime.kernels.formats.store_tile`."""
-    level, quarter, word = convert(x, RULE)
     if OUT == "packed":
-        nibbles = tl.reshape(nibbles_of(level, word, x), (ROWS, L))
+        nibbles, word, _ = rounded(x, RULE, True)
         b.store_packed(nibbles, tl.reshape(word, (ROWS, L // 64)), unit, inside, values_ptr, scales_ptr, L)
     else:
-        magnitude = tl.reshape(level * quarter[:, :, None], (ROWS, L))
-        tl.store(values_ptr + offset, b.to_bf16(b.with_sign_of(magnitude, x)), mask=inside[:, None])
+        values, _, _ = rounded(x, RULE, False)
+        if OUT == "bf16":
+            tl.store(values_ptr + offset, b.to_bf16(values), mask=inside[:, None])
+        else:
+            tl.static_assert(RULE == P2, "only powers of two are exact in FP8")
+            if counters_ptr is not None:
+                nibbles, _, quarter = rounded(x, RULE, True)
+                count_outside(nibbles, quarter, E_REF, counters_ptr)
+            if E_REF != 0:
+                values = values * b.power_of_two(tl.full((1, 1), -E_REF, tl.int32))
+            tl.store(values_ptr + offset, b.to_e5m2(values), mask=inside[:, None])

@@ -4,6 +4,9 @@ import triton
 import triton.language as tl
 
 from ptq.runtime.kernels import blocks as b
+from ptq.scheme.mxfp4 import EXPONENT_CARRY
+
+EVEN, CEIL = tl.constexpr(EXPONENT_CARRY["even"]), tl.constexpr(EXPONENT_CARRY["ceil"])
 
 
 @triton.jit
@@ -26,6 +29,30 @@ def round_groups(groups, byte):
 
 
 @triton.jit
+def round_in_place(groups, byte, RULE: tl.constexpr, E_REF: tl.constexpr):
+    """float32 [G, 32] with scale bytes int32 [G] -> values / 2^E_REF, for an e5m2 output; NaN where the byte is 255.
+
+    As `e2m1_round`, but what is added and subtracted, 1.5 * 2^22 times the binade of an element as it is, has an ulp of the
+    E2M1 step there, so nothing is scaled. It is a factor of fused operations. Below 2^-126, where a binade would be subnormal,
+    all becomes 0 in e5m2 anyway. In a block with a maximum of 2^107 or more it is beyond float32, and all elements saturate,
+    also those that would be rounded to 0.
+    """
+    unit = tl.where(byte == 255, 0x7FC00000, tl.maximum(byte, 1) << 23).to(tl.float32, bitcast=True)
+    binade = b.larger(groups, unit[:, None]).to(tl.int32, bitcast=True) & 0x7F800000  # of a NaN: infinity
+    sign = groups.to(tl.int32, bitcast=True) & -2147483648
+    binade = (binade | sign).to(tl.float32, bitcast=True)
+    value = b.fused(-binade, 6291456.0, b.fused(binade, 6291456.0, groups))
+    # `even` and `ceil` leave a maximum that rounds to 6 (in range; beyond it e5m2 saturates), the others one up to 8.
+    if (RULE != EVEN and RULE != CEIL) or E_REF != 0:
+        largest = e8m0_value(byte)[:, None] * 6.0
+        value = tl.minimum(value, largest, propagate_nan=tl.PropagateNan.ALL)
+        value = tl.maximum(value, -largest, propagate_nan=tl.PropagateNan.ALL)
+    if E_REF != 0:
+        value = value * b.power_of_two(tl.full((1, 1), -E_REF, tl.int32))
+    return value
+
+
+@triton.jit
 def _reciprocal(byte):
     return (tl.maximum(254 - byte, 1) << 23).to(tl.float32, bitcast=True)
 
@@ -42,7 +69,7 @@ def scale_bytes(groups, RULE: tl.constexpr):
     """Scale bytes int32 [G] of float32 groups [G, 32]; 255 where a group is not finite. RULE: `MXFP4.kernel_rule`."""
     MSE: tl.constexpr = RULE < 0
     CARRY: tl.constexpr = 0 if MSE else RULE
-    amax = tl.max(b.magnitude_bits(groups), 1)
+    amax = b.max_abs(groups, 1).to(tl.int32, bitcast=True)
     byte = tl.minimum(tl.maximum(((amax + CARRY) >> 23) - 2, 0), 252)
     if MSE:
         y = groups * _reciprocal(byte)[:, None]
@@ -77,19 +104,11 @@ def decode(nibbles, scales, exponent):
 
 
 @triton.jit
-def scaled(values, byte, E_REF: tl.constexpr):
-    """E2M1 values float32 [G, 32] -> values * 2^(byte - 127 - E_REF), NaN where the byte is 255."""
-    factor = b.power_of_two(tl.minimum(tl.maximum(byte - 127 - E_REF, -126), 120))
-    return values * tl.where(byte == 255, float("nan"), factor)[:, None]
-
-
-@triton.jit
 def count_outside(values, byte, E_REF: tl.constexpr, counters_ptr):
-    """Add to int32 counters [2] the non-zero blocks above and below the exact range of e5m2 (NaN blocks in neither)."""
+    """Count the non-zero blocks above and below the exact range of e5m2 (NaN blocks in neither)."""
     exponent = byte - 127 - E_REF
     used = (tl.max(tl.abs(values), 1) > 0) & (byte != 255)
-    tl.atomic_add(counters_ptr, tl.sum((used & (exponent > 13)).to(tl.int32), 0), sem="relaxed")
-    tl.atomic_add(counters_ptr + 1, tl.sum((used & (exponent < -15)).to(tl.int32), 0), sem="relaxed")
+    b.count(used & (exponent > 13), used & (exponent < -15), counters_ptr)
 
 
 @triton.jit
@@ -100,17 +119,16 @@ def store(
     """Round float32 [ROWS, L] and store it; see `ptq.runtime.kernels.formats.store_tile`."""
     groups = tl.reshape(x, (ROWS * L // 32, 32))
     byte = scale_bytes(groups, RULE)
-    value = round_groups(groups, byte)
     if OUT == "packed":
-        value = tl.where((byte == 255)[:, None], 0.0, value)
+        value = tl.where((byte == 255)[:, None], 0.0, round_groups(groups, byte))
         nibbles = tl.reshape(e2m1_nibbles(value), (ROWS, L))
         scales = tl.reshape(byte, (ROWS, L // 32)).to(tl.uint8)
         b.store_packed(nibbles, scales, unit, inside, values_ptr, scales_ptr, L)
     elif OUT == "bf16":
-        value = tl.reshape(value * e8m0_value(byte)[:, None], (ROWS, L))
+        value = tl.reshape(round_groups(groups, byte) * e8m0_value(byte)[:, None], (ROWS, L))
         tl.store(values_ptr + offset, b.to_bf16(value), mask=inside[:, None])
     else:
         if counters_ptr is not None:
-            count_outside(value, byte, E_REF, counters_ptr)
-        value = tl.reshape(scaled(value, byte, E_REF), (ROWS, L))
+            count_outside(round_groups(groups, byte), byte, E_REF, counters_ptr)
+        value = tl.reshape(round_in_place(groups, byte, RULE, E_REF), (ROWS, L))
         tl.store(values_ptr + offset, b.to_e5m2(value), mask=inside[:, None])

@@ -12,7 +12,7 @@ neighbouring code.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import triton
@@ -21,16 +21,21 @@ from torch import Tensor
 
 from ptq.runtime.kernels import blocks as b
 from ptq.runtime.kernels import formats as f
-from ptq.scheme import FormatError, Hadamard, Scheme
+from ptq.scheme import Format, FormatError, Hadamard, HiF4, Scheme
+from ptq.scheme.format import EMPTY
 from ptq.scheme.hadamard import rotation_factors
-from ptq.scheme.mxfp4 import NAN_SCALE, nonzero_blocks
 from ptq.scheme.placement import E5M2_RANGE, E_REF
 
 Output = Literal["packed", "fp8", "bf16"]
 OUTPUT_DTYPES = {"packed": torch.uint8, "fp8": torch.float8_e5m2, "bf16": torch.bfloat16}
 TILE_ELEMENTS = 4096
-NUM_WARPS = 4
-COMPILE_OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+STEPS = 8
+"""Tiles that a program walks, one under the other: what belongs to their columns is loaded once for all of them."""
+MANY_ROWS = 4096
+"""From so many rows on; with fewer a program takes one tile, or there would be too few programs."""
+WARPS = 4
+SMALL_TILE, SMALL_TILE_WARPS = 2048, 8
+"""Where HiF4's `mse` writes packed codes, which spills registers with more elements a thread."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,12 @@ def quantize(
     scale_shape = (m, k // fmt.group_size)
     scales = torch.empty(scale_shape, dtype=fmt.scale_dtype, device=x.device) if out == "packed" else None
     if m:
-        unit = scheme.multiple
-        rows = TILE_ELEMENTS // unit
-        in_columns = scheme.transform.kernel == "blocks"
-        tiles = triton.cdiv(m, rows) * (k // unit) if in_columns else triton.cdiv(m * (k // unit), rows)
+        chosen = constants(scheme, out, x.dtype, k, e_ref, m)
+        unit, rows = scheme.multiple, chosen["ROWS"] * chosen["STEPS"]
+        grid = (triton.cdiv(m, rows) * (k // unit) if chosen["BLOCKS"] else triton.cdiv(m * (k // unit), rows),)
         basis = basis if basis is None else basis.contiguous()
-        arguments = (x, basis, values, scales, counters, m * (k // unit), x.stride(0))
-        quantize_kernel[(tiles,)](*arguments, **constants(scheme, out, x.dtype, k, e_ref), **COMPILE_OPTIONS)
+        arguments = (x, basis, values, scales, counters, m, x.stride(0))
+        quantize_kernel[grid](*arguments, **chosen, **options(scheme, out))
     return QuantizedInput(values, scales, e_ref if out == "fp8" else 0)
 
 
@@ -96,15 +100,23 @@ def quantize_reference(
     return QuantizedInput((values * 2.0**-e_ref).clamp(-57344.0, 57344.0).to(torch.float8_e5m2), None, e_ref)
 
 
-def count_outside_reference(values_packed: Tensor, scales: Tensor, e_ref: int = E_REF) -> tuple[int, int]:
-    """The kernel's counters in torch: (saturated, underflowed) non-zero MXFP4 blocks outside the exact range of e5m2.
+def count_outside_reference(fmt: Format, packed: Tensor, scales: Tensor, e_ref: int = E_REF) -> tuple[int, int]:
+    """The kernel's counters in torch: (saturated, underflowed) groups of packed codes outside the exact range of e5m2.
 
     Args:
-        values_packed: uint8 [M, K/2]. scales: uint8 [M, K/32]. e_ref: reference exponent of the FP8 form.
+        packed: uint8 [M, K/2]. scales: [M, K/group]. e_ref: reference exponent of the FP8 form.
+
+    Raises:
+        FormatError: values of these codes are not exact in FP8.
     """
-    exponent = scales.to(torch.int32) - 127 - e_ref
-    used = nonzero_blocks(values_packed) & (scales != NAN_SCALE)
-    return int((used & (exponent > E5M2_RANGE[1])).sum()), int((used & (exponent < E5M2_RANGE[0])).sum())
+    exponents = fmt.exponents(packed, scales)
+    if exponents is None:
+        raise FormatError(
+            f"{fmt.title} codes whose scales have mantissas are not exact in FP8: there is nothing to count."
+        )
+    low, high = (exponent - e_ref for exponent in exponents)
+    used = exponents[1] != -EMPTY
+    return int((used & (high > E5M2_RANGE[1])).sum()), int((used & (low < E5M2_RANGE[0])).sum())
 
 
 def check_output(scheme: Scheme, out: Output) -> None:
@@ -119,14 +131,26 @@ def significand_parts(dtype: torch.dtype, smooth: bool) -> int:
     return min(3, -(-bits // 8))
 
 
-def constants(scheme: Scheme, out: Output, dtype: torch.dtype, k: int, e_ref: int) -> dict[str, object]:
-    """Compile-time arguments of `quantize_kernel` for one scheme and row length."""
+def tile_of(scheme: Scheme, out: Output) -> tuple[int, int]:
+    """Elements of a tile, and warps of a program."""
+    small = out == "packed" and (scheme.format.name, scheme.input_rule) == (HiF4.name, "mse")
+    return (SMALL_TILE, SMALL_TILE_WARPS) if small else (TILE_ELEMENTS, WARPS)
+
+
+def options(scheme: Scheme, out: Output) -> dict[str, Any]:
+    """Compiler options. Contraction is off: what is to be fused says so."""
+    return {"num_warps": tile_of(scheme, out)[1], "num_stages": 3, "enable_fp_fusion": False}
+
+
+def constants(scheme: Scheme, out: Output, dtype: torch.dtype, k: int, e_ref: int, m: int) -> dict[str, Any]:
+    """Compile-time arguments of `quantize_kernel` for one scheme, row length and number of rows."""
     transform, unit = scheme.transform, scheme.multiple
     rotation = transform.block if isinstance(transform, Hadamard) else 0
     return {
         "K": k,
         "L": unit,
-        "ROWS": TILE_ELEMENTS // unit,
+        "ROWS": tile_of(scheme, out)[0] // unit,
+        "STEPS": STEPS if m >= MANY_ROWS else 1,
         "FORMAT": scheme.format.kernel_id,
         "OUT": out,
         "ROTATION": rotation,
@@ -145,11 +169,12 @@ def quantize_kernel(
     values_ptr,
     scales_ptr,
     counters_ptr,
-    units,
+    M,
     stride_m,
     K: tl.constexpr,
     L: tl.constexpr,
     ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
     FORMAT: tl.constexpr,
     OUT: tl.constexpr,
     ROTATION: tl.constexpr,
@@ -159,24 +184,38 @@ def quantize_kernel(
     RULE: tl.constexpr,
     E_REF: tl.constexpr,
 ):
-    """One tile of ROWS units; a unit is L consecutive elements of a row, and rows hold K / L units.
+    """STEPS tiles of ROWS units; a unit is L consecutive elements of a row, and rows hold K / L units.
 
-    Units of a tile follow each other along rows; with BLOCKS they lie in one column of units, which share a matrix.
+    With BLOCKS the units of a program lie in one column of units, whose matrix is decoded once; else they follow each other
+    along rows.
     """
+    UNITS: tl.constexpr = K // L
     if BLOCKS:
-        block = tl.program_id(0) % (K // L)
-        unit = (tl.program_id(0) // (K // L) * ROWS + tl.arange(0, ROWS)) * (K // L) + block
+        block = tl.program_id(0) % UNITS
+        first = (tl.program_id(0) // UNITS) * (ROWS * STEPS)
+        matrix = b.load_e4m3(basis_ptr + block * L * L, L)
     else:
-        unit = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = unit < units
-    row = unit // (K // L)
-    column = (unit % (K // L))[:, None] * L + tl.arange(0, L)[None, :]
-    x = tl.load(x_ptr + row.to(tl.int64)[:, None] * stride_m + column, mask=inside[:, None], other=0.0).to(tl.float32)
-    if BLOCKS:
-        x = b.multiply_block(x, b.load_e4m3(basis_ptr + block * L * L, L), PARTS)
-    elif basis_ptr is not None:
-        x = x * tl.load(basis_ptr + column, mask=inside[:, None], other=0.0).to(tl.float32)
-    if ROTATION > 0:
-        x = b.rotate(x, ROTATION, FACTOR, PARTS)
-    offset = row.to(tl.int64)[:, None] * K + column
-    f.store_tile(x, unit, offset, inside, values_ptr, scales_ptr, counters_ptr, FORMAT, L, ROWS, OUT, RULE, E_REF)
+        first = tl.program_id(0) * (ROWS * STEPS)
+    for step in range(STEPS):
+        index = first + step * ROWS + tl.arange(0, ROWS)
+        if BLOCKS:
+            unit = index * UNITS + block
+            row = index
+            column = block * L + tl.arange(0, L)[None, :]
+        else:
+            unit = index
+            row = index // UNITS
+            column = (index % UNITS)[:, None] * L + tl.arange(0, L)[None, :]
+        inside = row < M
+        x = tl.load(x_ptr + row.to(tl.int64)[:, None] * stride_m + column, mask=inside[:, None], other=0.0)
+        if BLOCKS:
+            x = b.multiply_block(x, matrix, PARTS)
+        elif basis_ptr is not None:
+            x = x.to(tl.float32) * tl.load(basis_ptr + column, mask=inside[:, None], other=0.0).to(tl.float32)
+        if ROTATION > 0:
+            x = b.rotate(x, ROTATION, FACTOR, PARTS)
+        offset = row.to(tl.int64)[:, None] * K + column
+        f.store_tile(
+            x.to(tl.float32), unit, offset, inside, values_ptr, scales_ptr, counters_ptr,
+            FORMAT, L, ROWS, OUT, RULE, E_REF,
+        )  # fmt: skip

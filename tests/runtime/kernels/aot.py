@@ -32,6 +32,18 @@ class Binary:
         """Number of SASS lines that match."""
         return len(re.findall(pattern, self.sass))
 
+    def loop(self) -> int:
+        """SASS instructions of the longest loop, all of what a program does again and again."""
+        position, labels, longest = 0, {}, 0
+        for line in self.sass.splitlines():
+            if label := re.match(r"\s*(\.L_x_\d+):", line):
+                labels[label[1]] = position
+            elif re.match(r"\s*/\*[0-9a-f]{4,}\*/", line):
+                position += 1
+                back = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+                longest = max(longest, position - labels.get(back[1], position) if back else 0)
+        return longest
+
 
 def compile_for(capability, kernel, signature, constants, aligned=(), options=None) -> Binary:
     """Compile `kernel` (a JITFunction).

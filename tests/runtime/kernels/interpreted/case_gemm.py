@@ -81,18 +81,17 @@ def test_expand_hif4_is_exact(k):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 63])
-@pytest.mark.parametrize("accurate", [False, True])
 @pytest.mark.parametrize("row_spread", [0, 20])
-def test_gemm_fp8(rows, accurate, row_spread):
-    weight = packed_weight(48, 1088, row_spread=row_spread)  # K is no multiple of the tile or of 512
+def test_gemm_fp8(rows, row_spread):
+    weight = packed_weight(48, 1088, row_spread=row_spread)  # K is no multiple of the tile
     placement = place(weight)
     w = expand_weight(weight, placement)
     a = quantized(rows, 1088, "fp8", e_ref=2).values
     bias = normal(48, seed=2).bfloat16()
     arguments = (a, w, placement.exponent + 2, placement.row_exponents, bias)
     exact = a.double() @ weight.decode().double().T * 4 + bias.double()
-    assert relative_error(gemm_fp8(*arguments, torch.float32, accurate=accurate, tile=SMALL), exact) < 1e-6
-    assert relative_error(gemm_fp8(*arguments, torch.bfloat16, accurate=accurate, tile=SMALL), exact) < 2**-8
+    assert relative_error(gemm_fp8(*arguments, torch.float32, tile=SMALL), exact) < 1e-6
+    assert relative_error(gemm_fp8(*arguments, torch.bfloat16, tile=SMALL), exact) < 2**-8
 
 
 def test_gemm_fp8_with_a_table_tile_and_512_rows():
@@ -178,6 +177,43 @@ def test_whole_layer_equals_the_fake_quant_reference(backend, name, row_spread, 
     found = ops.execute(BACKENDS[backend], x, weight, ops.placement_of(weight))
     assert found.dtype == torch.bfloat16
     assert relative_error(found, cpu.linear(x.float(), weight)) < 2**-8 + 1e-5
+
+
+def exact_scaled_mm(a, w, a_factor, w_factor, *, bias=None, out_dtype, use_fast_accum):
+    """torch._scaled_mm as the hardware does it without fast accumulation: exact sums, rounded to float32, then to the output."""
+    assert not use_fast_accum and a.dtype == torch.float8_e5m2 and w.dtype == torch.float8_e4m3fn
+    assert w.stride(0) == 1  # column-major, as cuBLASLt wants it
+    y = (a.double() @ w.double() * a_factor.double() * w_factor.double()).float()
+    return (y if bias is None else y + bias.float()).to(out_dtype)
+
+
+def layer_with_outliers(name, rule, k, n=16, row_spread=0):
+    """Input with a few channels 30 times larger and one 1000 times, and a weight whose scales follow the rule."""
+    fmt, w = formats.get(name), normal(n, k, seed=1) / k**0.5
+    if row_spread:
+        w = torch.ldexp(w, -torch.arange(n).unsqueeze(1) * 2)
+    x = normal(72, k)
+    x[:, :: k // 8] *= 30
+    x[:, 5] *= 1000
+    weight_rule = rule if name == "hif4" else "floor"
+    packed = fmt.quantize_and_pack(w, scale_rule=weight_rule)
+    return x.bfloat16(), PackedWeight(*packed, normal(n, seed=2).bfloat16(), None, Scheme.of(name, input_rule=rule))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("row_spread", [0, 1])
+@pytest.mark.parametrize(("name", "rule"), [("mxfp4", "even"), ("hif4", "p2")])
+def test_exact_sums_equal_the_fake_quant_product(name, rule, row_spread, dtype, monkeypatch):
+    """The contract of scaled-mm: the product of fake-quantized input and decoded weight, rounded once, at the largest K."""
+    monkeypatch.setattr(torch, "_scaled_mm", exact_scaled_mm)
+    x, weight = layer_with_outliers(name, rule, 13824, row_spread=row_spread)
+    x, placement = x.to(dtype), place(weight)
+    assert placement.kind == ("e4m3-row" if row_spread else "e4m3")
+    found = ops.execute(BACKENDS["scaled-mm"], x, weight, placement)
+    fake = weight.scheme.quantize_input(x, None)
+    exact = fake.double() @ weight.decode().double().T
+    assert torch.equal(exact.float().double(), exact)  # no float32 sum of these products rounds, in any order
+    assert torch.equal(found, (exact.float() + weight.bias.float()).to(dtype))
 
 
 def test_empty_input():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -61,13 +62,62 @@ def test_table_of_a_block_shows_the_memory_saved():
 
 
 def test_denoiser_step_quantizes_ten_linears_a_block():
-    geometry = {"heads": 1, "ffn": 256, "layers": 2, "channels": 16, "latent": (1, 4, 4)}
-    assert [row["candidate"] for row in gpu_measure.denoiser_step(geometry, CPU, 1)] == ["bf16", "mxfp4", "hif4"]
+    geometry = gpu_measure.SMALL
+    rows = gpu_measure.denoiser_step(geometry, CPU, 1, "eager")
+    names = ["bf16", "mxfp4", "hif4", "hif4-fast"]
+    assert [row["candidate"] for row in rows] == [name + end for name in names for end in (", compiled", "")]
     model, inputs = gpu_measure._denoiser(geometry, CPU)
     before = model(**inputs).sample
-    assert gpu_measure.quantize_blocks(model, gpu_measure.default_schemes()["hif4"]) == 20
+    assert gpu_measure.quantize_blocks(model, gpu_measure.recipe_schemes()["hif4"]) == 20
     after = model(**inputs).sample
     assert 0 < (after - before).norm() / before.norm() < 0.3
+
+
+def test_one_model_at_a_time_is_in_memory(monkeypatch):
+    alive, build = [], gpu_measure._denoiser
+
+    def counted(*arguments):
+        assert not any(reference() is not None for reference in alive)
+        model, inputs = build(*arguments)
+        alive.append(weakref.ref(model))
+        return model, inputs
+
+    monkeypatch.setattr(gpu_measure, "_denoiser", counted)
+    gpu_measure.denoiser_step(gpu_measure.SMALL, CPU, 1, "eager")
+    assert len(alive) == 8
+
+
+def test_a_stage_that_breaks_does_not_stop_the_others(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(gpu_suite.ui, "info", lines.append)
+
+    def breaks():
+        raise ValueError("out of luck")
+
+    checks = [{"name": "gemm", "value": 2.0, "limit": 1.0, "passed": False}]
+    block = [{"candidate": "mxfp4", "speedup": 1.5}]
+    assert (
+        gpu_suite.run_stages({"correctness": lambda: checks, "linears": breaks, "block": lambda: block}, CPU, tmp_path)
+        == 1
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"correctness.json", "block.json"}
+    assert lines[-3:] == [
+        "linears BROKE: ValueError: out of luck",
+        "correctness: 0 of 1 checks passed, FAILED: gemm",
+        "block: mxfp4 1.50x",
+    ]
+    assert gpu_suite.run_stages({"block": lambda: block}, CPU, tmp_path) == 0
+
+
+def test_dry_run(monkeypatch, tmp_path):
+    """Every stage on small shapes; on a CPU the FP8 baseline is left out."""
+    lines = []
+    monkeypatch.setattr(gpu_suite.ui, "info", lines.append)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--dry-run", "--out", str(tmp_path)])
+    assert gpu_suite.main() == 0
+    found = {path.stem for path in tmp_path.iterdir()}
+    assert found == {"correctness", "linears", "block", "quantizer", "denoiser_small"}
+    assert lines[-5].startswith("correctness: ") and lines[-1].startswith("denoiser_small: bf16, compiled 1.00x")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
