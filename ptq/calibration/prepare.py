@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from ptq.calibration.directory import CalibrationDirectory
 from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.prompts import PromptSet, require_media
 from ptq.store.records import prompt_file
+from ptq.store.run_directory import STATE_DIR
 from ptq.store.sharding import Shard
 from ptq.wan.estimates import (
     EFFICIENCY,
@@ -78,11 +80,10 @@ def record_plan(
         PtqError: problems of the machine. Otherwise as `calibrate`.
     """
     shard = shard or Shard()
-    CalibrationDirectory(out, plan.info(), shard, ()).refuse_foreign(
-        locked=False
-    )  # said before the machine is looked at
+    check_out(plan, out, shard, fresh=fresh)  # said before the machine is looked at
     if check and (fresh or prompts_left(plan, out, shard)):
-        preflight(lambda: estimate_needs(plan, out, shard, device, offload), out, device)
+        needs = functools.partial(estimate_needs, plan, out, shard, device, offload)
+        preflight(needs, out, device, state=out / STATE_DIR)
 
     def load() -> Any:
         import torch
@@ -91,6 +92,12 @@ def record_plan(
         return place_pipeline(load_pipeline(plan.layout.path, dtype=dtype), device, offload)
 
     return calibrate(plan, load, out, shard=shard, fresh=fresh)
+
+
+def check_out(plan: CalibrationPlan, out: Path, shard: Shard, *, fresh: bool) -> None:
+    """Refuse a directory that the plan cannot be recorded into; see `RunDirectory.refuse_other`."""
+    info = plan.info()
+    CalibrationDirectory(out, info, shard, ()).refuse_other(info.decisive(), fresh=fresh)
 
 
 def prompts_left(plan: CalibrationPlan, out: Path, shard: Shard) -> int:

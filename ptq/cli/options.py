@@ -12,6 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ptq.errors import FormatError
+from ptq.known import find_format
+
 MAX_SEED = 2**63 - 1
 """Of a seed as it is given; torch takes 64 bits."""
 
@@ -30,13 +33,18 @@ def number(name: str, low: float, high: float, help_text: str) -> Any:
 
 def _known_format(value: str | None) -> str | None:
     if value is not None:
-        from ptq.errors import PtqError
-        from ptq.scheme import get_format
-
         try:
-            get_format(value)
-        except PtqError as error:
+            find_format(value)
+        except FormatError as error:
             raise typer.BadParameter(str(error)) from error
+    return value
+
+
+def _known_device(value: str | None) -> str | None:
+    if value is not None:
+        from ptq.wan.preflight import check_device_name
+
+        check_device_name(value)
     return value
 
 
@@ -94,6 +102,9 @@ Shard = Annotated[
     typer.Option("--shard", help="Do part i of N, from 0, as i/N. Default: what torchrun or SLURM says."),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", help="cuda, cuda:1, cpu. Default: the process's GPU, else the CPU.")
+    str | None,
+    typer.Option(
+        "--device", callback=_known_device, help="cuda, cuda:1, cpu. Default: the process's GPU, else the CPU."
+    ),
 ]
 Offload = Annotated[str, typer.Option("--offload", help="Weights to the CPU between uses: none, model or sequential.")]

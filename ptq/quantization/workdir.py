@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
-from torch import Tensor
 
 from ptq import ui
 from ptq.checkpoint.manifest import MANIFEST_FILE, BlockEntry, LayerEntry, read_manifest, todays_recipe
@@ -31,6 +30,9 @@ from ptq.store.files import (
 from ptq.store.run_directory import Difference, RunDirectory, name_all
 from ptq.store.schema import Schema
 from ptq.store.sensitivity import PROTECTION_FILE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIGNATURE_FILE = "run.json"
 BLOCKS_DIR = "blocks"
@@ -62,6 +64,11 @@ def refuse_taken(out: Path) -> None:
         )
 
 
+def unfinished(out: Path) -> Path:
+    """Where the checkpoint `out` lies while it is made."""
+    return out.with_name(out.name + ".partial")
+
+
 class WorkDir(RunDirectory):
     """Finished blocks of one run.
 
@@ -77,7 +84,7 @@ class WorkDir(RunDirectory):
     kind, settings_file = "work directory of `ptq quantize`", SIGNATURE_FILE
 
     def __init__(self, out: Path, signature: dict[str, Any], *, fresh: bool = False) -> None:
-        super().__init__(out.with_name(out.name + ".partial"))
+        super().__init__(unfinished(out))
         self.out, self._made_from, self.signature = out, signature, digest(signature)
         refuse_taken(out)
         self.refuse_foreign()

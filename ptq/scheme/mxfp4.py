@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptq.known import FORMATS
 from ptq.scheme import native
 from ptq.scheme.format import EMPTY, NAN_SCALE, Format, grouped, with_sign
 
@@ -28,21 +29,22 @@ EXPONENT_CARRY = {"floor": 0, "ceil": 0x3FFFFF, "even": 0x200000, "qmax7.25": 0x
 even f >= 0.75 (half an E2M1 ulp added), qmax7.25 f > 0.8125 (amax > 7.25 * 2^(e-2))."""
 SEARCHED_OFFSETS = (0, 1, -1)
 """Exponents tried for a weight's group, relative to the rule `floor`, best first: on equal error the first one wins."""
+KNOWN = FORMATS["mxfp4"]
 
 
 class MXFP4(Format):
     """The OCP MXFP4 format. See `Format` for the interface."""
 
     name = "mxfp4"
-    title = "MXFP4"
+    title = KNOWN.title
     description = "MXFP4 (OCP Microscaling v1.0): groups of 32 values along the input dimension share one power-of-two scale; each value is one of 15 E2M1 numbers. 4.25 bits a value."
-    group_size = 32
+    group_size = KNOWN.group_size
     bits_per_value = 4.25
     scale_dtype = torch.uint8
     scale_layout = "e8m0-u8"
-    scale_rules = ("floor", "ceil", "even", "qmax7.25", "mse")
+    scale_rules = KNOWN.scale_rules
     ties_options = ("even", "away")
-    searched_scales = "exponents one below to one above the rule's"
+    searched_scales = KNOWN.searched_scales
     kernel_id = 0
     block_scaled = True
 

@@ -123,7 +123,10 @@ def test_layers_are_targets_outside_the_protected_blocks() -> None:
 def test_manifest_lists_every_file(packed: dict[str, Path]) -> None:
     for format_name, checkpoint in packed.items():
         manifest = verify_files(checkpoint)
-        files = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()} - {MANIFEST_FILE, CARD_FILE}
+        files = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()} - {
+            MANIFEST_FILE,
+            CARD_FILE,
+        }
         assert set(manifest.files) == files and manifest.format == format_name
         assert manifest.coverage.bits_per_quantized_value == {"hif4": 4.5, "mxfp4": 4.25}[format_name]
     assert read_manifest(packed["hif4"]).digest != read_manifest(packed["mxfp4"]).digest
