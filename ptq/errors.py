@@ -23,6 +23,10 @@ class UsageError(PtqError):
     exit_code = 2
 
 
+class FormatError(PtqError, ValueError):
+    """What a format or a transform cannot take: an unknown name, a wrong dtype, K that is no multiple of the group."""
+
+
 class DamagedFileError(PtqError):
     """A file is truncated, edited or inconsistent; the text names the file and, where known, the tensor or line."""
 

@@ -12,6 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ptq.errors import FormatError
+from ptq.known import find_format
+
 MAX_SEED = 2**63 - 1
 """Of a seed as it is given; torch takes 64 bits."""
 
@@ -30,12 +33,9 @@ def number(name: str, low: float, high: float, help_text: str) -> Any:
 
 def _known_format(value: str | None) -> str | None:
     if value is not None:
-        from ptq.errors import PtqError
-        from ptq.scheme import get_format
-
         try:
-            get_format(value)
-        except PtqError as error:
+            find_format(value)
+        except FormatError as error:
             raise typer.BadParameter(str(error)) from error
     return value
 

@@ -6,12 +6,15 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from ptq.config import Recipe
+from ptq.config.fit import check_fit
 from ptq.errors import UsageError
 from ptq.rules import block_budget
-from ptq.scheme import FormatError, Scheme, Smoothed
+
+if TYPE_CHECKING:
+    from ptq.scheme import Scheme
 
 BudgetScope = Literal["total", "per-expert"]
 
@@ -27,6 +30,9 @@ class QuantizeSettings:
         auto_protect: choose the protected blocks by measurement, up to the budget.
         budget_scope: whether the budget counts over both experts (default) or each.
         seed: of token subsamples.
+
+    Raises:
+        UsageError: the recipe's names do not fit together, or blocks are to be chosen without a rule of how many.
     """
 
     format: str
@@ -38,6 +44,7 @@ class QuantizeSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fit(self.recipe, self.recipe_name, self.format)
         if self.auto_protect and block_budget(self.format) is None:
             raise UsageError(
                 f"--high-precision auto chooses as many blocks as the challenge allows, and it has no rule for {self.format}. Name the blocks, or none."
@@ -45,34 +52,10 @@ class QuantizeSettings:
 
     @functools.cached_property
     def scheme(self) -> Scheme:
-        """How every quantized layer is quantized.
+        """How every quantized layer is quantized."""
+        from ptq.scheme import Scheme  # brings torch
 
-        Raises:
-            UsageError: the recipe's names do not fit together.
-        """
-        try:
-            scheme = Scheme.of(self.format, **self.recipe.scheme.model_dump())
-        except FormatError as error:
-            raise UsageError(f"Recipe {self.recipe_name}: {error}") from error
-        if self.recipe.solver.clip_search and scheme.format.searched_scales is None:
-            raise UsageError(
-                f"Recipe {self.recipe_name}: {scheme.format.title} has no search of weight scales: set solver.clip_search to false."
-            )
-        rule = self.recipe.solver.weight_rule
-        if rule is not None and rule not in scheme.format.scale_rules:
-            raise UsageError(
-                f"Recipe {self.recipe_name}: {scheme.format.title} has no scale rule {rule!r} for solver.weight_rule; choose one of {', '.join(scheme.format.scale_rules)}."
-            )
-        kind, exponents = scheme.transform.kind, self.recipe.solver.smoothing
-        if exponents and not scheme.transform.smooths:
-            raise UsageError(
-                f"Recipe {self.recipe_name}: the transform {kind} does not try exponents of smoothing; leave solver.smoothing empty, or set scheme.transform to smoothed or learned."
-            )
-        if kind == Smoothed.kind and not exponents:
-            raise UsageError(
-                f"Recipe {self.recipe_name}: the transform {kind} has no exponents to try; name some, for example --set solver.smoothing=[0.5]."
-            )
-        return scheme
+        return Scheme.of(self.format, **self.recipe.scheme.model_dump())
 
     @property
     def needs_records(self) -> bool:

@@ -3,7 +3,8 @@
 Numerics, bit layout and golden vectors: docs/formats.md. To add a format or a transform: docs/extending.md.
 """
 
-from ptq.scheme.format import FORMATS, Codes, Format, FormatError, get_format, register_format
+from ptq.errors import FormatError
+from ptq.scheme.format import FORMATS, Codes, Format, get_format, register_format
 from ptq.scheme.hadamard import Hadamard
 from ptq.scheme.hif4 import HiF4
 from ptq.scheme.learned import Learned

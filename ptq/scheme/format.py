@@ -22,17 +22,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ptq.errors import PtqError
+from ptq import known
+from ptq.errors import FormatError
 from ptq.scheme import native
 from ptq.scheme.placement import DECODED, Placement
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP16_MAX = 65504.0
 """Largest finite float16."""
-
-
-class FormatError(PtqError, ValueError):
-    """A tensor that a format cannot take: wrong dtype, K not a multiple of the group, scales of another shape."""
 
 
 @dataclass(frozen=True)
@@ -243,8 +240,7 @@ class Format(ABC):
         """(scale rule, ties), defaults filled in; FormatError where the format does not have one."""
         rule = scale_rule or self.scale_rules[0]
         ties = ties or self.ties_options[0]
-        if rule not in self.scale_rules:
-            raise FormatError(f"{self.name} has no scale rule {rule!r}; choose one of {', '.join(self.scale_rules)}.")
+        known.check_rule(self.name, self.scale_rules, rule)
         if ties not in self.ties_options:
             raise FormatError(f"{self.name} has no ties option {ties!r}; choose one of {', '.join(self.ties_options)}.")
         return rule, ties
@@ -291,6 +287,8 @@ def register_format(fmt: Format) -> None:
         check_name(name)
     if FORMATS.setdefault(fmt.name, fmt) is not fmt:
         raise FormatError(f"There is a format {fmt.name!r} already; give this one another name.")
+    facts = known.KnownFormat(fmt.title, fmt.group_size, fmt.scale_rules, fmt.searched_scales)
+    known.FORMATS.setdefault(fmt.name, facts)
 
 
 def get_format(name: str) -> Format:
@@ -299,10 +297,9 @@ def get_format(name: str) -> Format:
     Raises:
         FormatError: no such format.
     """
-    try:
-        return FORMATS[name]
-    except KeyError:
-        raise FormatError(f"Unknown format {name!r}; choose one of {', '.join(FORMATS)}.") from None
+    if name not in FORMATS:
+        raise known.unknown("format", name, FORMATS)
+    return FORMATS[name]
 
 
 def grouped(x: Tensor, size: int) -> Tensor:

@@ -16,10 +16,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ptq.scheme.format import FormatError
+from ptq.known import BLOCK_SIZES, TRANSFORMS
 from ptq.scheme.transform import Transform, register_transform, settle
-
-BLOCK_SIZES = (16, 32, 64, 128)
 
 
 @register_transform
@@ -32,8 +30,7 @@ class Hadamard(Transform):
     description = "Input and weight are rotated by an orthonormal Hadamard matrix in blocks of {block} channels: the layer's output stays the same, an outlier is spread over its block. The weight is rotated once, the input at run time."
 
     def check(self, group_size: int) -> None:
-        if self.block not in BLOCK_SIZES:
-            raise FormatError(f"Hadamard block size {self.block} is not supported; choose one of {BLOCK_SIZES}.")
+        TRANSFORMS["hadamard"].check(self.block, group_size)
 
     def input(self, x: Tensor, basis: Tensor | None) -> Tensor:
         return rotate(x, self.block, rotation_factors(self.block)[0])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptq.known import FORMATS
 from ptq.scheme import native
 from ptq.scheme.format import Format, with_sign
 
@@ -29,21 +30,22 @@ MSE_LARGEST = 128.0
 error that no choice avoids becomes smaller, and squares stay finite."""
 SEARCHED_OFFSETS = (0, -1, 1, -2, 2, -3, -4)
 """E6M2 bytes tried for a weight's group, relative to the reference, best first: on equal error the first one wins."""
+KNOWN = FORMATS["hif4"]
 
 
 class HiF4(Format):
     """The HiF4 format. See `Format` for the interface."""
 
     name = "hif4"
-    title = "HiF4"
+    title = KNOWN.title
     description = "HiF4 (HiFloat4, arXiv 2602.11287): groups of 64 values along the input dimension share one E6M2 scale; eight bits double single eighths of the group and sixteen bits single fours; each value has a sign and a level from 0 to 7. 4.5 bits a value."
-    group_size = 64
+    group_size = KNOWN.group_size
     bits_per_value = 4.5
     scale_dtype = torch.int32
     scale_layout = "hif4-pto-u32-v1"
-    scale_rules = ("reference", "mse")
+    scale_rules = KNOWN.scale_rules
     ties_options = ("away", "even")
-    searched_scales = "scale codes four below to two above the rule's, micro-exponents free"
+    searched_scales = KNOWN.searched_scales
     kernel_id = 1
 
     def steps(self, scales: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ptq.scheme.format import FormatError
-from ptq.scheme.hadamard import BLOCK_SIZES, hadamard_matrix
+from ptq.known import TRANSFORMS
+from ptq.scheme.hadamard import hadamard_matrix
 from ptq.scheme.smoothing import smoothing_candidates
 from ptq.scheme.transform import OFF, Transform, register_transform, settle
 
@@ -46,16 +46,13 @@ class Learned(Transform):
     tensor = "transform"
     needs_records = True
     needs_hessian = True
-    smooths = True
+    smooths = TRANSFORMS[LEARNED].smooths
     decodes = True
     kernel = "blocks"
     description = "Input and weight change their basis in blocks of {block} channels, by the matrix for which quantization noise costs the layer least, in closed form from the second moments of input and weight (WUSH, arXiv 2512.00956); its last factor is a Hadamard matrix, which spreads outliers. Blocks are stored with 8 bits an entry and applied to the input at run time. Tried for each input beside the Hadamard matrix alone (off)."
 
     def check(self, group_size: int) -> None:
-        if self.block not in BLOCK_SIZES or self.block % group_size:
-            raise FormatError(
-                f"A learned transform has blocks of one of {BLOCK_SIZES} channels that hold whole groups of {group_size}; found blocks of {self.block}. Set scheme.block to 64 or 128, or choose another scheme.transform."
-            )
+        TRANSFORMS[LEARNED].check(self.block, group_size)
 
     def stored(self, k: int) -> tuple[tuple[int, ...], torch.dtype]:
         return (k // self.block, self.block, self.block), torch.uint8

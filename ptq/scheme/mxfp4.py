@@ -15,8 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptq.errors import FormatError
+from ptq.known import FORMATS
 from ptq.scheme import native
-from ptq.scheme.format import Format, FormatError, grouped, with_sign
+from ptq.scheme.format import Format, grouped, with_sign
 from ptq.scheme.placement import Placement, place_rows
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -32,21 +34,22 @@ SEARCHED_OFFSETS = (0, 1, -1)
 """Exponents tried for a weight's group, relative to the rule `floor`, best first: on equal error the first one wins."""
 EMPTY = 1 << 12
 """An exponent beyond every real one: that of a block of zeros."""
+KNOWN = FORMATS["mxfp4"]
 
 
 class MXFP4(Format):
     """The OCP MXFP4 format. See `Format` for the interface."""
 
     name = "mxfp4"
-    title = "MXFP4"
+    title = KNOWN.title
     description = "MXFP4 (OCP Microscaling v1.0): groups of 32 values along the input dimension share one power-of-two scale; each value is one of 15 E2M1 numbers. 4.25 bits a value."
-    group_size = 32
+    group_size = KNOWN.group_size
     bits_per_value = 4.25
     scale_dtype = torch.uint8
     scale_layout = "e8m0-u8"
-    scale_rules = ("floor", "ceil", "even", "qmax7.25", "mse")
+    scale_rules = KNOWN.scale_rules
     ties_options = ("even", "away")
-    searched_scales = "exponents one below to one above the rule's"
+    searched_scales = KNOWN.searched_scales
     kernel_id = 0
     block_scaled = True
 

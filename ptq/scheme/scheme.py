@@ -16,8 +16,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from ptq.errors import PtqError
-from ptq.scheme.format import Format, FormatError, get_format
+from ptq.errors import FormatError, PtqError
+from ptq.scheme.format import Format, get_format
 from ptq.scheme.hadamard import Hadamard
 from ptq.scheme.smoothing import Smoothed
 from ptq.scheme.transform import UNCHANGED, Transform, get_transform

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ptq.known import TRANSFORMS
 from ptq.scheme.hadamard import Hadamard
 from ptq.scheme.transform import OFF, register_transform
 
@@ -30,12 +31,11 @@ class Smoothed(Hadamard):
     kernel = "hadamard"
     tensor = "smooth"
     needs_records = True
-    smooths = True
+    smooths = TRANSFORMS["smoothed"].smooths
     description = "Each input channel is multiplied by a factor and the weight's column divided by it, so that outlier channels shrink (SmoothQuant, arXiv 2211.10438, with root mean squares); then both are rotated by a Hadamard matrix in blocks of {block} channels."
 
     def check(self, group_size: int) -> None:
-        if self.block:
-            super().check(group_size)
+        TRANSFORMS["smoothed"].check(self.block, group_size)
 
     def stored(self, k: int) -> tuple[tuple[int, ...], torch.dtype]:
         return (k,), torch.bfloat16

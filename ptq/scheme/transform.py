@@ -18,7 +18,9 @@ from typing import ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ptq.scheme.format import FormatError, check_name
+from ptq import known
+from ptq.errors import FormatError
+from ptq.scheme.format import check_name
 
 OFF = "off"
 """Name of the candidate that nothing was chosen for."""
@@ -133,6 +135,8 @@ def register_transform(transform: Kind) -> Kind:
     check_name(transform.kind)
     if TRANSFORMS.setdefault(transform.kind, transform) is not transform:
         raise FormatError(f"There is a transform {transform.kind!r} already; give this one another kind.")
+    facts = known.KnownTransform(lambda block, group_size: transform(block).check(group_size), transform.smooths)
+    known.TRANSFORMS.setdefault(transform.kind, facts)
     return transform
 
 
@@ -143,7 +147,7 @@ def get_transform(kind: str, block: int) -> Transform:
         FormatError: no such kind.
     """
     if kind not in TRANSFORMS:
-        raise FormatError(f"Unknown transform {kind!r}; choose one of {', '.join(TRANSFORMS)}.")
+        raise known.unknown("transform", kind, TRANSFORMS)
     return TRANSFORMS[kind](block if kind != UNCHANGED.kind else 0)
 
 
@@ -155,8 +159,7 @@ class Unchanged(Transform):
     kernel = "hadamard"
 
     def check(self, group_size: int) -> None:
-        if self.block:
-            raise FormatError(f"Without a transform there are no blocks, found blocks of {self.block}.")
+        known.TRANSFORMS["none"].check(self.block, group_size)
 
 
 UNCHANGED = Unchanged()

@@ -112,9 +112,8 @@ def test_blocks_follow_the_transform(tmp_path: Path) -> None:
     ],
 )
 def test_schemes_that_do_not_fit_the_format_are_refused(overrides: tuple[str, ...], message: str) -> None:
-    settings = with_settings(load_recipe("rtn", "hif4", overrides), "hif4")
     with pytest.raises(UsageError, match=message):
-        _ = settings.scheme
+        with_settings(load_recipe("rtn", "hif4", overrides), "hif4")
 
 
 @pytest.mark.parametrize("key", [*NOW_CALLED, *GONE])

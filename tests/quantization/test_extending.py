@@ -16,6 +16,7 @@ from quantization_helpers import edit_weights, make_records, run
 from torch import nn
 
 import ptq
+from ptq import known as known_names
 from ptq.checkpoint.export import export_component
 from ptq.checkpoint.manifest import read_manifest, verify_files
 from ptq.checkpoint.quantization_config import PackedConfig
@@ -117,8 +118,10 @@ def registered(*, fmt: bool = True, transform: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        FORMATS.pop(Int4.name, None)
-        TRANSFORMS.pop(Sorted.kind, None)
+        for formats in (FORMATS, known_names.FORMATS):
+            formats.pop(Int4.name, None)
+        for transforms in (TRANSFORMS, known_names.TRANSFORMS):
+            transforms.pop(Sorted.kind, None)
         Scheme.from_key.cache_clear()
 
 
@@ -304,7 +307,7 @@ def test_a_transform_derived_from_another_keeps_its_own_name(base):
         assert scheme.to_config()["transform"] == {"type": "derived", "block_size": 64, "smooth": False}
         assert Scheme.from_key(scheme.key) == scheme
     finally:
-        del TRANSFORMS["derived"]
+        del TRANSFORMS["derived"], known_names.TRANSFORMS["derived"]
         Scheme.from_key.cache_clear()
 
 
