@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptq import ui
 from ptq.calibration.directory import CalibrationDirectory
-from ptq.calibration.recorder import Capture, record_prompt
 from ptq.calibration.schedule import choose_steps, sampling_schedule
 from ptq.prompts import RESIZE_POLICY, Sample, caption_digest, fit_image, load_image, unit_seed
 from ptq.store.calibration import FILE, CalibrationInfo, RecordedSample, Step, read_calibration
@@ -30,6 +29,9 @@ from ptq.store.sharding import Shard
 from ptq.wan.layout import ModelLayout
 from ptq.wan.pipeline import call_arguments, set_flow_shift
 from ptq.wan.presets import ModelPreset
+
+if TYPE_CHECKING:
+    from ptq.calibration.recorder import Capture
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,8 @@ def _missing(plan: CalibrationPlan, out: Path, indices: Sequence[int]) -> list[i
 
 
 def _record_one(plan: CalibrationPlan, pipeline: Any, schedule: list[Step], index: int, out: Path) -> Capture:
+    from ptq.calibration.recorder import record_prompt
+
     sample = plan.samples[index]
     image = None
     if plan.layout.needs_image and sample.media is not None:

@@ -14,9 +14,8 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field, ValidationError
 
 from ptq import ui
@@ -26,24 +25,27 @@ from ptq.store.files import atomic_path
 from ptq.store.schema import Count, Schema, problems
 from ptq.store.strict_json import parse_json
 
-DTYPES: dict[str, torch.dtype] = {
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+if TYPE_CHECKING:
+    import torch
+
+DTYPES: dict[str, tuple[str, int]] = {
+    "U64": ("uint64", 8),
+    "I64": ("int64", 8),
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "U32": ("uint32", 4),
+    "I32": ("int32", 4),
+    "BF16": ("bfloat16", 2),
+    "F16": ("float16", 2),
+    "U16": ("uint16", 2),
+    "I16": ("int16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
-"""Name in a header -> dtype. The library stores wide dtypes first (so that data stay aligned), then sorts by name."""
+"""Name in a header -> (name in torch, bytes of an element). The library stores wide dtypes first (so that data stay aligned), then sorts by name."""
 DTYPE_ORDER = {name: rank for rank, name in enumerate(DTYPES)}
 MAX_DIMENSIONS = 8
 """Of a tensor; a convolution has five."""
@@ -70,11 +72,14 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        import torch
+
+        dtype: torch.dtype = getattr(torch, DTYPES[self.dtype][0])
+        return dtype
 
 
 def read_header(path: str | Path) -> dict[str, TensorEntry]:
@@ -180,5 +185,7 @@ def _copy(entry: TensorEntry, output) -> int:
 
 def tensor_crc32(tensor: torch.Tensor) -> int:
     """CRC-32 of a CPU tensor's bytes in memory order (as stored in a file)."""
+    import torch
+
     flat = tensor.contiguous().reshape(-1)
     return zlib.crc32(flat.view(torch.uint8).numpy().data if flat.numel() else b"")

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-from huggingface_hub.serialization._base import split_state_dict_into_shards_factory
-from safetensors import safe_open
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header, write_from_entries
 from ptq.errors import DamagedFileError, PtqError
 from ptq.store.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
@@ -61,6 +61,8 @@ class ShardSet:
         Raises:
             PtqError: the checkpoint has no such tensor.
         """
+        from safetensors import safe_open
+
         entry = self.entries.get(name)
         if entry is None:
             raise PtqError(f"{self.directory} has no tensor {name}; the checkpoint is incomplete or of another model.")
@@ -102,6 +104,8 @@ def write_component(directory: str | Path, ordered: Sequence[TensorEntry], max_b
     The index is written even for a single shard (so that a loader sees file names before it opens them) and carries a
     CRC-32 of every tensor under `metadata.ptq_crc32`.
     """
+    from huggingface_hub.serialization._base import split_state_dict_into_shards_factory
+
     directory = Path(directory)
     split = split_state_dict_into_shards_factory(
         {entry.name: entry for entry in ordered},

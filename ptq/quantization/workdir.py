@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
-from torch import Tensor
 
 from ptq import ui
 from ptq.checkpoint.manifest import MANIFEST_FILE, BlockEntry, LayerEntry, read_manifest, todays_recipe
@@ -31,6 +30,9 @@ from ptq.store.files import (
 from ptq.store.run_directory import Difference, RunDirectory, name_all
 from ptq.store.schema import Schema
 from ptq.store.sensitivity import PROTECTION_FILE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIGNATURE_FILE = "run.json"
 BLOCKS_DIR = "blocks"

@@ -8,13 +8,12 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ptq.errors import UsageError
 from ptq.wan.variants import EXPERTS
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from ptq.wan.presets import ModelPreset
 
@@ -58,6 +57,8 @@ def call_arguments(preset: ModelPreset, prompt: str, seed: int, image: np.ndarra
         seed: of the CPU generator that draws the initial latent.
         image: first frame, uint8 [H, W, 3] of the preset's size, for image-to-video.
     """
+    import torch
+
     arguments: dict[str, Any] = {
         "prompt": prompt,
         "negative_prompt": preset.negative_prompt,
@@ -116,19 +117,23 @@ def latent_shape(pipe: Any, height: int, width: int, num_frames: int) -> tuple[i
     return (1, pipe.vae.config.z_dim, (num_frames - 1) // period + 1, height // stride, width // stride)
 
 
-@torch.no_grad()
 def decode_latents(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     """Final latents [1, C, T, H, W] to a video [1, 3, T, H, W], as the end of diffusers' WanPipeline.__call__ does."""
+    import torch
+
     vae = pipe.vae
     latents = latents.to(pipe._execution_device, dtype=vae.dtype)
     shape = (1, vae.config.z_dim, 1, 1, 1)
     mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents.device, latents.dtype)
     inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents.device, latents.dtype)
-    return vae.decode(latents / inverse_std + mean, return_dict=False)[0]
+    with torch.no_grad():
+        return vae.decode(latents / inverse_std + mean, return_dict=False)[0]
 
 
 def video_pixels(pipe: Any, video: torch.Tensor) -> np.ndarray:
     """A decoded video [1, 3, T, H, W] to uint8 [T, H, W, 3] RGB; the pipeline's offloading hooks are done after it."""
+    import torch
+
     pixels = pipe.video_processor.postprocess_video(video, output_type="pt")[0]
     pipe.maybe_free_model_hooks()
     return (pixels.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
 
 from ptq import ui
 from ptq.errors import PtqError, UsageError
-from ptq.wan.trial import run_trial
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,8 @@ def preflight(estimate: Callable[[], Needs], out: Path, device: str, format_name
     Raises:
         PtqError: one or more problems, a paragraph each.
     """
+    from ptq.wan.trial import run_trial
+
     problems = check_device(device)
     if not problems:
         needs = estimate()
@@ -58,6 +58,8 @@ def preflight(estimate: Callable[[], Needs], out: Path, device: str, format_name
 
 def check_device(device: str) -> list[str]:
     """Whether torch can use the device."""
+    import torch
+
     try:
         kind = torch.device(device)
     except RuntimeError as error:
@@ -92,6 +94,8 @@ def check_room(needs: Needs, out: Path) -> list[str]:
 
 def check_gpu(needs: Needs, device: str) -> list[str]:
     """GPU memory."""
+    import torch
+
     free, total = torch.cuda.mem_get_info(device)
     if needs.vram <= free:
         return []

@@ -33,7 +33,8 @@ def random_tensor(dtype: torch.dtype, shape: list[int], seed: int) -> torch.Tens
 @given(TENSORS, st.integers(1, 3))
 def test_streamed_bytes_are_those_of_the_library(declared: dict[str, tuple[str, list[int]]], parts: int) -> None:
     tensors = {
-        name: random_tensor(DTYPES[dtype], shape, seed) for seed, (name, (dtype, shape)) in enumerate(declared.items())
+        name: random_tensor(getattr(torch, DTYPES[dtype][0]), shape, seed)
+        for seed, (name, (dtype, shape)) in enumerate(declared.items())
     }
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
