@@ -68,9 +68,7 @@ def record_plan(
         PtqError: problems of the machine. Otherwise as `calibrate`.
     """
     shard = shard or Shard()
-    CalibrationDirectory(out, plan.info(), shard, ()).refuse_foreign(
-        locked=False
-    )  # said before the machine is looked at
+    check_out(plan, out, shard, fresh=fresh)  # said before the machine is looked at
     if check and (fresh or prompts_left(plan, out, shard)):
         preflight(lambda: estimate_needs(plan, out, shard, device, offload), out, device)
 
@@ -81,6 +79,12 @@ def record_plan(
         return place_pipeline(load_pipeline(plan.layout.path, dtype=dtype), device, offload)
 
     return calibrate(plan, load, out, shard=shard, fresh=fresh)
+
+
+def check_out(plan: CalibrationPlan, out: Path, shard: Shard, *, fresh: bool) -> None:
+    """Refuse a directory that the plan cannot be recorded into; see `RunDirectory.refuse_other`."""
+    info = plan.info()
+    CalibrationDirectory(out, info, shard, ()).refuse_other(info.decisive(), fresh=fresh)
 
 
 def prompts_left(plan: CalibrationPlan, out: Path, shard: Shard) -> int:

@@ -23,14 +23,13 @@ from ptq.checkpoint.manifest import MANIFEST_FILE
 from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header
 from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet, write_component
+from ptq.checkpoint.targets import TARGETS, check_target, refuse_existing
 from ptq.errors import UsageError
 from ptq.runtime import QuantLinear
 from ptq.scheme.transform import UNCHANGED
 from ptq.store.files import read_json, write_bytes
 from ptq.store.run_directory import hold_whole
 
-TARGETS = {"compressed-tensors": "mxfp4", "msmodelslim": "hif4", "bf16": None}
-"""Target -> the one format that it takes; None: any."""
 PART_BYTES = 2**30
 """Converted tensors held in memory at a time."""
 
@@ -77,8 +76,7 @@ def export_pipeline(source: Path, experts: Mapping[str, Any], out: Path, target:
     Raises:
         UsageError: `out` exists; otherwise as `export_component`. PtqError: another process writes `out`.
     """
-    if out.exists():
-        raise UsageError(f"{out} exists already; choose another --out.")
+    refuse_existing(out)
     with hold_whole(out):
         partial = out.with_name(out.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -95,8 +93,7 @@ def export_pipeline(source: Path, experts: Mapping[str, Any], out: Path, target:
 
 
 def _check(packed: PackedConfig, target: str) -> None:
-    if target not in TARGETS:
-        raise UsageError(f"--to takes one of {', '.join(TARGETS)}, found {target!r}.")
+    check_target(target)
     scheme = packed.scheme
     needed = TARGETS[target] or scheme.format.name
     if scheme.format.name != needed:

@@ -43,6 +43,8 @@ def linear(
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device {device!r}: choose auto, cpu or cuda.")
 
+    ui.info("Timing linear layers.")
+
     import torch
 
     from ptq.runtime.backends import use_backend
@@ -98,6 +100,8 @@ def quantize(
     Example: ptq bench quantize --shape 5120x5120
     """
     shapes = [_parse_shape(text, "rows x columns", "5120x13824") for text in shape or ()]
+
+    ui.info("Timing quantize + pack and fake-quant of both formats.")
 
     from ptq.runtime.bench_quantize import WAN_SHAPES, bench_quantize
 

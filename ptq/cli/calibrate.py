@@ -9,7 +9,7 @@ import typer
 
 from ptq import ui
 from ptq.cli import options
-from ptq.cli.common import default_device, quiet_libraries, resolve_shard
+from ptq.cli.common import default_device, describe_out, quiet_libraries, resolve_shard
 
 
 def calibrate(
@@ -44,12 +44,11 @@ def calibrate(
 
     Example: ptq calibrate tiny --prompts prompts.txt --num-prompts 8 --out calibration
     """
-    from ptq.calibration.prepare import describe_plan, make_plan, record_plan
+    from ptq.calibration.prepare import check_out, describe_plan, make_plan, record_plan
     from ptq.prompts import read_prompts
-    from ptq.wan.loading import resolve_model
+    from ptq.wan.loading import find_model
     from ptq.wan.pipeline import check_offload
 
-    device = device or default_device()
     check_offload(device, offload)
     part = resolve_shard(shard, out)
     given = {
@@ -62,7 +61,7 @@ def calibrate(
         "guidance_scale_2": guidance_scale_2,
         "negative_prompt": negative_prompt,
     }
-    layout = resolve_model(model)
+    layout = find_model(model)
     found = read_prompts(
         prompts,
         prompt_format=prompt_format,
@@ -72,10 +71,19 @@ def calibrate(
         skip_missing=skip_missing and layout.needs_image,
     )
     plan = make_plan(layout, found, given, records_per_prompt=records_per_prompt, seed=seed, skip_missing=skip_missing)
-    if dry_run:
-        ui.details("Calibration plan", describe_plan(plan, out, part, device, offload))
-        return
+    check_out(plan, out, part, fresh=fresh)
+    ui.info(f"{'Planning to record' if dry_run else 'Recording'} {model} on {len(plan.samples)} prompts of {prompts}.")
+
+    from ptq.wan.check import check_model
+
     quiet_libraries()
+    check_model(layout)
+    device = device or default_device()
+    check_offload(device, offload)
+    if dry_run:
+        rows = describe_plan(plan, out, part, device, offload)
+        ui.details("Calibration plan", {**rows, "directory": describe_out(out, out, fresh=fresh)})
+        return
     result = record_plan(plan, out, shard=part, device=device, offload=offload, fresh=fresh, check=check)
     if result["complete"]:
         ui.info(

@@ -49,6 +49,12 @@ def default_device() -> str:
     return f"cuda:{local_rank(os.environ) % torch.cuda.device_count()}"
 
 
+def describe_out(out: Path, work: Path, *, fresh: bool) -> str:
+    """--out for a plan, and what happens to that which is there already in `work`, the directory that is continued."""
+    fate = "it is deleted and made anew" if fresh else "what is finished in it is kept"
+    return f"{out} ({work} is there already; {fate})" if work.exists() else f"{out}"
+
+
 def print_json(value: Any) -> None:
     """A result for machines, on stdout; in colours on a terminal, in ASCII where stdout has no UTF-8."""
     text = ui.clean_json(json.dumps(value, indent=2, ensure_ascii=not ui.console.encoding.startswith("utf")))

@@ -11,6 +11,7 @@ from ptq import ui
 from ptq.cli import options
 from ptq.cli.common import print_json, quiet_libraries
 from ptq.errors import UsageError
+from ptq.known import FORMATS
 
 if TYPE_CHECKING:
     from ptq.cli.demo_job import DemoResult
@@ -27,18 +28,18 @@ def demo(
 
     Example: ptq demo --format hif4 --out demo-out
     """
-    from ptq import formats
-
-    names = list(formats.FORMATS) if format_name is None else [formats.get(format_name).name]
-    quiet_libraries()
-    import torch
-
     from ptq.cli.demo_job import MODELS, DemoJob
 
+    names = list(FORMATS) if format_name is None else [format_name]
     if model not in MODELS:
         raise UsageError(
             f"The demo runs on {' or '.join(MODELS)}, found {model!r}. Other models: the commands one by one."
         )
+    ui.info(f"Running the whole job on {model} for {' and '.join(names)}, in {out}.")
+
+    import torch
+
+    quiet_libraries()
     torch.set_num_threads(1)  # the model's matrices are too small for more: two threads make a W4A4 video slower
     results = DemoJob(out, units, model).run(names[::-1])
     if as_json:

@@ -22,6 +22,12 @@ def doctor(
 
     Example: ptq doctor tiny-hif4
     """
+    from ptq.checkpoint.manifest import read_manifest
+
+    if checkpoint is not None:
+        read_manifest(checkpoint)
+    ui.info(f"Looking at this machine{'' if checkpoint is None else f' and at {checkpoint}'}.")
+
     from ptq.runtime.diagnosis import machine_facts
 
     facts = machine_facts()

@@ -93,10 +93,12 @@ def evaluate(
         if format is None:
             raise UsageError("Result files do not say which format they are of: pass --format hif4 or --format mxfp4.")
         chosen = "icme2026" if suite == "core" else suite
+        ui.info(f"Comparing the scores of {import_vbench[0]} and {import_vbench[1]}.")
         evaluation = evaluate_imported(import_vbench[0], import_vbench[1], out, suite=chosen, **common)
     elif reference is not None and candidate is not None:
         from ptq.evaluation import VBenchSettings, evaluate_runs
 
+        ui.info(f"Comparing {candidate} with {reference}, suite {suite}.")
         vbench = VBenchSettings(vbench_python, vbench_root, vbench_device) if vbench_python else None
         evaluation = evaluate_runs(
             reference, candidate, out, suite=suite, stride=stride, fresh=fresh,

@@ -21,11 +21,17 @@ def export(
 
     Example: ptq export tiny-hif4 --to bf16 --out tiny-hif4-bf16
     """
-    from ptq.checkpoint.export import export_pipeline
+    from ptq.checkpoint.targets import check_target, refuse_existing
     from ptq.wan.layout import read_layout
 
+    check_target(to)
+    refuse_existing(out)
     layout = read_layout(checkpoint)
     if not layout.is_packed:
         raise UsageError(f"{checkpoint} is not a packed checkpoint; make one with `ptq quantize`.")
+    ui.info(f"Exporting {checkpoint} for {to}.")
+
+    from ptq.checkpoint.export import export_pipeline
+
     export_pipeline(checkpoint, layout.experts, out, to)
     ui.info(f"Wrote {out} for {to}.")

@@ -9,7 +9,7 @@ import typer
 
 from ptq import ui
 from ptq.cli import options
-from ptq.cli.common import default_device, print_json, quiet_libraries, resolve_shard
+from ptq.cli.common import default_device, describe_out, print_json, quiet_libraries, resolve_shard
 
 if TYPE_CHECKING:
     from ptq.generation import Plan, Settings, Summary
@@ -79,11 +79,13 @@ def generate(
     Example: ptq generate out/hif4 --prompts prompts.txt --out runs/hif4 --samples-per-prompt 5
     """
     from ptq import generation
-    from ptq.wan.loading import resolve_model
+    from ptq.generation.directory import GenerationDirectory
+    from ptq.wan.loading import find_model
+    from ptq.wan.pipeline import check_offload
 
-    layout = resolve_model(model)
+    check_offload(device, offload)
+    layout = find_model(model)
     from_image = layout.starts_from_image(image_to_video or image is not None)
-    device = device or default_device()
     given = {
         "steps": steps,
         "height": height,
@@ -99,7 +101,6 @@ def generate(
     settings = generation.resolve_settings(
         layout,
         given,
-        device=device,
         dtype=dtype,
         seed=seed,
         image_to_video=from_image,
@@ -112,12 +113,21 @@ def generate(
         prompt, prompts, image, from_image=from_image, skip_missing=skip_missing, **reading
     )
     part = resolve_shard(shard if context_parallel == 1 else shard or "0/1", out)
+    GenerationDirectory(out).refuse_foreign(locked=False)
+    ui.info(f"{'Planning' if dry_run else 'Generating'} videos of {len(samples)} prompts with {model}.")
+
+    from ptq.wan.check import check_model
+
+    quiet_libraries()
+    check_model(layout)
+    device = device or default_device()
+    check_offload(device, offload)
+    settings = settings if dtype else generation.for_device(settings, device)
     identity = generation.identify_model(model, layout.path)
     plan = generation.plan_run(samples, settings, out, shard=part, samples_per_prompt=samples_per_prompt, fresh=fresh)
     if dry_run:
-        _show_plan(plan, settings, identity.weight_bytes, as_json)
+        _show_plan(plan, settings, identity.weight_bytes, describe_out(out, out, fresh=fresh), as_json)
         return
-    quiet_libraries()
     summary = generation.make_videos(
         layout,
         samples,
@@ -153,13 +163,14 @@ def _show_summary(summary: Summary, out: Path, as_json: bool) -> None:
         ui.info("Run the same command again to make the units that remain.")
 
 
-def _show_plan(plan: Plan, settings: Settings, weight_bytes: int, as_json: bool) -> None:
+def _show_plan(plan: Plan, settings: Settings, weight_bytes: int, directory: str, as_json: bool) -> None:
 
     if as_json:
         value = {**plan.as_json(), "weight_bytes": weight_bytes, "settings": settings.as_json()}
         print_json(value)
         return
     rows = [
+        ("directory", directory),
         ("units of the run", plan.units),
         (f"units of shard {plan.shard.index}/{plan.shard.count}", plan.own),
         ("done already", plan.done),

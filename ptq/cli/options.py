@@ -40,6 +40,14 @@ def _known_format(value: str | None) -> str | None:
     return value
 
 
+def _known_device(value: str | None) -> str | None:
+    if value is not None:
+        from ptq.wan.preflight import check_device_name
+
+        check_device_name(value)
+    return value
+
+
 def format_option(help_text: str) -> Any:
     """The option that takes the name of a format."""
     return typer.Option("--format", callback=_known_format, help=help_text)
@@ -94,6 +102,9 @@ Shard = Annotated[
     typer.Option("--shard", help="Do part i of N, from 0, as i/N. Default: what torchrun or SLURM says."),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", help="cuda, cuda:1, cpu. Default: the process's GPU, else the CPU.")
+    str | None,
+    typer.Option(
+        "--device", callback=_known_device, help="cuda, cuda:1, cpu. Default: the process's GPU, else the CPU."
+    ),
 ]
 Offload = Annotated[str, typer.Option("--offload", help="Weights to the CPU between uses: none, model or sequential.")]

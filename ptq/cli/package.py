@@ -30,14 +30,20 @@ def package(
     from ptq.checkpoint.manifest import read_manifest
     from ptq.report import Sources, render
     from ptq.store.evaluation import read_evaluation
-    from ptq.submission.package import check_submittable, estimated_bytes
+    from ptq.submission.package import check_submittable, planned
     from ptq.submission.package import package as run
 
     judged = read_evaluation(evaluation)
     check_submittable(checkpoint, read_manifest(checkpoint), judged, allow_failing=allow_failing_gate)
-    ui.info(f"Weights to pack: {ui.format_bytes(estimated_bytes(checkpoint))}.")
+    sizes = {
+        what: [path.stat().st_size for path in files] for what, files in planned(checkpoint, evaluation, judged).items()
+    }
     if dry_run:
+        rows = {what: f"{len(found)} files, {ui.format_bytes(sum(found))}" for what, found in sizes.items()}
+        replaced = " (there already; it will be replaced)" if out.exists() else ""
+        ui.details("Submission plan", {"verdict": judged.verdict or "none", **rows, "archive": f"{out}{replaced}"})
         return
+    ui.info(f"Packing {checkpoint} into {out}: {ui.format_bytes(sum(map(sum, sizes.values())))} before compression.")
     report = render(Sources(evaluation, checkpoint))
     size = run(checkpoint, evaluation, out, report, allow_failing=allow_failing_gate)
     ui.info(f"{out}: {ui.format_bytes(size)}. Check it with `ptq verify {out}`.")
@@ -59,6 +65,7 @@ def verify(
         raise UsageError(f"{archive} does not exist. Pass an archive written by `ptq package`.")
     if not math.isfinite(max_gb):
         raise UsageError(f"--max-gb is {max_gb}; give a number of gigabytes.")
+    ui.info(f"Checking {archive}{', generating one unit again' if regenerate else ''}.")
     quiet_libraries()
     claims = run(archive, max_bytes=int(max_gb * 1e9), regenerate=regenerate)
     if as_json:

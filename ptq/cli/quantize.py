@@ -9,7 +9,7 @@ import typer
 
 from ptq import ui
 from ptq.cli import options
-from ptq.cli.common import default_device, print_json, quiet_libraries
+from ptq.cli.common import default_device, describe_out, print_json, quiet_libraries
 
 if TYPE_CHECKING:
     from ptq.checkpoint.manifest import Manifest
@@ -44,16 +44,14 @@ def quantize(
     Example: ptq quantize tiny --calibration calibration --format hif4 --out tiny-hif4
     """
     from ptq.config import load_recipe
-    from ptq.quantization.job import Job, QuantizeOptions
-    from ptq.quantization.run import quantize as run
     from ptq.quantization.settings import QuantizeSettings, parse_high_precision, parse_scope
+    from ptq.quantization.workdir import refuse_taken, unfinished
     from ptq.store.calibration import CalibrationSet
-    from ptq.wan.loading import resolve_model
-    from ptq.wan.preflight import preflight
+    from ptq.wan.loading import find_model
 
-    device = device or default_device()
     scope = parse_scope(budget_scope)
-    layout = resolve_model(model)
+    refuse_taken(out)
+    layout = find_model(model)
     name = recipe or format_name
     settings = QuantizeSettings(
         format=format_name,
@@ -65,12 +63,26 @@ def quantize(
         seed=seed,
     )
     limit = None if max_memory is None else int(max_memory * 1e9)
-    how = QuantizeOptions(device=device, max_memory=limit, link=link, fresh=fresh)
-    job = Job(layout, CalibrationSet(calibration), settings, out, how)
-    if dry_run:
-        ui.details("Quantization plan", job.describe())
-        return
+    records = CalibrationSet(calibration)
+    ui.info(
+        f"{'Planning to quantize' if dry_run else 'Quantizing'} {model} to {format_name} with the records of {calibration}."
+    )
+
+    from ptq.quantization.job import Job, QuantizeOptions
+    from ptq.quantization.run import quantize as run
+    from ptq.wan.check import check_model
+    from ptq.wan.preflight import preflight
+
     quiet_libraries()
+    check_model(layout)
+    device = device or default_device()
+    how = QuantizeOptions(device=device, max_memory=limit, link=link, fresh=fresh)
+    job = Job(layout, records, settings, out, how)
+    if dry_run:
+        ui.details(
+            "Quantization plan", {**job.describe(), "directory": describe_out(out, unfinished(out), fresh=fresh)}
+        )
+        return
     job.check()
     if check:
         preflight(job.needs, out, device, format_name)

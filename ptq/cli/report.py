@@ -43,6 +43,7 @@ def report(
         raise UsageError(
             f"{run} holds {len(directories)} evaluations; --html, --pdf, --checkpoint, --reference and --candidate need one. Name it: ptq report {directories[0]} ..."
         )
+    ui.info(f"Writing the report of {run}.")
     results = []
     for directory in directories:
         suffix = f"-{directory.name}" if len(directories) > 1 else ""

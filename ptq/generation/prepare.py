@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,13 @@ def resolve_settings(
     layout: ModelLayout,
     given: Mapping[str, Any] | None = None,
     *,
-    device: str = "cpu",
     dtype: str | None = None,
     **others: Any,
 ) -> Settings:
     """The preset's values, each replaced where `given` has its own (None: the preset's).
 
     Args:
-        device, dtype: dtype None is bfloat16 on a GPU and float32 on the CPU.
+        dtype: None is float32, until `for_device`.
         others: fields of `Settings` that no preset has.
 
     Raises:
@@ -44,11 +44,16 @@ def resolve_settings(
     if dtype not in (None, *DTYPES):
         raise UsageError(f"--dtype must be {' or '.join(DTYPES)}, found {dtype!r}.")
     values = layout.resolve_preset(**(given or {})).model_dump(exclude={"variant", "hub_id"})
-    settings = Settings(**values, dtype=dtype or ("bfloat16" if device.startswith("cuda") else "float32"), **others)
+    settings = Settings(**values, dtype=dtype or DTYPES[0], **others)
     differing = departures(settings, calibrated_with(layout)) if layout.is_packed else []
     if differing:
         ui.info(f"Other settings than the checkpoint was calibrated with: {', '.join(differing)}.")
     return settings
+
+
+def for_device(settings: Settings, device: str) -> Settings:
+    """The settings with the default dtype of a device: bfloat16 on a GPU."""
+    return replace(settings, dtype="bfloat16" if device.startswith("cuda") else DTYPES[0])
 
 
 def calibrated_with(layout: ModelLayout) -> dict[str, Any]:

@@ -64,6 +64,11 @@ def refuse_taken(out: Path) -> None:
         )
 
 
+def unfinished(out: Path) -> Path:
+    """Where the checkpoint `out` lies while it is made."""
+    return out.with_name(out.name + ".partial")
+
+
 class WorkDir(RunDirectory):
     """Finished blocks of one run.
 
@@ -79,7 +84,7 @@ class WorkDir(RunDirectory):
     kind, settings_file = "work directory of `ptq quantize`", SIGNATURE_FILE
 
     def __init__(self, out: Path, signature: dict[str, Any], *, fresh: bool = False) -> None:
-        super().__init__(out.with_name(out.name + ".partial"))
+        super().__init__(unfinished(out))
         self.out, self._made_from, self.signature = out, signature, digest(signature)
         refuse_taken(out)
         self.refuse_foreign()

@@ -102,6 +102,17 @@ class RunDirectory(OutputDirectory, ABC):
     def write_settings(self, *, anew: bool) -> None:
         """Write the settings file where it must change; `anew`: there is nothing to continue."""
 
+    def refuse_other(self, wanted: Mapping[str, Any], *, fresh: bool) -> None:
+        """Refuse without a lock, before long work, what `hold` will refuse: something else, or other settings.
+
+        Raises:
+            UsageError: the directory is of something else. PtqError: the run differs.
+        """
+        self.refuse_foreign(locked=False)
+        different = [] if fresh else _differences(self.found(), wanted)
+        if different and self.begun():
+            raise self.refusal(different)
+
     @contextmanager
     def hold(self, wanted: Mapping[str, Any], *, fresh: bool) -> Iterator[None]:
         """Hold the shard while the block runs; before, check, start over if asked to, sweep, and write the settings.
@@ -133,9 +144,7 @@ class RunDirectory(OutputDirectory, ABC):
             if not fresh:
                 raise
             found = {}
-        keys = dict.fromkeys([*(found or ()), *wanted]) if found is not None else ()
-        pairs = [Difference(key, (found or {}).get(key), wanted.get(key)) for key in keys]
-        different = [pair for pair in pairs if pair.before != pair.after]
+        different = _differences(found, wanted)
         if different and not fresh and self.begun():
             raise self.refusal(different)
         others = [tag for tag in live_shards(self.state) if tag != self.shard.tag]
@@ -146,6 +155,12 @@ class RunDirectory(OutputDirectory, ABC):
         if fresh:
             self.delete(own=not different and self.shard.count > 1)
         return fresh or found is None or bool(different)
+
+
+def _differences(found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> list[Difference]:
+    keys = dict.fromkeys([*(found or ()), *wanted]) if found is not None else ()
+    pairs = [Difference(key, (found or {}).get(key), wanted.get(key)) for key in keys]
+    return [pair for pair in pairs if pair.before != pair.after]
 
 
 def name_all(different: list[Difference]) -> str:

@@ -96,9 +96,22 @@ def package(checkpoint: Path, evaluation: Path, out: Path, report: Report, *, al
     return out.stat().st_size
 
 
-def estimated_bytes(checkpoint: Path) -> int:
-    """Size of the weights that will be packed; the rest is small beside them."""
-    return sum(path.stat().st_size for path in files_below(checkpoint))
+def planned(checkpoint: Path, evaluation: Path, judged: Evaluation) -> dict[str, list[Path]]:
+    """What will be packed -> its files; the report, the instructions and the checksums are made while packing.
+
+    Raises:
+        PtqError: a run of the evaluation is not here.
+    """
+    runs = {role: _run_directory(judged, role) for role in ROLES}
+    return {
+        "weights": list(files_below(checkpoint)),
+        "evaluation": [evaluation / name for name in (EVALUATION_FILE, UNITS_FILE)],
+        "settings and manifests of both runs": [
+            path for run in runs.values() for path in (run / RUN_FILE, *sorted(run.glob(PATTERN)))
+        ],
+        "videos, latents and frames of both runs": list(_measured_files(runs).values()),
+        "source": list(source_files().values()),
+    }
 
 
 def check_submittable(checkpoint: Path, manifest: Manifest, judged: Evaluation, *, allow_failing: bool) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import yaml
 
 from ptq.checkpoint.manifest import CARD_FILE, Manifest
-from ptq.scheme import get_format
 from ptq.store.evaluation import Evaluation
 from ptq.store.files import write_bytes
 from ptq.ui import format_bytes
@@ -47,6 +46,8 @@ def _signed(text: bytes) -> bytes:
 
 def model_card(manifest: Manifest, judged: Evaluation | None = None) -> str:
     """The card as Markdown with YAML front matter; arguments as of `write_card`."""
+    from ptq.scheme import get_format
+
     title, pipeline = get_format(manifest.format).title, VARIANTS[manifest.variant].pipeline
     hub = manifest.base_model.get("hub_id")
     base = hub or f"a model in the structure of {variant_title(manifest.variant)}"

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptq import ui
 from ptq.errors import PtqError, UsageError
 from ptq.wan.foreign import refuse_no_pipeline
 from ptq.wan.layout import ModelLayout, read_layout
@@ -21,17 +22,26 @@ PIPELINE_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.md"]
 
 
 def resolve_model(model: str) -> ModelLayout:
-    """Find MODEL (`tiny`, a local diffusers directory, or a hub id, downloaded to the usual cache), and check it whole.
+    """Find MODEL as `find_model`, and check it whole.
 
     Raises:
-        UsageError: nothing of that name.
-        PtqError: it is there, but none of the variants that are known, or damaged (`check_model`).
+        UsageError, PtqError: as `find_model`; also damaged (`check_model`).
     """
-    layout = read_layout(_find(model))
-    from ptq.wan.check import check_model  # brings torch and diffusers, which a wrong name need not wait for
+    layout = find_model(model)
+    from ptq.wan.check import check_model
 
     check_model(layout)
     return layout
+
+
+def find_model(model: str) -> ModelLayout:
+    """Find MODEL: `tiny`, a local diffusers directory, or a hub id, downloaded to the usual cache. Reads its JSON files only.
+
+    Raises:
+        UsageError: nothing of that name.
+        PtqError: it is there, but none of the variants that are known.
+    """
+    return read_layout(_find(model))
 
 
 def _find(model: str) -> Path:
@@ -41,6 +51,7 @@ def _find(model: str) -> Path:
     if embedded is not None:
         return embedded
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        ui.info(f"Looking for {model} on the hub.")
         texts = _download(model, ["*.json"])
         if not (texts / "model_index.json").is_file():
             refuse_no_pipeline(texts, model, _repository_files(model))

@@ -159,8 +159,8 @@ def place_pipeline(pipe: Any, device: str, offload: str = "none") -> Any:
     return pipe
 
 
-def check_offload(device: str, offload: str) -> None:
-    """Refuse an offload mode that this device cannot have.
+def check_offload(device: str | None, offload: str) -> None:
+    """Refuse an offload mode that this device (None: not known yet) cannot have.
 
     Raises:
         UsageError: unknown mode, or offloading without a GPU.

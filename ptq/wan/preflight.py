@@ -6,6 +6,7 @@ estimated (`estimates.py`), so memory can be refused wrongly: `--no-preflight` s
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,18 +57,20 @@ def preflight(estimate: Callable[[], Needs], out: Path, device: str, format_name
         raise PtqError(f"{count} found before starting (--no-preflight skips these checks).\n\n{text}")
 
 
+def check_device_name(device: str) -> None:
+    """Raise UsageError where it is the name of no device."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+        raise UsageError(f"--device takes cpu, cuda or cuda:<n>, found {device!r}.")
+
+
 def check_device(device: str) -> list[str]:
     """Whether torch can use the device."""
+    check_device_name(device)
     import torch
 
-    try:
-        kind = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"--device takes cpu, cuda or cuda:<n>, found {device!r}.") from error
+    kind = torch.device(device)
     if kind.type == "cpu":
         return []
-    if kind.type != "cuda":
-        raise UsageError(f"--device takes cpu, cuda or cuda:<n>, found {device!r}.")
     if not torch.cuda.is_available():
         return ["A GPU was asked for, but torch sees none. Check the driver and the torch build with `ptq doctor`."]
     if (kind.index or 0) >= torch.cuda.device_count():
