@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ptq.errors import UsageError
+
 BLOCKS = "blocks"
 """Name of the block list in the expert."""
 
@@ -53,6 +55,26 @@ def width(config: Mapping[str, Any]) -> int:
 def video_tokens(config: Mapping[str, Any], latent: Sequence[int]) -> int:
     """Tokens of a video whose latents are [C, T, H, W]."""
     return math.prod(size // side for size, side in zip(latent[1:], config["patch_size"], strict=True))
+
+
+def check_size(height: int, width: int, num_frames: int, stride: int, period: int, patch: Sequence[int]) -> None:
+    """Refuse a video that is not made of whole patches of latents.
+
+    Args:
+        stride, period: of the VAE, in space and time. patch: sides of a patch [T, H, W], from the expert's config.json.
+
+    Raises:
+        UsageError: names the nearest that the model can make.
+    """
+    for name, value, side in (("height", height, patch[1]), ("width", width, patch[2])):
+        multiple = stride * side
+        if value % multiple:
+            nearest = max(round(value / multiple), 1) * multiple
+            raise UsageError(f"{name} must be a multiple of {multiple} for this model, found {value}; try {nearest}.")
+    if num_frames % period != 1:
+        raise UsageError(
+            f"The number of frames must be {period} n + 1 for this model, found {num_frames}; try {num_frames // period * period + 1}."
+        )
 
 
 def block_inputs(config: Mapping[str, Any]) -> dict[str, BlockInput]:

@@ -15,10 +15,10 @@ from ptq.config.load import validate
 from ptq.errors import PtqError, UsageError
 from ptq.store.files import read_json
 from ptq.store.schema import parse
-from ptq.wan.block import BlockInput, block_inputs, width
+from ptq.wan.block import BlockInput, block_inputs, check_size, width
 from ptq.wan.foreign import refuse_method, refuse_no_pipeline, refuse_relative
 from ptq.wan.presets import PRESET_FILE, ModelPreset, load_preset
-from ptq.wan.schema import PARTS, ExpertConfig, PipelineIndex, SchedulerConfig
+from ptq.wan.schema import PARTS, ExpertConfig, PipelineIndex, SchedulerConfig, VaeConfig
 from ptq.wan.variants import (
     EXPERTS,
     IMAGE_PIPELINE,
@@ -107,6 +107,7 @@ class ModelLayout:
         if given.get("guidance_scale_2") is not None and self.boundary_ratio is None:
             raise UsageError("This model has one expert; leave out --guidance-scale-2.")
         preset = self.preset.with_overrides(**given)
+        self._check_size(preset)
         second = preset.guidance_scale if preset.guidance_scale_2 is None else preset.guidance_scale_2
         preset = preset.model_copy(update={"guidance_scale_2": None if self.boundary_ratio is None else second})
         if self.variant.image_dim is not None and preset.max_sequence_length != IMAGE_MODEL_TEXT_TOKENS:
@@ -122,6 +123,15 @@ class ModelLayout:
             f"Flow shift {shift:g} for {preset.width}x{preset.height} ({self.variant.title}); --flow-shift changes it."
         )
         return preset.model_copy(update={"flow_shift": shift})
+
+    def _check_size(self, preset: ModelPreset) -> None:
+        vae, config = self.path / "vae" / "config.json", next(iter(self.experts.values()))
+        strides = parse(VaeConfig, read_json(vae), vae, ADVICE) if vae.is_file() else None
+        stride, period = (
+            (strides and strides.scale_factor_spatial) or 8,
+            (strides and strides.scale_factor_temporal) or 4,
+        )
+        check_size(preset.height, preset.width, preset.num_frames, stride, period, config["patch_size"])
 
 
 def read_layout(path: str | Path) -> ModelLayout:

@@ -9,6 +9,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from ptq.errors import UsageError
+from ptq.wan.block import check_size
 from ptq.wan.variants import EXPERTS
 
 if TYPE_CHECKING:
@@ -104,16 +105,8 @@ def latent_shape(pipe: Any, height: int, width: int, num_frames: int) -> tuple[i
         UsageError: the model cannot make that size or number of frames; names the nearest that it can.
     """
     stride, period = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
-    _, rows, columns = next(iter(experts_of(pipe).values())).config.patch_size
-    for name, value, side in (("height", height, rows), ("width", width, columns)):
-        multiple = stride * side
-        if value % multiple:
-            nearest = max(round(value / multiple), 1) * multiple
-            raise UsageError(f"{name} must be a multiple of {multiple} for this model, found {value}; try {nearest}.")
-    if num_frames % period != 1:
-        raise UsageError(
-            f"The number of frames must be {period} n + 1 for this model, found {num_frames}; try {num_frames // period * period + 1}."
-        )
+    patch = next(iter(experts_of(pipe).values())).config.patch_size
+    check_size(height, width, num_frames, stride, period, patch)
     return (1, pipe.vae.config.z_dim, (num_frames - 1) // period + 1, height // stride, width // stride)
 
 
