@@ -59,13 +59,14 @@ def verify(
 
     Example: ptq verify submission.tar.gz
     """
-    from ptq.submission.verify import verify as run
-
     if not archive.is_file():
         raise UsageError(f"{archive} does not exist. Pass an archive written by `ptq package`.")
     if not math.isfinite(max_gb):
         raise UsageError(f"--max-gb is {max_gb}; give a number of gigabytes.")
     ui.info(f"Checking {archive}{', generating one unit again' if regenerate else ''}.")
+
+    from ptq.submission.verify import verify as run
+
     quiet_libraries()
     claims = run(archive, max_bytes=int(max_gb * 1e9), regenerate=regenerate)
     if as_json:

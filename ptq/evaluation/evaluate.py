@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from ptq.errors import UsageError
@@ -86,7 +87,7 @@ def evaluate_runs(
     Raises:
         UsageError: contradictory options. PtqError: unpaired or incomplete runs. DamagedFileError: a damaged artifact.
     """
-    chosen = get_suite(suite).narrowed(dimensions)
+    chosen, asked = get_suite(suite).narrowed(dimensions), Judgement(format, gate, resamples, seed)
     if stride < 1:
         raise UsageError(f"--stride is {stride}; it must be 1 or more.")
     if chosen.is_vbench and (import_vbench is None) == (vbench is None):
@@ -97,7 +98,7 @@ def evaluate_runs(
         check_vbench(chosen, vbench)  # before measuring, which takes hours
     runs = read_run(reference), read_run(candidate)
     with EvaluationDirectory(out).measuring((reference, candidate), fresh=fresh):
-        judgement = Judgement(_resolve_format(format, runs[1], chosen), gate, resamples, seed)
+        judgement = replace(asked, format=_resolve_format(format, runs[1], chosen))
         pairing = pair_runs(*runs, allow_missing=allow_missing)
         lines = measure_units(pairing.pairs, out, chosen, stride=stride)
         if import_vbench is not None:

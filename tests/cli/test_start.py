@@ -43,6 +43,7 @@ LIGHT = COMMAND_LINE | {
     "_yaml",
     "psutil",
     "numpy",
+    "ijson",
 }
 """What the checks of all commands may load besides: schemas, recipes, free memory, statistics; each takes a tenth of a second."""
 HEAVY = ("torch", "diffusers", "transformers", "numba", "matplotlib", "av", "huggingface_hub", "safetensors", "PIL")
@@ -147,12 +148,12 @@ REFUSED = [
     (f"{QUANTIZE} --recipe rtn --set solver.smoothing=[0.5]", "does not try exponents of smoothing"),
     (f"{QUANTIZE} --high-precision transformer:99", "has blocks 0 to 5"),
     (f"{QUANTIZE} --budget-scope each", "--budget-scope takes total or per-expert"),
-    (f"{QUANTIZE} --max-memory nan", "nan"),
+    (f"{QUANTIZE} --max-memory nan", "--max-memory"),
     ("generate tiny --out new", "Give either --prompt TEXT or --prompts FILE"),
     ("generate tiny --prompts prompts.txt --out odd.yaml", "odd.yaml is a file and not a generation directory"),
     (f"{GENERATE} --dtype float8", "--dtype must be float32 or bfloat16"),
     (f"{GENERATE} --device cpu --offload model", "without a GPU use none"),
-    (f"{GENERATE} --guidance-scale inf", "not a finite number"),
+    (f"{GENERATE} --guidance-scale inf", "--guidance-scale"),
     (f"{GENERATE} --image-to-video", "text-to-video"),
     ("evaluate --candidate full --out new", "Give both --reference and --candidate"),
     ("evaluate --reference full --candidate full --out new --format int3", "Unknown format 'int3'"),
