@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from ptq.calibration.directory import CalibrationDirectory
 from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.prompts import PromptSet, require_media
 from ptq.store.records import prompt_file
+from ptq.store.run_directory import STATE_DIR
 from ptq.store.sharding import Shard
 from ptq.wan.estimates import EFFICIENCY, call_size, forward_flops, measure_rate, sampling_memory
 from ptq.wan.layout import ModelLayout
@@ -70,7 +72,8 @@ def record_plan(
     shard = shard or Shard()
     check_out(plan, out, shard, fresh=fresh)  # said before the machine is looked at
     if check and (fresh or prompts_left(plan, out, shard)):
-        preflight(lambda: estimate_needs(plan, out, shard, device, offload), out, device)
+        needs = functools.partial(estimate_needs, plan, out, shard, device, offload)
+        preflight(needs, out, device, state=out / STATE_DIR)
 
     def load() -> Any:
         import torch

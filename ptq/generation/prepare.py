@@ -20,6 +20,7 @@ from ptq.generation.run import Summary, run_generation
 from ptq.generation.settings import Settings, departures
 from ptq.prompts import Sample, make_sample, read_prompts, require_media
 from ptq.store.files import read_json
+from ptq.store.run_directory import STATE_DIR
 from ptq.wan.layout import ModelLayout
 
 DTYPES = ("float32", "bfloat16")
@@ -160,4 +161,4 @@ def _check_machine(layout: ModelLayout, settings: Settings, disk: int, out: Path
         memory = sampling_memory(layout, preset, device, offload, decode=True)
         return Needs(disk, memory["ram"], memory["vram"])
 
-    preflight(estimate, out, device)
+    preflight(estimate, out, device, state=out / STATE_DIR)

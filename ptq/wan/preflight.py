@@ -6,6 +6,8 @@ estimated (`estimates.py`), so memory can be refused wrongly: `--no-preflight` s
 
 from __future__ import annotations
 
+import json
+import platform
 import re
 import shutil
 from collections.abc import Callable
@@ -15,7 +17,9 @@ from pathlib import Path
 import psutil
 
 from ptq import ui
+from ptq.checkpoint.manifest import package_versions
 from ptq.errors import PtqError, UsageError
+from ptq.store.files import write_bytes
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,14 @@ class Needs:
     vram: int = 0
 
 
-def preflight(estimate: Callable[[], Needs], out: Path, device: str, format_name: str = "hif4") -> None:
+TRIAL_FILE = "preflight.json"
+"""In the folder of a run's locks: with what the trial checkpoint was made and run there, so that the same command, run
+again, does not repeat it."""
+
+
+def preflight(
+    estimate: Callable[[], Needs], out: Path, device: str, format_name: str = "hif4", *, state: Path | None = None
+) -> None:
     """Check everything that can be checked in a few seconds; the model was checked when it was found (`check.py`).
 
     Args:
@@ -35,26 +46,40 @@ def preflight(estimate: Callable[[], Needs], out: Path, device: str, format_name
         out: where results go; the trial checkpoint is written beside it.
         device: where the work runs.
         format_name: format of the trial checkpoint.
+        state: where a run that is continued keeps its locks; the trial is noted there.
 
     Raises:
         PtqError: one or more problems, a paragraph each.
     """
-    from ptq.wan.trial import run_trial
-
     problems = check_device(device)
     if not problems:
         needs = estimate()
         problems += check_room(needs, out)
         problems += check_gpu(needs, device) if device != "cpu" else []
     if not problems:
-        try:
-            run_trial(existing_parent(out.absolute().parent), format_name, device)
-        except PtqError as error:
-            problems.append(str(error))
+        problems += check_trial(out, device, format_name, state)
     if problems:
         count = "One problem" if len(problems) == 1 else f"{len(problems)} problems"
         text = "\n\n".join(problems)
         raise PtqError(f"{count} found before starting (--no-preflight skips these checks).\n\n{text}")
+
+
+def check_trial(out: Path, device: str, format_name: str, state: Path | None) -> list[str]:
+    """The trial checkpoint, unless `state` notes that it passed with the same machine, device, format and libraries."""
+    made_with = {"host": platform.node(), "device": device, "format": format_name, "versions": package_versions()}
+    text = json.dumps(made_with, indent=2).encode()
+    note = None if state is None else state / TRIAL_FILE
+    if note is not None and note.is_file() and note.read_bytes() == text:
+        return []
+    from ptq.wan.trial import run_trial
+
+    try:
+        run_trial(existing_parent(out.absolute().parent), format_name, device)
+    except PtqError as error:
+        return [str(error)]
+    if note is not None:
+        write_bytes(note, text)
+    return []
 
 
 def check_device_name(device: str) -> None:

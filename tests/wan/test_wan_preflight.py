@@ -47,6 +47,25 @@ def test_its_own_layers_are_not_reported(tmp_path: Path, capsys):
     assert (shown.out + shown.err).count("backend") == 1
 
 
+def test_a_trial_that_passed_is_not_repeated(tmp_path: Path, monkeypatch):
+    """Until the device, the format or a library is another; a note that is damaged or missing is none."""
+    tried = []
+    monkeypatch.setattr("ptq.wan.trial.run_trial", lambda *arguments: tried.append(arguments[1:]))
+    out, state = tmp_path / "out", tmp_path / "out" / "state"
+    note = state / "preflight.json"
+    preflight(Needs, out, "cpu", state=state)
+    preflight(Needs, out, "cpu", state=state)
+    assert tried == [("hif4", "cpu")]
+    preflight(Needs, out, "cpu", "mxfp4", state=state)
+    assert tried.pop() == ("mxfp4", "cpu") and len(tried) == 1
+    note.write_bytes(note.read_bytes()[:-9])
+    preflight(Needs, out, "cpu", "mxfp4", state=state)
+    assert len(tried) == 2
+    monkeypatch.setattr(preflight_module, "package_versions", lambda: {"torch": "9.9"})
+    preflight(Needs, out, "cpu", "mxfp4", state=state)
+    assert len(tried) == 3
+
+
 def test_a_disk_that_returns_other_bytes_is_noticed(tmp_path: Path, monkeypatch):
     def damage(directory, ordered, *arguments):
         shards_module.write_component(directory, ordered, *arguments)
