@@ -44,11 +44,11 @@ class QuantizeSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_fit(self.recipe, self.recipe_name, self.format)
         if self.auto_protect and block_budget(self.format) is None:
             raise UsageError(
                 f"--high-precision auto chooses as many blocks as the challenge allows, and it has no rule for {self.format}. Name the blocks, or none."
             )
+        check_fit(self.recipe, self.recipe_name, self.format)
 
     @functools.cached_property
     def scheme(self) -> Scheme:
