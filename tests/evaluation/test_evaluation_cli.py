@@ -106,7 +106,7 @@ def test_errors_are_one_paragraph_without_traceback(tmp_path):
     ]
     result = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False)
     assert result.returncode == 1 and result.stdout == ""
-    assert re.fullmatch(r"Error: .*is not a generation directory.*\n", result.stderr)
+    assert re.fullmatch(r"Comparing .*\nError: .*is not a generation directory.*\n", result.stderr)
 
 
 def test_weights_are_listed(tmp_path, monkeypatch):

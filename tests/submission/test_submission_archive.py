@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from ptq import limits
+from ptq.cli.app import app
 from ptq.errors import DamagedFileError
 from ptq.submission.archive import write_archive
 from ptq.submission.unpack import extract_archive
@@ -178,3 +180,12 @@ def test_damaged_archives_are_named(tmp_path, damage):
     path.write_bytes(data)
     with pytest.raises(DamagedFileError, match=r"a\.tar\.gz"):
         extract_archive(path, tmp_path / "out", LIMIT)
+
+
+def test_a_dry_run_lists_what_is_packed(job, tmp_path):
+    out = tmp_path / "submission.tar.gz"
+    command = ["package", str(job.checkpoint), "--evaluation", str(job.evaluation), "--out", str(out)]
+    result = CliRunner().invoke(app, [*command, "--allow-failing-gate", "--dry-run"], catch_exceptions=False)
+    rows = {line.split("│")[1].strip() for line in result.stdout.splitlines() if line.count("│") == 3}
+    assert {"verdict", "weights", "evaluation", "source", "archive"} <= rows
+    assert result.exit_code == 0 and not out.exists()
