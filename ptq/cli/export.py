@@ -22,9 +22,9 @@ def export(
     Example: ptq export tiny-hif4 --to bf16 --out tiny-hif4-bf16
     """
     from ptq.checkpoint.export import export_pipeline
-    from ptq.wan.layout import read_layout
+    from ptq.wan.loading import read_checked
 
-    layout = read_layout(checkpoint)
+    layout = read_checked(checkpoint)
     if not layout.is_packed:
         raise UsageError(f"{checkpoint} is not a packed checkpoint; make one with `ptq quantize`.")
     export_pipeline(checkpoint, layout.experts, out, to)

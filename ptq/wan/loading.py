@@ -27,7 +27,16 @@ def resolve_model(model: str) -> ModelLayout:
         UsageError: nothing of that name.
         PtqError: it is there, but none of the variants that are known, or damaged (`check_model`).
     """
-    layout = read_layout(_find(model))
+    return read_checked(_find(model))
+
+
+def read_checked(directory: Path) -> ModelLayout:
+    """The layout of a pipeline directory whose components are whole.
+
+    Raises:
+        PtqError: as `resolve_model`, for a directory.
+    """
+    layout = read_layout(directory)
     from ptq.wan.check import check_model  # brings torch and diffusers, which a wrong name need not wait for
 
     check_model(layout)
