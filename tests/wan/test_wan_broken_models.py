@@ -184,8 +184,10 @@ BROKEN = {
     "marked-compressed-tensors": Broken(marked("blocks.0.attn1.to_q.weight_packed"), ("compressed-tensors",)),
     "marked-comfy": Broken(marked("blocks.0.attn1.to_q.scale_weight"), ("ComfyUI",)),
     "no-boundary": Broken(edit("model_index.json", boundary_ratio=None), ('"boundary_ratio": null',)),
-    "odd-boundary": Broken(edit("model_index.json", boundary_ratio=float("nan")), ("boundary_ratio",)),
-    "preset-nan": Broken(edit("ptq_preset.json", flow_shift=float("nan")), ("ptq_preset.json", "flow_shift")),
+    "odd-boundary": Broken(
+        edit("model_index.json", boundary_ratio=float("nan")), ("model_index.json", "NaN is not a finite")
+    ),
+    "preset-nan": Broken(edit("ptq_preset.json", flow_shift=float("nan")), ("ptq_preset.json", "NaN is not a finite")),
     "index-list": Broken(replace("model_index.json", "[]"), ("model_index.json",)),
     "config-null": Broken(replace("transformer/config.json", "null"), ("transformer/config.json",)),
 }
