@@ -11,6 +11,8 @@ JSON_VALUES = 2_000_000
 """Values of one JSON file or line that is read whole."""
 JSON_DIGITS = 40
 """Digits of an integer; Python's own conversion takes time that grows with their square."""
+OWNER_BYTES = 64 << 10
+"""A lock or a claim, which names a process."""
 LINE_BYTES = 8 << 20
 """One line of a file of lines."""
 LINES_BYTES = 512 << 20

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ptq import ui
 from ptq.errors import UsageError
-from ptq.store.calibration import FILE, CalibrationInfo, read_calibration
-from ptq.store.locks import live_shards
-from ptq.store.records import INDEX_FILE, NEGATIVE_FILE, RECORDS_DIR, prompt_file
+from ptq.store.calibration import FILE, CalibrationInfo, Step, read_calibration
+from ptq.store.files import sha256_file
+from ptq.store.locks import directory_mutex, live_shards
+from ptq.store.records import INDEX_FILE, NEGATIVE_FILE, RECORDS_DIR, prompt_file, read_embeds, read_prompt_records
 from ptq.store.run_directory import STATE_DIR, Difference, RunDirectory, name_all
 from ptq.store.sharding import Shard
 
@@ -29,6 +31,43 @@ class CalibrationDirectory(RunDirectory):
     def __init__(self, out: Path, info: CalibrationInfo, shard: Shard, own: Sequence[int]) -> None:
         super().__init__(out, shard)
         self._info, self._own = info, [prompt_file(self.path, index) for index in own]
+        self._kept: dict[str, str] = {}
+
+    @property
+    def info(self) -> CalibrationInfo:
+        """calibration.json as it is now."""
+        return read_calibration(self.settings_path)
+
+    def begin(self, schedule: list[Step]) -> None:
+        """Something is recorded, anew or again: the set is not complete; digests of files that are there are kept."""
+        with directory_mutex(self.state):
+            self._write(schedule=schedule, files=self.info.files)
+
+    def vouch(self, *paths: Path) -> None:
+        """Note the digests of files that were just made: a file without is never reused."""
+        with directory_mutex(self.state):
+            info = self.info
+            made = {path.name: sha256_file(path) for path in paths}
+            info.model_copy(update={"files": info.files | made}).write(self.settings_path)
+
+    def adopt_earlier(self) -> None:
+        """Keep what an earlier version left unfinished: it noted no digests before the end, so headers are all to go by."""
+        with directory_mutex(self.state):
+            info = self.info
+            if info.complete or "files" in info.model_fields_set:
+                return
+            found = [path for path in sorted((self.path / RECORDS_DIR).glob("[!.]*")) if read_prompt_records(path)]
+            negative = self.path / NEGATIVE_FILE
+            found += [negative] if read_embeds(negative) is not None else []
+            files = {path.name: sha256_file(path) for path in found}
+            info.model_copy(update={"files": files}).write(self.settings_path)
+        if files:
+            ui.warn(
+                f"{self.path} was begun by an earlier version, which noted no digests of unfinished recordings: {len(files)} files are kept by their headers alone, and compared with their digests from now on. To record them anew, pass --fresh."
+            )
+
+    def _write(self, **changes: Any) -> None:
+        self._info.model_copy(update=changes).write(self.settings_path)
 
     def found(self) -> dict[str, Any] | None:
         """What decided the records that are there."""
@@ -45,6 +84,8 @@ class CalibrationDirectory(RunDirectory):
 
     def delete(self, *, own: bool) -> None:
         if own:
+            names = {path.name for path in self._own}
+            self._kept = {name: value for name, value in self.info.files.items() if name not in names}
             for path in self._own:
                 path.unlink(missing_ok=True)
             return
@@ -57,7 +98,7 @@ class CalibrationDirectory(RunDirectory):
 
     def write_settings(self, *, anew: bool) -> None:
         if anew:
-            self._info.write(self.settings_path)
+            self._write(files=self._kept)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from ptq import ui
 from ptq.calibration.directory import CalibrationDirectory
 from ptq.calibration.schedule import choose_steps, sampling_schedule
 from ptq.prompts import RESIZE_POLICY, Sample, caption_digest, fit_image, load_image, unit_seed
-from ptq.store.calibration import FILE, CalibrationInfo, RecordedSample, Step, read_calibration
+from ptq.store.calibration import CalibrationInfo, RecordedSample, Step
 from ptq.store.files import digest, sha256_file, write_tensors
 from ptq.store.locks import directory_mutex
 from ptq.store.records import (
@@ -84,6 +84,7 @@ class CalibrationPlan:
             seed=self.seed,
             image_policy=RESIZE_POLICY if self.layout.needs_image else None,
             complete=False,
+            files={},
         )
 
 
@@ -115,40 +116,52 @@ def calibrate(
     own = shard.select(range(len(plan.samples)))
     directory = CalibrationDirectory(out, plan.info(), shard, own)
     with directory.hold(plan.info().decisive(), fresh=fresh):
-        todo = _missing(plan, out, own)
+        directory.adopt_earlier()
+        todo = _missing(plan, directory, own)
         if todo:
-            _record(plan, load(), todo, out)
+            _record(plan, load(), todo, directory)
         with directory_mutex(directory.state):
-            return _finish(plan, out).as_json()
+            return _finish(plan, directory).as_json()
 
 
-def _record(plan: CalibrationPlan, pipeline: Any, todo: Sequence[int], out: Path) -> None:
+def _record(plan: CalibrationPlan, pipeline: Any, todo: Sequence[int], directory: CalibrationDirectory) -> None:
     pipeline.set_progress_bar_config(disable=True)
     set_flow_shift(pipeline, plan.preset.flow_shift)
     schedule = sampling_schedule(pipeline, plan.preset.steps)
-    plan.info().model_copy(update={"schedule": schedule}).write(out / FILE)
+    directory.begin(schedule)
     with ui.progress("Recording prompts", len(todo)) as bar:
         for index in todo:
-            capture = _record_one(plan, pipeline, schedule, index, out)
+            capture = _record_one(plan, pipeline, schedule, index, directory.path)
+            made = [prompt_file(directory.path, index)]
             if capture.negative_embeds is not None:
-                write_tensors(out / NEGATIVE_FILE, {"prompt_embeds": capture.negative_embeds})
+                made.append(directory.path / NEGATIVE_FILE)
+                write_tensors(made[-1], {"prompt_embeds": capture.negative_embeds})
+            directory.vouch(*made)
             bar.advance(note=f"{len(capture.records)} records")
 
 
-def _missing(plan: CalibrationPlan, out: Path, indices: Sequence[int]) -> list[int]:
-    """Prompts whose file is absent or damaged; one of them again where only the negative embedding is missing."""
-    known = read_calibration(out / FILE).files
-
-    def intact(path: Path) -> bool:
-        return path.name not in known or (path.exists() and sha256_file(path) == known[path.name])
-
-    paths = {index: prompt_file(out, index) for index in indices}
-    missing = [index for index, path in paths.items() if not intact(path) or read_prompt_records(path) is None]
+def _missing(plan: CalibrationPlan, directory: CalibrationDirectory, indices: Sequence[int]) -> list[int]:
+    """Prompts whose file is absent, or not the one that was made (a message says so); one of them again where only the
+    negative embedding is missing.
+    """
+    known = directory.info.files
+    paths = {index: prompt_file(directory.path, index) for index in indices}
+    missing = [index for index, path in paths.items() if not _is_intact(path, known) or not read_prompt_records(path)]
+    damaged = [paths[index] for index in missing if paths[index].exists()]
     if not missing and indices and "uncond" in plan.branches:
-        negative = out / NEGATIVE_FILE
-        if not intact(negative) or read_embeds(negative) is None:
-            return [indices[0]]
+        negative = directory.path / NEGATIVE_FILE
+        if not _is_intact(negative, known) or read_embeds(negative) is None:
+            missing, damaged = [indices[0]], [negative] if negative.exists() else []
+    if damaged:
+        ui.warn(
+            f"{damaged[0]} is not a file whose digest was noted when it was recorded: it was changed, or its recording was interrupted ({len(damaged)} such files). It is recorded again."
+        )
     return missing
+
+
+def _is_intact(path: Path, known: Mapping[str, str]) -> bool:
+    """Whether a file is the one whose digest was noted when it was made."""
+    return path.name in known and path.is_file() and sha256_file(path) == known[path.name]
 
 
 def _record_one(plan: CalibrationPlan, pipeline: Any, schedule: list[Step], index: int, out: Path) -> Capture:
@@ -172,25 +185,26 @@ def _record_one(plan: CalibrationPlan, pipeline: Any, schedule: list[Step], inde
     return capture
 
 
-def _finish(plan: CalibrationPlan, out: Path) -> CalibrationInfo:
-    """Rebuild records.jsonl from the files; mark the set complete when no prompt is missing."""
-    info = read_calibration(out / FILE)
+def _finish(plan: CalibrationPlan, directory: CalibrationDirectory) -> CalibrationInfo:
+    """Rebuild records.jsonl from the files; mark the set complete when no prompt is missing, of this or another shard."""
+    info, out = directory.info, directory.path
     unfinished = info.model_copy(update={"complete": False})
     records: list[Record] = []
     hashes: dict[str, str] = {}
     for index in range(len(plan.samples)):
         path = prompt_file(out, index)
-        found = read_prompt_records(path)
+        found = read_prompt_records(path) if _is_intact(path, info.files) else None
         if found is None:
             return unfinished
         records += found
-        hashes[path.name] = sha256_file(path)
+        hashes[path.name] = info.files[path.name]
     write_index(out, records)
-    others = [INDEX_FILE, NEGATIVE_FILE] if "uncond" in plan.branches else [INDEX_FILE]
-    if not all((out / name).exists() for name in others):
-        return unfinished
-    hashes |= {name: sha256_file(out / name) for name in others}
+    hashes[INDEX_FILE] = sha256_file(out / INDEX_FILE)
+    if "uncond" in plan.branches:
+        if not _is_intact(out / NEGATIVE_FILE, info.files):
+            return unfinished
+        hashes[NEGATIVE_FILE] = info.files[NEGATIVE_FILE]
     whole = digest({"settings": plan.info().decisive(), "files": hashes})
     info = info.model_copy(update={"complete": True, "files": hashes, "digest": whole})
-    info.write(out / FILE)
+    info.write(directory.settings_path)
     return info

@@ -22,9 +22,8 @@ from ptq.checkpoint.layers import replace_linears
 from ptq.checkpoint.quantization_config import QUANT_METHOD, PackedConfig
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header, tensor_crc32
 from ptq.checkpoint.saving import keep_companions, refuse_pickles
-from ptq.checkpoint.shards import CHECKSUMS_KEY, INDEX_NAME
+from ptq.checkpoint.shards import INDEX_NAME, read_index
 from ptq.errors import DamagedFileError
-from ptq.store.files import read_json
 
 
 class PtqMethod(StrEnum):
@@ -72,7 +71,7 @@ class PtqQuantizer(DiffusersQuantizer):
         self.ptq_directory = Path(checkpoint_files[0]).parent
         index = self.ptq_directory / INDEX_NAME
         if index.exists():
-            self._checksums = read_json(index).get("metadata", {}).get(CHECKSUMS_KEY, {})
+            self._checksums = read_index(index).metadata.ptq_crc32
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:

@@ -9,9 +9,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ConfigDict, Field
+
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header, write_from_entries
 from ptq.errors import DamagedFileError, PtqError
-from ptq.store.files import read_json, write_json
+from ptq.store.files import read_json
+from ptq.store.schema import Count, Number, PlainName, Schema, parse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +25,38 @@ TRANSFORMERS_WEIGHTS_NAME = "model.safetensors"
 """What the components of transformers call their weights; the index beside is called likewise."""
 SHARD_NAME = "diffusion_pytorch_model-{index:05d}-of-{count:05d}.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000
-CHECKSUMS_KEY = "ptq_crc32"
+
+
+class ShardMetadata(Schema):
+    """What is read of an index beside its names. ptq_crc32: of each tensor, in checkpoints of this package."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    total_size: Number | None = None
+    ptq_crc32: dict[str, Count] = Field(default={})
+
+
+class ShardIndex(Schema):
+    """`*.safetensors.index.json`: tensor -> the file beside it that holds it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    metadata: ShardMetadata = ShardMetadata()
+    weight_map: dict[str, PlainName] = Field(min_length=1)
+
+
+def read_index(path: Path) -> ShardIndex:
+    """Read the index of a component.
+
+    Raises:
+        PtqError: it does not exist. DamagedFileError: it is no such index.
+    """
+    return parse(
+        ShardIndex,
+        read_json(path),
+        path,
+        "An index has a `weight_map` from tensor names to names of files beside it; copy it again, with its shards.",
+    )
 
 
 class ShardSet:
@@ -76,10 +110,7 @@ class ShardSet:
 
 
 def _read_shards(index_path: Path) -> dict[str, TensorEntry]:
-    index = read_json(index_path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise DamagedFileError(f"{index_path} has no `weight_map` from tensor names to file names.")
+    weight_map = read_index(index_path).weight_map
     entries: dict[str, TensorEntry] = {}
     for file in sorted(set(weight_map.values())):
         for name, entry in read_header(index_path.parent / file).items():
@@ -122,5 +153,5 @@ def write_component(directory: str | Path, ordered: Sequence[TensorEntry], max_b
         checksums.update(write_from_entries(directory / file, (by_name[name] for name in names)))
         weight_map.update(dict.fromkeys(names, file))
     total = sum(entry.nbytes for entry in ordered)
-    metadata = {"total_size": total, CHECKSUMS_KEY: dict(sorted(checksums.items()))}
-    write_json(directory / INDEX_NAME, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    metadata = ShardMetadata(total_size=total, ptq_crc32=dict(sorted(checksums.items())))
+    ShardIndex(metadata=metadata, weight_map=dict(sorted(weight_map.items()))).write(directory / INDEX_NAME)

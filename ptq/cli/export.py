@@ -32,6 +32,8 @@ def export(
     ui.info(f"Exporting {checkpoint} for {to}.")
 
     from ptq.checkpoint.export import export_pipeline
+    from ptq.wan.check import check_model
 
+    check_model(layout)
     export_pipeline(checkpoint, layout.experts, out, to)
     ui.info(f"Wrote {out} for {to}.")

@@ -23,7 +23,7 @@ from ptq.evaluation.suites import Suite, get_suite
 from ptq.evaluation.vbench.results import imported_scores
 from ptq.evaluation.vbench.run import VBenchSettings, check_vbench, run_vbench
 from ptq.rules import GATE, LIMITS_IN_WORDS, RESAMPLES, RULES
-from ptq.store.evaluation import FILE, ROLES, Evaluation, RunSide
+from ptq.store.evaluation import FILE, Evaluation, RunSide
 from ptq.store.evaluation_units import FILE as UNITS_FILE
 from ptq.store.evaluation_units import UnitLine, write_units
 from ptq.store.files import sha256_file, sweep_partials
@@ -189,9 +189,10 @@ def _with_scores(lines: list[UnitLine] | None, scores: Scores) -> list[UnitLine]
     """The measured lines with the gate's scores merged in, or lines of the imported scores alone."""
     tables = {"reference": scores.reference, "candidate": scores.candidate}
 
-    def merged(line: UnitLine, role: str) -> dict[str, int | float | None]:
-        own = {name: rows[line.unit] for name, rows in tables[role].items() if line.unit in rows}
-        return {**line.of(role), **own}
+    def of(unit: str) -> dict[str, dict[str, float]]:
+        return {
+            role: {name: rows[unit] for name, rows in table.items() if unit in rows} for role, table in tables.items()
+        }
 
     imported = [UnitLine(unit=unit, reference={}, candidate={}, paired={}) for unit in sorted(scores.clusters)]
-    return [line.model_copy(update={role: merged(line, role) for role in ROLES}) for line in lines or imported]
+    return [line.merged(of(line.unit)) for line in lines or imported]

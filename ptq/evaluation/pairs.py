@@ -79,8 +79,12 @@ def measure_units(pairs: Sequence[tuple[Unit, Unit]], out: Path, suite: Suite, *
 def _measured_only(line: UnitLine) -> UnitLine:
     """A kept line without the scores that another suite merged into it."""
     own = {*RUN_DIMENSIONS, *ADHERENCE, *HITS, *FIRST_FRAME}
-    values = {role: {name: value for name, value in line.of(role).items() if name in own} for role in ROLES}
-    return line.model_copy(update=values)
+    values = {
+        role: {name: value for name, value in line.of(role).items() if name in own} | line.replaced.get(role, {})
+        for role in ROLES
+    }
+    kept = {name: getattr(line, name) for name in line.model_fields_set - {"replaced"}}
+    return UnitLine(**kept | values)
 
 
 def _is_own(line: UnitLine) -> bool:
@@ -89,7 +93,7 @@ def _is_own(line: UnitLine) -> bool:
 
 
 def _digest_of_values(line: UnitLine) -> str:
-    return digest(line.model_dump(mode="json", exclude={"measured"}))
+    return digest(line.model_dump(mode="json", exclude={"measured", "replaced"}))
 
 
 def _inputs_digest(reference: Unit, candidate: Unit, suite: Suite, stride: int) -> str:

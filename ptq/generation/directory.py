@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ptq import ui
 from ptq.errors import PtqError
 from ptq.generation.claims import units_in_work
 from ptq.generation.settings import Settings
 from ptq.generation.units import Unit
 from ptq.store.files import digest
-from ptq.store.run_directory import Difference, RunDirectory
+from ptq.store.run_directory import SHOWN_DIFFERENCES, Difference, RunDirectory
 from ptq.store.run_info import FILE, CheckpointInfo, RunInfo, RunPlan, read_run_info
 from ptq.store.run_manifest import FILE_KEYS, PATTERN, manifest_name, read_lines
 from ptq.store.sharding import Shard
@@ -101,7 +102,10 @@ class GenerationDirectory(RunDirectory):
         return None if found is None else f"{found} has no {FILE} beside it. Choose another --out, or restore {FILE}."
 
     def refusal(self, different: list[Difference]) -> PtqError:
-        listed = "; ".join(f"{name} was {before!r}, now {after!r}" for name, before, after in different)
+        listed = "; ".join(
+            f"{ui.shorten(name)} was {ui.shorten(repr(before))}, now {ui.shorten(repr(after))}"
+            for name, before, after in different[:SHOWN_DIFFERENCES]
+        )
         return PtqError(
             f"{self.path} holds a run that was made differently: {listed}. Videos of two kinds are never mixed: choose another --out, ask for the same again to continue it, or pass --fresh to delete it and start over."
         )

@@ -8,22 +8,24 @@ from pathlib import Path
 
 from ptq import ui
 from ptq.errors import PtqError
+from ptq.generation.settings import Settings
 from ptq.generation.units import Unit
 from ptq.store.files import sha256_file
 from ptq.store.run_manifest import FILE_KEYS, ManifestLine, Manifests
 
 
-def find_damage(root: Path, line: ManifestLine) -> str | None:
-    """What is wrong with the files of a finished unit (missing, truncated, changed), or None."""
-    for key in FILE_KEYS:
-        name = getattr(line, key)
+def find_damage(root: Path, line: ManifestLine, keys: Sequence[str] = FILE_KEYS) -> str | None:
+    """What is wrong with the files of these kinds of a finished unit (missing, changed, without a digest), or None."""
+    for key in keys:
+        name, expected = getattr(line, key), getattr(line, f"{key}_sha256")
         if not name:
-            continue
+            return f"Its manifest line names no {key}"
         path = root / name
         if not path.is_file():
             return f"{name} is missing"
-        expected = getattr(line, f"{key}_sha256")
-        if expected and sha256_file(path) != expected:
+        if not expected:
+            return f"The manifest has no digest of {name}, as in earlier versions, so it cannot be checked"
+        if sha256_file(path) != expected:
             return f"{name} is truncated or was changed"
     return None
 
@@ -47,20 +49,21 @@ def refuse_other_sample(root: Path, line: ManifestLine, unit: Unit, image_to_vid
             )
 
 
-def select_pending(root: Path, manifests: Manifests, units: Sequence[Unit], *, image_to_video: bool) -> list[Unit]:
+def select_pending(root: Path, manifests: Manifests, units: Sequence[Unit], settings: Settings) -> list[Unit]:
     """The units that have to be made: new, failed before, or done but damaged (a message names those).
 
-    Every file of a finished unit is read once and compared with its digest in the manifest.
+    Every file that a finished unit has under these settings is read once and compared with its digest in the manifest.
 
     Raises:
         PtqError: a finished unit comes from another prompt or image.
     """
     finished = [(unit, line) for unit in units if (line := manifests.get(unit.name)) and line.is_done]
+    keys = [key for key in FILE_KEYS if key != "saved_frames" or settings.save_frames]
     whole: set[str] = set()
     with ui.progress("Checking finished videos", len(finished)) if finished else nullcontext() as bar:
         for unit, line in finished:
-            refuse_other_sample(root, line, unit, image_to_video)
-            problem = find_damage(root, line)
+            refuse_other_sample(root, line, unit, settings.image_to_video)
+            problem = find_damage(root, line, keys)
             if problem is None:
                 whole.add(unit.name)
             else:

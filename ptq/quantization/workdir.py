@@ -115,7 +115,7 @@ class WorkDir(RunDirectory):
         before = {one.name: one.before for one in different}
         lost = translate(before["recipe"])[1] if isinstance(before.get("recipe"), dict) else {}
         if lost:
-            keys = ", ".join(f"{key} = {value}" for key, value in lost.items())
+            keys = ", ".join(f"{ui.shorten(key)} = {ui.shorten(str(value))}" for key, value in lost.items())
             return UsageError(
                 f"{self.path} holds an unfinished run of an earlier version with recipe keys that are gone ({keys}). Finish it with that version, choose another --out, or pass --fresh to start over."
             )

@@ -41,7 +41,8 @@ class CalibrationInfo(Schema):
     experts: name -> digest of its configuration. preset: sizes, steps and guidance (`ptq.config.ModelPreset`).
     prompts: name and sha256 of the prompt file. image_policy: how images were fitted, None for text-to-video.
     schedule: all steps of the sampler; absent until the first record is made.
-    files: name -> sha256 of every record file, the index and the negative embedding; digest: over all of it.
+    files: name -> sha256 of every record file and the negative embedding, each noted when the file was made (earlier
+    versions: at the end), and at the end of the index; digest: over all of it.
     """
 
     variant: str

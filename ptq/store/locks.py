@@ -19,8 +19,10 @@ from typing import Any
 
 from ptq import ui
 from ptq.errors import PtqError
+from ptq.limits import OWNER_BYTES
 from ptq.store.ending import at_end
 from ptq.store.sharding import Shard
+from ptq.store.strict_json import parse_json, read_bounded
 
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _MUTEX, _LOCK_SUFFIX = "directory.lock", ".lock"
@@ -163,7 +165,7 @@ def describe_holder(path: Path) -> str:
 def read_small_json(path: Path) -> dict[str, Any]:
     """A small JSON object that another process may be writing right now; {} when it is not readable as one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = parse_json(read_bounded(path, OWNER_BYTES))
+    except (OSError, ValueError, PtqError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from ptq import ui
 from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.store.files import sweep_partials
 from ptq.store.locks import directory_mutex, exclusive, live_shards, refuse_other_counts, shard_lock
@@ -20,6 +21,8 @@ from ptq.store.sharding import Shard
 
 STATE_DIR = "state"
 """Folder of the locks; may be deleted when nothing runs."""
+SHOWN_DIFFERENCES = 20
+"""Settings that a refusal names; a foreign file may differ in any number of keys."""
 
 
 class Difference(NamedTuple):
@@ -165,7 +168,9 @@ def _differences(found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> 
 
 def name_all(different: list[Difference]) -> str:
     """Names of the settings, for a message; of the groups and keys that differ where a setting has some."""
-    return ", ".join(name for one in different for name in _names(*one))
+    names = [ui.shorten(name) for one in different for name in _names(*one)]
+    more = f" and {len(names) - SHOWN_DIFFERENCES} more" if len(names) > SHOWN_DIFFERENCES else ""
+    return ", ".join(names[:SHOWN_DIFFERENCES]) + more
 
 
 def _names(name: str, before: Any, after: Any) -> list[str]:

@@ -64,7 +64,7 @@ def check_units(contents: Contents) -> str:
         )
         raise DamagedFileError(f"units.jsonl has {len(lines)} lines for {len(made)} units of the runs: {what}")
     for line in lines:
-        for table in (line.reference, line.candidate, line.paired):
+        for table in (line.reference, line.candidate, line.paired, *line.replaced.values()):
             for name, value in table.items():
                 low, high = score_range(name, suite)
                 if value is not None and not low <= value <= high:

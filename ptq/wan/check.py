@@ -30,10 +30,12 @@ from ptq.checkpoint.safetensors_file import TensorEntry
 from ptq.checkpoint.shards import TRANSFORMERS_WEIGHTS_NAME, ShardSet
 from ptq.errors import DamagedFileError, PtqError
 from ptq.store.files import read_json
+from ptq.store.schema import parse
 from ptq.wan.block import BLOCKS
 from ptq.wan.foreign import refuse_quantized
-from ptq.wan.layout import ModelLayout
+from ptq.wan.layout import ADVICE, ModelLayout
 from ptq.wan.replay import expected_tensors
+from ptq.wan.schema import TOKENS
 from ptq.wan.variants import EXPERTS
 
 LOADING_ERRORS = (
@@ -97,6 +99,9 @@ def _check_component(layout: ModelLayout, name: str, library: str, kind: str) ->
     if name in FILES:
         if not any((folder / file).is_file() for file in FILES[name]):
             raise PtqError(f"{folder} has none of {', '.join(FILES[name])}. Download or copy the model again.")
+        for file, schema in TOKENS.items():
+            if (folder / file).is_file():
+                parse(schema, read_json(folder / file), folder / file, ADVICE)
         return
     if name == "scheduler":
         _check_scheduler(folder / "scheduler_config.json", _class_of(layout, name, diffusers, kind))

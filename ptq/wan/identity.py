@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from ptq.errors import PtqError
-from ptq.store.files import files_below
+from ptq.store.files import files_below, read_json
 from ptq.wan.variants import EXPERTS
 
 _WHOLE_FILE_BYTES = 16 << 20
@@ -39,7 +38,7 @@ def identify_model(model: str, directory: str | Path) -> ModelIdentity:
     trained differently differ in nearly every piece.
 
     Raises:
-        PtqError: not a diffusers pipeline directory.
+        PtqError: not a diffusers pipeline directory. DamagedFileError: an expert's config.json is not JSON.
     """
     directory = Path(directory)
     if not (directory / "model_index.json").is_file():
@@ -74,5 +73,7 @@ def _checkpoint_format(directory: Path) -> str | None:
     config = directory / EXPERTS[0] / "config.json"
     if not config.is_file():
         return None
-    quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}
-    return quantization.get("format")
+    content = read_json(config)
+    quantization = content.get("quantization_config") if isinstance(content, dict) else None
+    name = quantization.get("format") if isinstance(quantization, dict) else None
+    return name if isinstance(name, str) else None

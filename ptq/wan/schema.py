@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field, model_validator
 
-from ptq.store.schema import Schema
+from ptq.store.schema import Count, Number, Schema
 
 MAX_LAYERS = 1000
 """Of any network; a number beyond is a damaged file, and would be built layer by layer."""
@@ -121,5 +121,37 @@ class ImageEncoderConfig(_Foreign):
     patch_size: Size = 32
 
 
+class TokenizerConfig(_Foreign):
+    """tokenizer_config.json."""
+
+    tokenizer_class: str | None = None
+    model_max_length: Number | None = None
+
+
+class TokenizerModel(_Foreign):
+    """The vocabulary in tokenizer.json: piece -> number, or pieces with their scores."""
+
+    vocab: dict[str, Count] | list[Annotated[list[str | float], Field(min_length=2, max_length=2)]]
+
+
+class TokenizerFile(_Foreign):
+    """tokenizer.json."""
+
+    model: TokenizerModel
+
+
+class ProcessorConfig(_Foreign):
+    """preprocessor_config.json of the image encoder."""
+
+    image_processor_type: str | None = None
+
+
+TOKENS: dict[str, type[Schema]] = {
+    "tokenizer.json": TokenizerFile,
+    "tokenizer_config.json": TokenizerConfig,
+    "preprocessor_config.json": ProcessorConfig,
+    "processor_config.json": ProcessorConfig,
+}
+"""JSON of the components without weights -> what is read of it."""
 PARTS = {"vae": VaeConfig, "text_encoder": TextEncoderConfig, "image_encoder": ImageEncoderConfig}
 """Component beside the experts -> what is read of its config.json."""

@@ -116,6 +116,89 @@ def test_a_damaged_file_is_refused_and_recorded_again(t2v, whole, copy, damage, 
     assert file_digests(copy) == file_digests(whole)
 
 
+def unfinish(out: Path, *names: str) -> None:
+    """As if killed: files of these names were never made, and the set is not complete."""
+    path = out / "calibration.json"
+    info = json.loads(path.read_text())
+    info["complete"] = False
+    del info["digest"]
+    info["files"] = {name: value for name, value in info["files"].items() if name not in (*names, "records.jsonl")}
+    path.write_text(json.dumps(info))
+    for name in names:
+        (out / "records" / name).unlink(missing_ok=True)
+    (out / "records.jsonl").unlink()
+
+
+def other_content(path: Path) -> None:
+    """Another tensor value under the same header."""
+    data = path.read_bytes()
+    path.write_bytes(data[:-50] + bytes([data[-50] ^ 1]) + data[-49:])
+
+
+@pytest.mark.parametrize("name", ["records/00001.safetensors", "negative.safetensors"])
+@pytest.mark.parametrize("lacking", ["content", "digest"])
+def test_a_file_of_an_unfinished_recording_is_compared_before_it_is_reused(t2v, whole, copy, capsys, name, lacking):
+    unfinish(copy, *([] if name.startswith("negative") else ["00004.safetensors"]))
+    if lacking == "digest":  # killed between the file and its digest
+        info = json.loads((copy / "calibration.json").read_text())
+        del info["files"][Path(name).name]
+        (copy / "calibration.json").write_text(json.dumps(info))
+    other_content(copy / name)
+    capsys.readouterr()
+    assert record(t2v, copy, 5)["complete"]
+    assert file_digests(copy) == file_digests(whole)
+    if name.startswith("records"):
+        assert "00001.safetensors is not a file whose digest" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_interrupted_repair_keeps_the_digests_of_the_others(t2v, whole, copy):
+    other_content(copy / "records/00003.safetensors")
+
+    def stop():
+        class Pipeline:
+            def __getattr__(self, name):
+                raise KeyboardInterrupt
+
+        return Pipeline()
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(make_plan(t2v, 5), stop, copy)
+    other_content(copy / "records/00001.safetensors")
+    assert record(t2v, copy, 5)["complete"]
+    assert file_digests(copy) == file_digests(whole)
+
+
+def test_a_file_of_another_shard_is_compared_before_the_set_is_complete(t2v, whole, copy):
+    unfinish(copy, "00004.safetensors")
+    other_content(copy / "records/00001.safetensors")  # of shard 1
+    assert not record(t2v, copy, 5, shard=(0, 2))["complete"]
+    assert record(t2v, copy, 5, shard=(1, 2))["complete"]
+    assert file_digests(copy) == file_digests(whole)
+
+
+def test_a_shard_that_starts_over_keeps_the_digests_of_the_others(t2v, whole, copy):
+    plan, out = make_plan(t2v, 5), copy
+    assert calibrate(plan, lambda: load(str(t2v)), out, shard=Shard(0, 2), fresh=True)["complete"]
+    assert file_digests(out) == file_digests(whole)
+
+
+def test_an_unfinished_recording_of_an_earlier_version_goes_on(t2v, whole, copy, capsys):
+    """It noted no digests before the end: what has a whole header is kept, aloud, and compared from then on."""
+    unfinish(copy, "00004.safetensors")
+    info = json.loads((copy / "calibration.json").read_text())
+    del info["files"]
+    (copy / "calibration.json").write_text(json.dumps(info))
+    (copy / "records/00003.safetensors").write_bytes(b"torn")
+    capsys.readouterr()
+    assert not record(t2v, copy, 5, shard=(0, 2))["complete"]  # 00004 is its, 00003 is not
+    said = " ".join(capsys.readouterr().err.split())
+    assert "begun by an earlier version" in said and "4 files are kept by their headers alone" in said
+    other_content(copy / "records/00001.safetensors")
+    assert record(t2v, copy, 5, shard=(1, 2))["complete"]
+    assert "earlier version" not in capsys.readouterr().err
+    assert file_digests(copy) == file_digests(whole)
+
+
 @pytest.mark.parametrize("damage", ["torn", "a line less", "removed"])
 def test_a_damaged_index_is_refused_and_written_again_from_the_records(t2v, whole, copy, damage):
     index = copy / "records.jsonl"

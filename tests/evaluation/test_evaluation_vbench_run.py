@@ -220,6 +220,28 @@ def test_standard_mode_scores_each_dimension_on_its_own_prompts(tmp_path, vbench
     assert content["vbench"]["totals"] is None
 
 
+def test_measured_units_are_reused_after_vbench_scored_a_dimension_of_the_same_name(
+    tmp_path, vbench, benchmark, monkeypatch
+):
+    """units.jsonl then has VBench's temporal_flickering, and beside it the one that was measured here."""
+    from ptq.evaluation import pairs
+
+    entries = [{"prompt_en": "alley", "dimension": ["temporal_flickering", "scene"]}]
+    (vbench / "VBench_full_info.json").write_text(json.dumps(entries))
+    core = evaluate_runs(*benchmark, tmp_path / "out", suite="core")
+    before = read_jsonl(tmp_path / "out" / "units.jsonl")
+    monkeypatch.setattr(pairs, "measure_unit", None)  # nothing is measured again
+    for _ in range(2):
+        evaluate(benchmark, vbench, tmp_path / "out", suite="vbench", dimensions=["temporal_flickering", "scene"])
+        for line, own in zip(read_jsonl(tmp_path / "out" / "units.jsonl"), before, strict=True):
+            name, alley = "temporal_flickering", line["unit"].startswith("vb/0")
+            assert (line["candidate"][name] != own["candidate"][name]) == alley == ("scene" in line["candidate"])
+            kept = {role: {name: own[role][name]} for role in ("reference", "candidate")}
+            assert line.get("replaced") == (kept if alley else None)
+    assert evaluate_runs(*benchmark, tmp_path / "out", suite="core") == core
+    assert read_jsonl(tmp_path / "out" / "units.jsonl") == before
+
+
 def test_standard_mode_needs_the_benchmarks_prompts(tmp_path, vbench, benchmark):
     with pytest.raises(PtqError, match="No video was made from VBench's prompts for object_class"):
         evaluate(benchmark, vbench, tmp_path / "out", suite="vbench", dimensions=["object_class"])

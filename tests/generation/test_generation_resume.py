@@ -85,6 +85,30 @@ def test_a_damaged_file_is_made_again(pipe_dir: Path, whole_run: Path, tmp_path:
     assert file_digests(out) == file_digests(whole_run)
 
 
+@pytest.mark.parametrize("key", ["final_latents", "saved_frames"])
+@pytest.mark.parametrize("lacking", ["digest", "file"])
+def test_a_file_that_nothing_vouches_for_is_made_again(
+    pipe_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, lacking: str
+):
+    """Earlier versions kept no digest of some files; a line without the file was edited."""
+    settings, out = replace(SETTINGS, save_frames=True), tmp_path / "run"
+    run(pipe_dir, out, make_samples(2), settings)
+    made = file_digests(out)
+    manifest = out / "manifest-0of1.jsonl"
+    first, second = lines(out)
+    path = out / first[key]
+    for name in (f"{key}_sha256", key)[: 1 if lacking == "digest" else 2]:
+        del first[name]
+    path.write_bytes(b"something else")
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in (first, second)))
+    capsys.readouterr()
+    summary = run(pipe_dir, out, make_samples(2), settings)
+    assert (summary.kept, summary.done) == (1, 1) and file_digests(out) == made
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("has no digest of" if lacking == "digest" else f"names no {key}") in said and "is made again" in said
+    assert run(pipe_dir, out, make_samples(2), settings).kept == 2
+
+
 def test_a_run_grows_when_more_prompts_are_asked_for(pipe_dir: Path, whole_run: Path, tmp_path: Path):
     out = tmp_path / "run"
     assert run(pipe_dir, out, make_samples(2)).done == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ptq.errors import PtqError
-from ptq.store.locks import exclusive
+from ptq.store.locks import describe_holder, exclusive, read_small_json
 
 
 def hold(path: Path, ready: Path) -> None:
@@ -42,3 +42,30 @@ def test_a_lock_is_free_again_after_an_error(tmp_path: Path):
     with exclusive(path, "it"), pytest.raises(PtqError, match=f"process {os.getpid()}"), exclusive(path, "it"):
         raise AssertionError("two holders")
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[1]",
+        b"{",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"pid": ' + b"9" * 50 + b"}",
+        b'{"pid": 1, "x": "' + b"x" * (1 << 17) + b'"}',
+    ],
+)
+def test_a_damaged_lock_names_nobody(tmp_path: Path, data: bytes):
+    """It belongs to whoever holds it, whatever is written in it: also to nobody."""
+    path = tmp_path / ".lock"
+    path.write_bytes(data)
+    assert read_small_json(path) == {} and describe_holder(path) == "another process"
+    with exclusive(path, "it"):
+        pass
+
+
+def test_a_pipe_is_no_lock(tmp_path: Path):
+    """Opened as a file it would wait for a writer for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    assert read_small_json(tmp_path / "pipe") == {}

@@ -400,12 +400,12 @@ def test_weights_swapped_and_all_digests_with_them(tampered, monkeypatch: pytest
 
 def redo_crc(tampered, file: Path) -> None:
     from ptq.checkpoint.safetensors_file import tensor_crc32
-    from ptq.checkpoint.shards import CHECKSUMS_KEY, INDEX_NAME, ShardSet
+    from ptq.checkpoint.shards import INDEX_NAME, ShardSet
 
     shards = ShardSet(file.parent)
     name = (file.parent / INDEX_NAME).relative_to(tampered.root).as_posix()
     fresh = {key: tensor_crc32(shards.read(key)) for key in shards.entries}
-    tampered.edit(name, lambda index: index["metadata"].update({CHECKSUMS_KEY: fresh}))
+    tampered.edit(name, lambda index: index["metadata"].update({"ptq_crc32": fresh}))
 
 
 def relabel(tampered, role: str, checkpoint: str, **info: Any) -> None:

@@ -184,8 +184,10 @@ BROKEN = {
     "marked-compressed-tensors": Broken(marked("blocks.0.attn1.to_q.weight_packed"), ("compressed-tensors",)),
     "marked-comfy": Broken(marked("blocks.0.attn1.to_q.scale_weight"), ("ComfyUI",)),
     "no-boundary": Broken(edit("model_index.json", boundary_ratio=None), ('"boundary_ratio": null',)),
-    "odd-boundary": Broken(edit("model_index.json", boundary_ratio=float("nan")), ("boundary_ratio",)),
-    "preset-nan": Broken(edit("ptq_preset.json", flow_shift=float("nan")), ("ptq_preset.json", "flow_shift")),
+    "odd-boundary": Broken(
+        edit("model_index.json", boundary_ratio=float("nan")), ("model_index.json", "NaN is not a finite")
+    ),
+    "preset-nan": Broken(edit("ptq_preset.json", flow_shift=float("nan")), ("ptq_preset.json", "NaN is not a finite")),
     "index-list": Broken(replace("model_index.json", "[]"), ("model_index.json",)),
     "config-null": Broken(replace("transformer/config.json", "null"), ("transformer/config.json",)),
 }
@@ -356,3 +358,22 @@ def test_a_packed_checkpoint_is_checked_too(packed, copy_of) -> None:
     assert resolve_model(str(model)).is_packed
     marked("blocks.0.attn1.to_q.extra", "transformer_2")(model)
     assert "transformer_2 holds tensor blocks.0.attn1.to_q.extra" in refusal_of(lambda: ptq.load_pipeline(model))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (marked("blocks.0.attn1.to_q.extra", "transformer_2"), "transformer_2 holds tensor blocks.0.attn1.to_q.extra"),
+        (weights("vae", drop("encoder.conv_in.bias")), "vae lacks tensor encoder.conv_in.bias"),
+    ],
+)
+def test_what_is_exported_is_checked_too(
+    packed, copy_of, tmp_path: Path, change: Callable[[Path], Any], says: str
+) -> None:
+    model = copy_of(packed["hif4"])
+    change(model)
+    command = ["export", str(model), "--to", "bf16", "--out", str(tmp_path / "out")]
+    assert says in refusal_of(lambda: _raise(command))
+    assert not (tmp_path / "out").exists()
+    missing = refusal_of(lambda: _raise(["export", "no/model", *command[2:]]))
+    assert missing.startswith("no/model does not exist")  # and is no hub id
