@@ -82,7 +82,12 @@ def test_steps_that_share_an_integer_timestep_are_told_apart(t2v):
     assert len({step.timestep for step in schedule}) < len(schedule)
     calls, handles = watch_outputs(pipe, plan.layout.experts)
     capture = record_prompt(
-        pipe, call_arguments(plan.preset, "a ball", 0), schedule, prompt_index=0, sample_id="p", file="f"
+        pipe,
+        call_arguments(plan.preset, "a ball", 0),
+        schedule,
+        prompt_index=0,
+        sample_id="p",
+        file="records/00000.safetensors",
     )
     for handle in handles:
         handle.remove()

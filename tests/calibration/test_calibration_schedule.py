@@ -15,7 +15,7 @@ from ptq.wan.pipeline import call_arguments
 
 def schedule_of(*lengths: int) -> list[Step]:
     """A schedule whose expert i serves lengths[i] consecutive steps."""
-    experts = [f"expert {i}" for i, length in enumerate(lengths) for _ in range(length)]
+    experts = [f"expert_{i}" for i, length in enumerate(lengths) for _ in range(length)]
     return [
         Step(index=index, timestep=1000.0 - index, sigma=0.5, d_sigma=0.01, expert=expert)
         for index, expert in enumerate(experts)
@@ -33,8 +33,8 @@ def test_one_step_of_every_stratum(lengths, count, prompt):
     chosen = choose_steps(schedule, count, prompt)
     assert len({step.index for step in chosen}) == len(chosen) == count
     for i, length in enumerate(lengths):
-        own = [step.index for step in schedule if step.expert == f"expert {i}"]
-        picked = [own.index(step.index) for step in chosen if step.expert == f"expert {i}"]
+        own = [step.index for step in schedule if step.expert == f"expert_{i}"]
+        picked = [own.index(step.index) for step in chosen if step.expert == f"expert_{i}"]
         strata = [int(position * shares[i] / length) for position in picked]
         edges = [math.ceil(s * length / shares[i]) for s in range(shares[i])]
         assert len(picked) == shares[i] and picked == sorted(picked)
@@ -51,7 +51,7 @@ def test_prompts_together_cover_every_step_evenly(lengths, count):
     prompts = 240
     seen = [step.index for prompt in range(prompts) for step in choose_steps(schedule, count, prompt)]
     for i, length in enumerate(lengths):
-        own = [step.index for step in schedule if step.expert == f"expert {i}"]
+        own = [step.index for step in schedule if step.expert == f"expert_{i}"]
         expected = prompts * count / len(lengths) / length
         for index in own:
             assert 0.5 * expected <= seen.count(index) <= 1.5 * expected
@@ -65,7 +65,7 @@ def test_neighbouring_prompts_record_different_steps():
 
 
 def test_too_many_records_is_an_error_that_says_what_to_change():
-    with pytest.raises(UsageError, match=r"6 steps of expert 0 .* serves only 5 of 20 .*--records-per-prompt"):
+    with pytest.raises(UsageError, match=r"6 steps of expert_0 .* serves only 5 of 20 .*--records-per-prompt"):
         choose_steps(schedule_of(5, 15), 12, 0)
 
 

@@ -145,10 +145,8 @@ def test_unknown_structures_are_refused_with_what_was_found(
         ("T2V-A14B", {"boundary_ratio": None}, '"boundary_ratio": null, but names two experts'),
         ("T2V-A14B", {"transformer": [None, None]}, "names transformer_2 but no transformer"),
         ("T2V-A14B", {"transformer_2": [None, None], "boundary_ratio": None}, '"transformer_2": null, but'),
-        *(
-            ("T2V-A14B", {"boundary_ratio": odd}, "boundary_ratio: ")
-            for odd in (0, 1, -1.0, 1e9, float("nan"), "0.9", True)
-        ),
+        *(("T2V-A14B", {"boundary_ratio": odd}, "boundary_ratio: ") for odd in (0, 1, -1.0, 1e9, "0.9", True)),
+        ("T2V-A14B", {"boundary_ratio": float("nan")}, "NaN is not a finite number"),
     ],
 )
 def test_the_index_contradicts_itself_or_the_directory(random_pipelines, copy_of, variant, index, found) -> None:
@@ -166,7 +164,7 @@ def test_the_index_contradicts_itself_or_the_directory(random_pipelines, copy_of
         ("use_flow_sigmas", False),
         ("use_dynamic_shifting", True),
         ("flow_shift", None),
-        ("flow_shift", float("nan")),
+        ("NaN", float("nan")),
         ("flow_shift", -3.0),
         ("num_train_timesteps", "1000"),
     ],
