@@ -7,6 +7,7 @@ them; errors that need the knowledge of a stage are raised there, as `PtqError`.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import sys
@@ -46,12 +47,20 @@ def check_arguments(arguments: Sequence[str]) -> None:
             raise UsageError(f"{option} is empty. Is a shell variable in it not set?")
 
 
+def bear_any_text() -> None:
+    """Letters that the encoding of standard output lacks are written as in source code, as Python does on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def flush_output() -> None:
     """Write out what is still buffered now, not while Python shuts down: there a failure could not be explained.
 
     Raises:
         OSError: standard output cannot be written (a full disk, a closed pipe).
     """
+    if sys.stdout is None:  # it was closed before this process began: there was nowhere to write to
+        return
     try:
         sys.stdout.flush()
     except OSError:

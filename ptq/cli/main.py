@@ -31,8 +31,9 @@ def run() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
-        from ptq.cli.boundary import check_arguments, flush_output
+        from ptq.cli.boundary import bear_any_text, check_arguments, flush_output
 
+        bear_any_text()
         check_arguments(sys.argv[1:])
         from ptq.cli.app import app
 

@@ -6,7 +6,7 @@ import re
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """C0 but for tab and newline, DEL, C1, marks that turn the direction of writing, line separators, half surrogates."""
-LONGEST = 4000
+LONGEST = 2400
 """Characters of a message; more does not help anybody."""
 
 

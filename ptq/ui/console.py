@@ -13,8 +13,18 @@ from rich.table import Table
 
 from ptq.ui.clean import clean, clean_message
 
-console = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+NARROWEST = 20
+"""Columns that a table takes at least, whatever COLUMNS says: with 0, which some terminals report, rich prints nothing."""
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console of standard output or error that is at least `NARROWEST` wide."""
+    found = Console(stderr=stderr, highlight=False)
+    return found if found.width >= NARROWEST else Console(stderr=stderr, highlight=False, width=NARROWEST)
+
+
+console = make_console()
+stderr = make_console(stderr=True)
 _NARROW, _RULED = 9, 3
 """Characters that a first column can be read in, and those of a column's margins and rule."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from ptq import ui
 from ptq.cli.app import app
-from ptq.cli.boundary import check_arguments, explain, report
+from ptq.cli.boundary import bear_any_text, check_arguments, explain, report
 from ptq.errors import PtqError, UsageError
 from ptq.store.files import append_jsonl, atomic_path, write_bytes
+from ptq.ui.console import NARROWEST, make_console
 
 ROOT = os.getuid() == 0
 
@@ -190,3 +193,30 @@ def test_files_and_folders_have_the_mode_that_the_umask_gives(tmp_path: Path):
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
     files = {"weights.safetensors": 0o640, "file.json": 0o640, "lines.jsonl": 0o640}
     assert modes == {"new": 0o750, "kept": 0o750, **files}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="descriptors of Unix")
+def test_standard_output_that_was_closed_before(tmp_path: Path):
+    (tmp_path / "p.txt").write_text("a red disc\n")
+    command = [sys.executable, "-m", "ptq.cli.main", "prompts", "p.txt"]
+    result = subprocess.run(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=120, preexec_fn=lambda: os.close(1)
+    )
+    assert (result.returncode, "Traceback" in result.stderr) == (0, False)
+
+
+def test_letters_that_standard_output_lacks_are_written_as_in_source(monkeypatch):
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", plain)
+    bear_any_text()
+    ui.say("0.5\u00a0% \u2713")
+    plain.flush()
+    assert plain.buffer.getvalue() == b"0.5\\xa0% \\u2713\n"
+
+
+@pytest.mark.parametrize("columns", ["0", "1"])
+def test_a_terminal_without_a_width_still_shows_tables(monkeypatch, columns: str):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert make_console().width == NARROWEST
+    monkeypatch.setenv("COLUMNS", "33")
+    assert make_console().width == 33
