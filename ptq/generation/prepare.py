@@ -46,7 +46,7 @@ def resolve_settings(
         raise UsageError(f"--dtype must be {' or '.join(DTYPES)}, found {dtype!r}.")
     values = layout.resolve_preset(**(given or {})).model_dump(exclude={"variant", "hub_id"})
     settings = Settings(**values, dtype=dtype or DTYPES[0], **others)
-    differing = departures(settings, calibrated_with(layout)) if layout.is_packed else []
+    differing = departures(settings, calibrated_with(layout), "calibrated with") if layout.is_packed else []
     if differing:
         ui.info(f"Other settings than the checkpoint was calibrated with: {', '.join(differing)}.")
     return settings

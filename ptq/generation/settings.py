@@ -69,16 +69,17 @@ class Settings:
             raise DamagedFileError(f"The settings of the run are not those of this version ({error}).") from error
 
 
-def departures(settings: Settings, calibrated: Mapping[str, Any]) -> list[str]:
-    """Settings that are not those of a checkpoint's records, each with both values.
+def departures(settings: Settings, others: Mapping[str, Any], whose: str) -> list[str]:
+    """Settings that are not those of others, each with both values.
 
     Args:
-        calibrated: name -> value of the records; a name that `Settings` does not have is passed over.
+        others: name -> value; a name that `Settings` does not have is passed over.
+        whose: words before the other value, such as "calibrated with".
     """
     own = settings.as_json()
     return [
-        f"{name} {_shown(own[name])} (calibrated with {_shown(value)})"
-        for name, value in calibrated.items()
+        f"{name} {_shown(own[name])} ({whose} {_shown(value)})"
+        for name, value in others.items()
         if name in own and own[name] != value
     ]
 

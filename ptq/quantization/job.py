@@ -27,6 +27,7 @@ from ptq.store.calibration import CalibrationSet
 from ptq.store.files import digest
 from ptq.wan.block import block_prefix, rows_outside, video_tokens
 from ptq.wan.estimates import CallSize
+from ptq.wan.identity import base_model_identity
 from ptq.wan.layout import ModelLayout
 from ptq.wan.presets import SAMPLING, ModelPreset
 from ptq.wan.replay import ExpertReplay
@@ -226,23 +227,3 @@ class Job:
         itemsize = max(entry.torch_dtype.itemsize for entry in entries)
         kept = covered.original_bytes - covered.quantized_parameters * itemsize
         return kept + covered.quantized_bytes + covered.basis_bytes
-
-
-def base_model_identity(layout: ModelLayout, shards: dict[str, ShardSet]) -> dict[str, Any]:
-    """Identity of the original: configurations, and names, sizes and tensor tables of its weight files."""
-    files = {
-        f"{expert}/{file.name}": {
-            "bytes": file.stat().st_size,
-            "tensors": digest(
-                [[e.name, e.dtype, list(e.shape), e.start] for e in shard.entries.values() if e.file == file]
-            ),
-        }
-        for expert, shard in shards.items()
-        for file in shard.files
-    }
-    return {
-        "variant": layout.preset.variant,
-        "hub_id": layout.preset.hub_id,
-        "configs": {name: digest(config) for name, config in layout.experts.items()},
-        "files": files,
-    }

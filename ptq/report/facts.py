@@ -20,6 +20,7 @@ from ptq.store.evaluation import ROLES, Evaluation, RunSide, read_evaluation
 from ptq.store.evaluation_units import FILE as UNITS_FILE
 from ptq.store.evaluation_units import UnitLine, read_units
 from ptq.store.files import read_json
+from ptq.store.run_manifest import ManifestLine
 from ptq.store.schema import Schema, parse
 from ptq.store.sensitivity import SENSITIVITY_FILE, SensitivityTable, read_sensitivity
 
@@ -78,10 +79,17 @@ class Facts:
         run = self.runs.get("candidate")
         if run is None or self.manifest is None or self.manifest.calibration is None:
             return None
-        known = {sample["caption_digest"] for sample in self.manifest.calibration["samples"]}
-        evaluated = {line.unit for line in self.units}
-        prompts = {caption_digest(str(unit.line.prompt)) for name, unit in run.units.items() if name in evaluated}
-        return len(prompts & known)
+        evaluated = {line.unit: run.units[line.unit].line for line in self.units if line.unit in run.units}
+        seen = seen_in_calibration(self.manifest, evaluated) or ()
+        return len({caption_digest(str(evaluated[name].prompt)) for name in seen})
+
+
+def seen_in_calibration(manifest: Manifest, lines: Mapping[str, ManifestLine]) -> list[str] | None:
+    """Units of prompts that the weights were calibrated with, compared by caption; None where the manifest has no calibration."""
+    if manifest.calibration is None:
+        return None
+    known = {sample["caption_digest"] for sample in manifest.calibration["samples"]}
+    return sorted(name for name, line in lines.items() if caption_digest(str(line.prompt)) in known)
 
 
 def gather(sources: Sources) -> Facts:

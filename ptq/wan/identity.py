@@ -5,10 +5,15 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ptq.errors import PtqError
-from ptq.store.files import files_below, read_json
+from ptq.store.files import digest, files_below, read_json
 from ptq.wan.variants import EXPERTS
+
+if TYPE_CHECKING:
+    from ptq.checkpoint.shards import ShardSet
+    from ptq.wan.layout import ModelLayout
 
 _WHOLE_FILE_BYTES = 16 << 20
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
@@ -52,8 +57,28 @@ def identify_model(model: str, directory: str | Path) -> ModelIdentity:
         size = path.stat().st_size
         total += size
         parts.append(f"{relative.as_posix()} {size} {_file_digest(path, size)}")
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return ModelIdentity(model, digest, _checkpoint_format(directory), total)
+    whole = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return ModelIdentity(model, whole, _checkpoint_format(directory), total)
+
+
+def base_model_identity(layout: ModelLayout, shards: dict[str, ShardSet]) -> dict[str, Any]:
+    """Identity of the original: configurations, and names, sizes and tensor tables of its weight files."""
+    files = {
+        f"{expert}/{file.name}": {
+            "bytes": file.stat().st_size,
+            "tensors": digest(
+                [[e.name, e.dtype, list(e.shape), e.start] for e in shard.entries.values() if e.file == file]
+            ),
+        }
+        for expert, shard in shards.items()
+        for file in shard.files
+    }
+    return {
+        "variant": layout.preset.variant,
+        "hub_id": layout.preset.hub_id,
+        "configs": {name: digest(config) for name, config in layout.experts.items()},
+        "files": files,
+    }
 
 
 def _file_digest(path: Path, size: int) -> str:
