@@ -16,7 +16,7 @@ import numpy as np
 from ptq import ui
 from ptq.errors import DamagedFileError, PtqError
 from ptq.evaluation import measures
-from ptq.evaluation.frames import SAVED, choose_source, first_frame_measures, frames_of, input_image
+from ptq.evaluation.frames import SAVED, VIDEO, choose_source, first_frame_measures, frames_of, input_image
 from ptq.evaluation.runs import Unit, pair_runs, read_run
 from ptq.evaluation.streaming import measure_clips
 from ptq.evaluation.suites import ADHERENCE, FIRST_FRAME, HITS, RUN_DIMENSIONS, Suite
@@ -30,6 +30,8 @@ MEASURE_VERSION = 2
 SECONDS_PER_MEGAPIXEL = 0.25
 """Core-seconds for one million pixels of a frame pair, all measures (61 frames of 720p take 11.5, two thirds in SSIM)."""
 _BYTES_PER_PIXEL, _BASE_BYTES, _BYTES_PER_LINE = 60, 150e6, 2500
+FILM_SQUARE = 4
+"""Pixels; over fewer, the halved colour of a video is a larger difference than another picture."""
 
 
 def plan(reference: Path, candidate: Path, *, allow_missing: bool = False) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def measure_units(pairs: Sequence[tuple[Unit, Unit]], out: Path, suite: Suite, *
     lines = []
     with ui.progress("Measuring videos", len(pairs)) as bar:
         for reference, candidate in pairs:
-            inputs = _inputs_digest(reference, candidate, suite, stride)
+            inputs = inputs_digest(reference, candidate, suite, stride)
             line = known.get(inputs)
             if line is None:
                 line = measure_unit(reference, candidate, suite, stride, inputs)
@@ -96,13 +98,20 @@ def _digest_of_values(line: UnitLine) -> str:
     return digest(line.model_dump(mode="json", exclude={"measured", "replaced"}))
 
 
-def _inputs_digest(reference: Unit, candidate: Unit, suite: Suite, stride: int) -> str:
+def inputs_digest(reference: Unit, candidate: Unit, suite: Suite, stride: int) -> str:
+    """Digest of what a line of units.jsonl is measured on, and how: the files of both runs by their manifests."""
+
     def artifacts(unit: Unit) -> list[Any]:
         digests = [getattr(unit.line, f"{key}_sha256") for key in FILE_KEYS]
         return [digests, unit.score_prompt, unit.line.image_sha256]
 
     scored = suite.name if suite.name == "tiny" else "core"
     return digest([MEASURE_VERSION, scored, stride, artifacts(reference), artifacts(candidate), reference.name])
+
+
+def is_measured_on(line: UnitLine, reference: Unit, candidate: Unit, suite: Suite, stride: int) -> bool:
+    """Whether a line was measured on the files that both runs have now, in this way, and nothing of it was changed since."""
+    return line.inputs == inputs_digest(reference, candidate, suite, stride) and _is_own(_measured_only(line))
 
 
 def measure_unit(reference: Unit, candidate: Unit, suite: Suite, stride: int, inputs: str) -> UnitLine:
@@ -129,6 +138,24 @@ def measure_unit(reference: Unit, candidate: Unit, suite: Suite, stride: int, in
     hashes = Hashes(reference=clips.hashes[0], candidate=clips.hashes[1])
     line = UnitLine(unit=reference.name, inputs=inputs, source=source, **values, hashes=hashes)
     return line.model_copy(update={"measured": _digest_of_values(line)})
+
+
+def film_psnr(unit: Unit) -> float | None:
+    """PSNR (dB) of the video against the saved frames that it was made of, both averaged over squares of `FILM_SQUARE` pixels.
+
+    None where they are equal, or no frames were saved.
+    """
+    if not unit.keeps("saved_frames"):
+        return None
+    pairs = zip(frames_of(unit, VIDEO), frames_of(unit, SAVED), strict=True)
+    mse = np.mean([np.square(_coarse(ours) - _coarse(theirs)).mean() for ours, theirs in pairs])
+    return measures.psnr_from_mse(float(mse)) if mse > 0 else None
+
+
+def _coarse(frame: np.ndarray) -> np.ndarray:
+    height, width = (size // FILM_SQUARE * FILM_SQUARE for size in frame.shape[:2])
+    squares = frame[:height, :width].reshape(height // FILM_SQUARE, FILM_SQUARE, width // FILM_SQUARE, FILM_SQUARE, 3)
+    return squares.mean((1, 3))
 
 
 def _adherence(unit: Unit, source: str) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ptq.checkpoint.manifest import MANIFEST_FILE, verify_files
+from ptq.checkpoint.manifest import MANIFEST_FILE, NOT_DONE, verify_files
 from ptq.errors import DamagedFileError
 from ptq.store.evaluation import FILE as EVALUATION_FILE
 from ptq.store.evaluation import ROLES
@@ -14,12 +14,10 @@ from ptq.store.run_info import FILE as RUN_FILE
 from ptq.submission.check import NotCheckedError
 from ptq.submission.contents import CALIBRATION, CHECKSUMS, EVALUATION, REPORT, RUNS, SOURCE, WEIGHTS, Contents
 from ptq.submission.derive import derive
-from ptq.submission.package import PROJECT_FILES, source_files
+from ptq.submission.package import PROJECT_FILES, refuse_code, source_files
 from ptq.version import __version__
 
 _MANIFEST = re.compile(rf"{RUNS}/(?:{'|'.join(ROLES)})/manifest-\d+of\d+\.jsonl")
-_CODE = (".py", ".so", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-"""Endings of files that may hold code; weights are safetensors."""
 
 
 def check_members(contents: Contents) -> str:
@@ -51,9 +49,7 @@ def check_members(contents: Contents) -> str:
     strange = sorted(name for name in rest if not _MANIFEST.fullmatch(name) and not name.startswith(f"{SOURCE}/ptq/"))
     if strange:
         raise DamagedFileError(f"{strange[0]} does not belong in a submission ({len(strange)} such members)")
-    code = sorted(name for name in names if name.startswith(f"{WEIGHTS}/") and name.lower().endswith(_CODE))
-    if code:
-        raise DamagedFileError(f"{code[0]} may hold code; weights are safetensors files")
+    refuse_code(name.removeprefix(f"{WEIGHTS}/") for name in names if name.startswith(f"{WEIGHTS}/"))
     return f"{len(names)} members"
 
 
@@ -87,7 +83,12 @@ def check_manifest(contents: Contents) -> str:
     Raises:
         DamagedFileError: as `verify_files`.
     """
-    return f"{len(verify_files(contents.weights).files)} files"
+    manifest = verify_files(contents.weights)
+    if manifest.statement != NOT_DONE:
+        raise DamagedFileError(
+            f"the manifest states {manifest.statement[:200]!r}, checkpoints of this package: {NOT_DONE!r}"
+        )
+    return f"{len(manifest.files)} files"
 
 
 def check_calibration(contents: Contents) -> str:

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import distribution
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ptq import limits
 from ptq.checkpoint.manifest import Manifest, verify_files
-from ptq.errors import PtqError, UsageError
+from ptq.errors import DamagedFileError, PtqError, UsageError
+from ptq.evaluation.pairs import is_measured_on
+from ptq.evaluation.runs import Run, read_run
 from ptq.evaluation.statistics import CONFIDENCE
 from ptq.evaluation.suites import get_suite
 from ptq.report import Report
+from ptq.report.facts import seen_in_calibration
 from ptq.report.locate import find_calibration
 from ptq.rules import BUDGET_SCOPE, GATE, MIN_RESAMPLES, check_budget, loss_limit
 from ptq.store.evaluation import FILE as EVALUATION_FILE
 from ptq.store.evaluation import PASS, ROLES, Evaluation, read_evaluation
 from ptq.store.evaluation_units import FILE as UNITS_FILE
+from ptq.store.evaluation_units import UnitLine, read_units
 from ptq.store.files import files_below, sha256_file
 from ptq.store.run_info import FILE as RUN_FILE
 from ptq.store.run_info import read_run_info
@@ -35,6 +39,14 @@ from ptq.wan.identity import identify_model
 MEASURED_BYTES = 256 * 2**20
 """Videos, latents and frames of both runs are packed up to here: those of the embedded models, not those of 720p."""
 SOURCE_SUFFIXES = {".py", ".yaml", ".json", ".html", ".typ", ".css", ".js", ".safetensors", ".txt", ".md", ".model"}
+_DATA = frozenset(
+    {
+        *(".safetensors", ".json", ".model", ".txt", ".jinja"),
+        *(".md", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp4"),
+    }
+)
+"""Endings of files below weights/: weights, settings, vocabularies, and what a model card shows. None of them is run."""
+_NOTICES = frozenset({"LICENSE", "NOTICE"})
 PROJECT_FILES = ("pyproject.toml", "constraints.txt", "LICENSE", "README.md", "Makefile")
 
 
@@ -55,6 +67,7 @@ def collect(checkpoint: Path, evaluation: Path, report: Report, *, allow_failing
     judged = read_evaluation(evaluation)
     check_submittable(checkpoint, manifest, judged, allow_failing=allow_failing)
     runs = {role: _run_directory(judged, role) for role in ROLES}
+    _check_measured(judged, read_units(evaluation), {role: read_run(run) for role, run in runs.items()}, manifest)
     members: dict[str, Path | bytes] = {
         f"{WEIGHTS}/{path.relative_to(checkpoint).as_posix()}": path for path in files_below(checkpoint)
     }
@@ -114,17 +127,43 @@ def planned(checkpoint: Path, evaluation: Path, judged: Evaluation) -> dict[str,
     }
 
 
+def _check_measured(judged: Evaluation, units: list[UnitLine], runs: Mapping[str, Run], manifest: Manifest) -> None:
+    """Refuse runs that were made again, or changed, after the evaluation, and prompts that the weights were calibrated with.
+
+    Raises:
+        UsageError: names the run or the unit.
+    """
+    advice = "Run `ptq evaluate` again into that directory, and package then."
+    for role, run in runs.items():
+        if run.info.digest != getattr(judged, role).run_digest:
+            raise UsageError(f"{run.directory} is another run than the {role} that was evaluated. {advice}")
+    ours, theirs = (runs[role].units for role in ROLES)
+    suite, stride = get_suite(judged.suite), judged.stride or 1
+    for line in units:
+        pair = ours.get(line.unit), theirs.get(line.unit)
+        if not pair[0] or not pair[1] or not is_measured_on(line, pair[0], pair[1], suite, stride):
+            raise UsageError(
+                f"Unit {line.unit} was measured on other files than the runs have now, or its scores were changed. {advice}"
+            )
+    seen = seen_in_calibration(manifest, {name: unit.line for name, unit in theirs.items()})
+    if seen:
+        raise UsageError(
+            f"{len(seen)} of {len(theirs)} evaluated units are of prompts that the checkpoint was calibrated with, for example {seen[0]}. Evaluate others: `ptq generate --exclude` leaves out the prompts of a file."
+        )
+
+
 def check_submittable(checkpoint: Path, manifest: Manifest, judged: Evaluation, *, allow_failing: bool) -> None:
     """Refuse what the challenge, or honesty, does not allow.
 
     Raises:
-        UsageError: names the rule and what to do.
+        UsageError: names the rule and what to do. DamagedFileError: as `refuse_code`.
     """
     protected: dict[str, set[str]] = {}
     for item in manifest.high_precision:
         expert, _, block = item.partition(":")
         protected.setdefault(expert, set()).add(block)
     check_budget(manifest.format, protected, BUDGET_SCOPE)
+    refuse_code(manifest.files)
     digest = identify_model(str(checkpoint), checkpoint).digest
     evaluated = judged.candidate.checkpoint_digest
     if evaluated != digest:
@@ -140,6 +179,21 @@ def check_submittable(checkpoint: Path, manifest: Manifest, judged: Evaluation, 
         raise UsageError(
             f"The evaluation's verdict is {judged.verdict}, not {PASS}. Improve the checkpoint or evaluate more units; --allow-failing-gate packs it all the same and marks the archive."
         )
+
+
+def refuse_code(names: Iterable[str]) -> None:
+    """Refuse files of a checkpoint that are neither weights nor settings nor papers, hidden ones among them.
+
+    Raises:
+        DamagedFileError: names the first.
+    """
+    for name in sorted(names):
+        path = PurePosixPath(name)
+        hidden = any(part.startswith(".") for part in path.parts)
+        if hidden or (path.suffix.lower() not in _DATA and path.name not in _NOTICES):
+            raise DamagedFileError(
+                f"{name} does not belong among weights: it may hold code, or what no digest covers. Quantize a copy of the model without it"
+            )
 
 
 def broken_rule(judged: Evaluation, format_name: str) -> str | None:

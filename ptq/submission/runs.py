@@ -9,14 +9,17 @@ from __future__ import annotations
 from ptq import limits
 from ptq.errors import DamagedFileError
 from ptq.evaluation.runs import pair_runs
-from ptq.generation import Settings
+from ptq.generation import Settings, departures
 from ptq.prompts import unit_seed
+from ptq.report.facts import seen_in_calibration
 from ptq.store.evaluation import ROLES
 from ptq.store.files import digest, sha256_file
 from ptq.store.run_info import RunInfo
-from ptq.store.run_manifest import ManifestLine
+from ptq.store.run_manifest import FILE_KEYS, ManifestLine
 from ptq.submission.check import NotCheckedError
 from ptq.submission.contents import Contents
+from ptq.submission.origin import embedded_original
+from ptq.wan.layout import read_layout
 
 _FROM_SETTINGS = {
     "width": "width",
@@ -75,12 +78,15 @@ def check_pairing(contents: Contents) -> str:
     """
     for role, lines in contents.lines.items():
         settings = bounded_settings(contents.infos[role])
+        if contents.layout.starts_from_image(settings.image_to_video) != settings.image_to_video:
+            raise DamagedFileError(f"runs/{role} started from no image, which {contents.layout.variant.name} needs")
         for line in lines.values():
             if line.is_done:
                 _check_line(role, line, contents.infos[role], settings)
     runs = contents.runs
     pairs = pair_runs(runs["reference"], runs["candidate"]).pairs
     for role in ROLES:
+        _check_distinct(role, [line for line in contents.lines[role].values() if line.is_done])
         plan = contents.infos[role].plan
         if plan.units != len(pairs):
             raise DamagedFileError(f"runs/{role} was planned for {plan.units} units and has {len(pairs)}")
@@ -144,6 +150,55 @@ def _check_line(role: str, line: ManifestLine, info: RunInfo, settings: Settings
             raise DamagedFileError(
                 f"runs/{role}: unit {line.unit} says {key} = {getattr(line, key)!r}, its run and name give {value!r}"
             )
+
+    if (line.image_sha256 is not None) != settings.image_to_video:
+        raise DamagedFileError(
+            f"runs/{role}: unit {line.unit} started from {'no ' if settings.image_to_video else 'an '}image, its run says otherwise"
+        )
+
+
+def _check_distinct(role: str, lines: list[ManifestLine]) -> None:
+    """Every unit has files of its own, and latents that no other has: no two start from the same noise."""
+    seen: dict[str, str] = {}
+    for line in lines:
+        own = [getattr(line, key) for key in FILE_KEYS] + [line.latent_sha256, line.final_latents_sha256]
+        for value in filter(None, own):
+            if value in seen:
+                raise DamagedFileError(
+                    f"runs/{role}: units {seen[value]} and {line.unit} are one result, by its name or its digest ({value[:80]})"
+                )
+            seen[value] = line.unit
+
+
+def check_held_out(contents: Contents) -> str:
+    """No evaluated prompt is one that the records were made from, by the captions' digests.
+
+    Raises:
+        DamagedFileError: names a unit. NotCheckedError: the manifest names no calibration.
+    """
+    lines = {name: line for name, line in contents.lines["candidate"].items() if line.is_done}
+    seen = seen_in_calibration(contents.manifest, lines)
+    if seen is None:
+        raise NotCheckedError("the manifest names no calibration")
+    if seen:
+        raise DamagedFileError(
+            f"{len(seen)} of {len(lines)} units are of prompts that the weights were calibrated with, for example {seen[0]}"
+        )
+    return f"{len(lines)} units compared by caption"
+
+
+def check_settings(contents: Contents) -> str:
+    """The runs were made with the settings that the model has by default.
+
+    Raises:
+        NotCheckedError: with others, which the archive cannot judge; names them.
+    """
+    original = embedded_original(contents)
+    layout = contents.layout if original is None else read_layout(original[0])
+    found = departures(bounded_settings(contents.infos["candidate"]), layout.preset.sampling(), "the model's own")
+    if found:
+        raise NotCheckedError(f"both runs have {', '.join(found)}; judge whether the loss may be measured so")
+    return ", ".join(layout.preset.sampling())
 
 
 def check_measured_files(contents: Contents) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 
 from ptq.errors import DamagedFileError
 from ptq.evaluation.conclude import Judgement, conclude, header
-from ptq.evaluation.findings import condition_warnings
+from ptq.evaluation.findings import condition_warnings, digest_warnings
+from ptq.evaluation.pairs import inputs_digest
 from ptq.evaluation.scores import Scores, scores_from_units
 from ptq.evaluation.suites import Suite, get_suite, score_range
 from ptq.evaluation.vbench.totals import UNCOUNTED
@@ -72,6 +73,13 @@ def check_units(contents: Contents) -> str:
                         f"unit {line.unit} has {name} = {value}, which lies between {low:g} and {high:g}"
                     )
     _check_complete(suite, lines)
+    for line in lines:
+        ours, theirs = (contents.runs[role].units.get(line.unit) for role in ROLES)
+        stride = contents.evaluation.stride or 1
+        if not ours or not theirs or line.inputs != inputs_digest(ours, theirs, suite, stride):
+            raise DamagedFileError(
+                f"unit {line.unit} was measured on other files than the runs have now, or in another way"
+            )
     return f"{len(lines)} units, {len(suite.gate)} dimensions each"
 
 
@@ -110,9 +118,15 @@ def check_numbers(contents: Contents) -> str:
         raise DamagedFileError(
             f"evaluation.json says vbench.totals{where} = {_short(found)}, its units give {_short(value)}"
         )
+    if judged.vbench is not None and not get_suite(judged.suite).is_vbench:
+        raise DamagedFileError(f"evaluation.json has results of VBench, which suite {judged.suite} does not use")
     hidden = [text for text in again.warnings if text not in judged.warnings]
     if hidden:
         raise DamagedFileError(f"evaluation.json lacks a warning that its units give: {hidden[0]}")
+    own = {*again.warnings, *digest_warnings(*(contents.runs[role] for role in ROLES))}
+    invented = [text for text in judged.warnings if text not in own and not get_suite(judged.suite).is_vbench]
+    if invented:
+        raise DamagedFileError(f"evaluation.json has a warning that its units do not give: {_short(invented[0])}")
     return f"{sum(1 for _ in _leaves(derived))} values"
 
 

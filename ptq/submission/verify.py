@@ -23,8 +23,9 @@ from ptq.submission.members import (
     check_source,
     check_texts,
 )
-from ptq.submission.repeat import check_loading, check_original, check_scores, check_unit
-from ptq.submission.runs import check_identity, check_measured_files, check_pairing
+from ptq.submission.origin import check_original
+from ptq.submission.repeat import check_loading, check_scores, check_unit
+from ptq.submission.runs import check_held_out, check_identity, check_measured_files, check_pairing, check_settings
 from ptq.submission.scores import check_numbers, check_rules, check_units, check_verdict
 from ptq.submission.unpack import extract_archive
 from ptq.submission.weights import check_blocks, check_coverage, check_scheme
@@ -46,6 +47,8 @@ READ: tuple[tuple[str, How, Check], ...] = (
     ("both runs are whole, and only the weights differ", "recomputed", check_pairing),
     ("videos, latents and frames have the digests of the runs", "recomputed", check_measured_files),
     ("the reference run is of the original model", "compared", check_original),
+    ("both runs have the model's own settings", "compared", check_settings),
+    ("no evaluated prompt was a calibration prompt", "compared", check_held_out),
     ("the evaluation is by the rules", "compared", check_rules),
     ("every unit has every score, in the range of its measure", "compared", check_units),
     ("every number of evaluation.json, from the units", "recomputed", check_numbers),
@@ -63,7 +66,7 @@ VBENCH = (
 UNIT: tuple[str, How, Check] = ("a unit, generated again, has its bits and scores", "recomputed", check_unit)
 ELSEWHERE = (
     ("the prompts are those of the challenge", "compare prompts.jsonl with the list that you know"),
-    ("errors of layers and blocks in the manifest", "they need the original model and the records; `reproduce.sh` makes them again"),
+    ("errors, times, versions and names in manifest and runs", "they need the original model and the records; `reproduce.sh` makes them again"),
     ("text and pictures of the report", "read the numbers in evaluation/, which are checked"),
 )  # fmt: skip
 """Claims that no archive can prove, and what a reader can do."""

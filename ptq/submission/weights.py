@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptq import limits
+from ptq.checkpoint.manifest import Manifest
 from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header
 from ptq.checkpoint.shards import ShardSet
@@ -99,8 +100,8 @@ def check_scheme(contents: Contents) -> str:
     """
     manifest = contents.manifest
     wanted = Scheme.of(manifest.format, **manifest.recipe.scheme.model_dump())
-    count = 0
-    for expert in read_experts(contents).values():
+    count, experts = 0, read_experts(contents)
+    for expert in experts.values():
         scheme = expert.packed.scheme
         if scheme != wanted:
             raise DamagedFileError(
@@ -118,9 +119,30 @@ def check_scheme(contents: Contents) -> str:
         recorded = manifest.base_model.get("configs", {}).get(expert.name)
         if digest(original) != recorded:
             raise DamagedFileError(f"{expert.name}/config.json is not that of the original model in the manifest")
+    _check_entries(manifest, experts)
     if manifest.format != contents.identity.format:
         raise DamagedFileError(f"the manifest says {manifest.format}, the weights are {contents.identity.format}")
     return f"{wanted.describe()}; {count} Linears packed"
+
+
+def _check_entries(manifest: Manifest, experts: Mapping[str, Expert]) -> None:
+    """The manifest lists the errors of exactly the layers, blocks and experts that there are."""
+    blocks = [(name, index) for name, expert in experts.items() for index in range(expert.blocks)]
+    layers = [
+        (name, index, linear)
+        for name, expert in experts.items()
+        for index, linear, _ in expert.linears()
+        if expert.is_packed(index, linear)
+    ]
+    for what, listed, there in (
+        ("layers", [(one.expert, one.block, one.layer) for one in manifest.layers], layers),
+        ("blocks", [(one.expert, one.block) for one in manifest.blocks], blocks),
+        ("experts", [(one.expert,) for one in manifest.experts], [(name,) for name in experts]),
+    ):
+        if sorted(listed) != sorted(there):
+            raise DamagedFileError(
+                f"the manifest lists the errors of {len(listed)} {what}, the tensors are of {len(there)}, or of others"
+            )
 
 
 def _check_linear(expert: Expert, scheme: Scheme, name: str, item: BlockInput) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from ptq.errors import UsageError
 from ptq.evaluation import evaluate_runs
 from ptq.evaluation.runs import read_run
 from ptq.evaluation.suites import get_suite
+from ptq.prompts import caption_digest
 from ptq.report import Report, Sources, render
 from ptq.report.facts import gather
 from ptq.report.reproduce import reproduction
@@ -154,3 +156,43 @@ def test_the_script_runs_the_commands_of_the_report(archive: Path, job) -> None:
     assert own == listed[1:]
     assert [line.split()[1] for line in own] == ["calibrate", "quantize", "generate", "generate", "evaluate", "report"]
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+@pytest.mark.parametrize("change", ["units", "videos", "settings"])
+def test_what_was_changed_after_the_evaluation_is_not_packed(job, tmp_path: Path, change: str) -> None:
+    runs = [Path(shutil.copytree(job.run(role), tmp_path / role)) for role in ("reference", "candidate")]
+    evaluation = tmp_path / "evaluation"
+    evaluate_runs(*runs, evaluation, suite="tiny", resamples=1000)
+    manifest = runs[1] / "manifest-0of1.jsonl"
+    if change == "units":
+        lines = [json.loads(line) for line in (evaluation / "units.jsonl").read_text().splitlines()]
+        lines[0]["candidate"]["colour"] = 1.0
+        (evaluation / "units.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        digest = hashlib.sha256((evaluation / "units.jsonl").read_bytes()).hexdigest()
+        write_json(
+            evaluation / "evaluation.json", {**read_json(evaluation / "evaluation.json"), "units_sha256": digest}
+        )
+        reason = "was measured on other files than the runs have now, or its scores were changed"
+    elif change == "videos":
+        lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+        lines[0]["saved_frames_sha256"] = "0" * 64
+        manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        reason = "was measured on other files than the runs have now"
+    else:
+        write_json(runs[0] / "run.json", {**read_json(runs[0] / "run.json"), "digest": "0" * 64})
+        reason = "is another run than the reference that was evaluated"
+    with pytest.raises(UsageError, match=reason):
+        package(job.checkpoint, evaluation, tmp_path / "x.tar.gz", REPORT, allow_failing=True)
+    assert not (tmp_path / "x.tar.gz").exists()
+
+
+def test_prompts_of_the_calibration_are_not_packed(job, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(job.checkpoint, tmp_path / "hif4"))
+    manifest = read_json(checkpoint / MANIFEST_FILE)
+    prompt = next(iter(read_run(job.run("candidate")).units.values())).line.prompt
+    manifest["calibration"]["samples"][0]["caption_digest"] = caption_digest(prompt)
+    write_json(checkpoint / MANIFEST_FILE, manifest)
+    with pytest.raises(
+        UsageError, match="1 of 4 evaluated units are of prompts that the checkpoint was calibrated with"
+    ):
+        package(checkpoint, job.evaluation, tmp_path / "x.tar.gz", REPORT, allow_failing=True)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import random
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from ptq.checkpoint.manifest import MANIFEST_FILE
 from ptq.cli.main import app
+from ptq.errors import DamagedFileError
 from ptq.store.files import digest
 from ptq.submission import repeat
 from ptq.submission.check import Claim
@@ -44,10 +48,12 @@ def test_an_honest_archive_holds_and_lists_what_nobody_checked(archive: Path) ->
     assert found[UNIT].holds and "of the original model; both measured again" in found[UNIT].found
     assert found[SHOWN].found == "4 of 4 units"
     assert {claim.name for claim in claims if claim.holds is None} == {
+        "both runs have the model's own settings",
         "the prompts are those of the challenge",
-        "errors of layers and blocks in the manifest",
+        "errors, times, versions and names in manifest and runs",
         "text and pictures of the report",
     }
+    assert found["both runs have the model's own settings"].found.startswith("both runs have steps 3 (the model's own ")
     assert all((claim.holds is None) == (claim.how == "not checked") for claim in claims)
 
 
@@ -248,6 +254,57 @@ def test_scores_that_the_videos_do_not_show(tampered) -> None:
     assert list(problems) == [SHOWN] and "its videos give" in problems[SHOWN]
 
 
+def test_scores_of_units_that_are_not_in_the_archive(tampered) -> None:
+    """Of a reference that nobody has here, the candidate's own scores are measured again all the same."""
+
+    def better(lines: list[Any]) -> None:
+        for line in lines:
+            line["candidate"]["sharpness"] = line["reference"]["sharpness"]
+
+    relabel(tampered, "reference", "0" * 64)
+    for role in ("reference", "candidate"):
+        for folder in ("videos", "latents", "frames"):
+            shutil.rmtree(tampered.root / "runs" / role / folder)
+    tampered.edit_lines(UNITS, better)
+    redo_all(tampered)
+    assert "candidate: units.jsonl says sharpness" in tampered.problems(regenerate=True)[UNIT]
+
+
+def test_scores_of_other_files(tampered) -> None:
+    tampered.edit_lines(UNITS, lambda lines: lines[0].update(inputs="0" * 64))
+    redo_all(tampered)
+    assert "was measured on other files than the runs have now" in tampered.problems()[SCORES]
+
+
+def test_prompts_of_the_calibration(tampered) -> None:
+    from ptq.prompts import caption_digest
+
+    seen = tampered.read(MANIFEST)["calibration"]["samples"][0]["caption_digest"]
+    own = json.loads((tampered.root / f"runs/candidate/{LINES}").read_text().splitlines()[0])
+    assert caption_digest(own["prompt"]) != seen
+    same = {"caption_digest": caption_digest(own["prompt"])}
+    tampered.edit(MANIFEST, lambda manifest: manifest["calibration"]["samples"][0].update(same))
+    problem = tampered.problems()["no evaluated prompt was a calibration prompt"]
+    assert "1 of 4 units are of prompts that the weights were calibrated with" in problem and own["unit"] in problem
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"warnings": ["Certified."]}, "has a warning that its units do not give: 'Certified.'"),
+        ({"vbench": {"scores": {"imaging_quality": 0.99}}}, "which suite tiny does not use"),
+    ],
+    ids=["warning", "vbench"],
+)
+def test_words_and_results_that_nobody_measured(tampered, change: dict[str, Any], reason: str) -> None:
+    def add(judged: dict[str, Any]) -> None:
+        judged.update({key: judged[key] + value if key == "warnings" else value for key, value in change.items()})
+
+    tampered.edit(EVALUATION, add)
+    tampered.redo_derived()
+    assert reason in tampered.problems()[NUMBERS]
+
+
 def redo_all(tampered) -> None:
     """evaluation.json exactly as `ptq evaluate` would write it from these units, and what is derived from it."""
     from ptq.submission.scores import _compute
@@ -353,10 +410,13 @@ def test_an_unexpected_member(tampered, name: str) -> None:
     assert f"{name} does not belong in a submission" in problems["the members are those of a submission"]
 
 
-def test_code_among_the_weights(tampered) -> None:
-    tampered.write("weights/text_encoder/pytorch_model.bin", b"x")
+@pytest.mark.parametrize(
+    "name", ["text_encoder/pytorch_model.bin", "install.sh", "tokenizer/x.pyc", "vae/extra.h5", ".hidden.json"]
+)
+def test_code_among_the_weights(tampered, name: str) -> None:
+    tampered.write(f"weights/{name}", b"{}")
     tampered.redo_manifest()
-    assert "pytorch_model.bin may hold code" in tampered.problems()["the members are those of a submission"]
+    assert f"{name} does not belong among weights" in tampered.problems()["the members are those of a submission"]
 
 
 def test_an_archive_without_videos_says_so(tampered) -> None:
@@ -382,7 +442,6 @@ def test_weights_of_another_checkpoint(tampered) -> None:
 
 def test_weights_swapped_and_all_digests_with_them(tampered, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every digest fits again: only generating a unit tells."""
-    tampered.edit("weights/scheduler/scheduler_config.json", lambda config: config.update(shift=9.0, flow_shift=9.0))
     from ptq.checkpoint.safetensors_file import read_header
 
     file = next((tampered.root / "weights/transformer").glob("*.safetensors"))
@@ -395,7 +454,10 @@ def test_weights_swapped_and_all_digests_with_them(tampered, monkeypatch: pytest
     relabel(tampered, "candidate", identify_model("x", tampered.root / "weights").digest)
     redo_all(tampered)
     problems = tampered.problems(regenerate=True)
-    assert list(problems) == [UNIT] and "of the candidate: final_latents_sha256, video_sha256 differ" in problems[UNIT]
+    assert (
+        list(problems) == [UNIT]
+        and "of the candidate: final_latents_sha256, saved_frames_sha256, video_sha256 differ" in problems[UNIT]
+    )
 
 
 def redo_crc(tampered, file: Path) -> None:
@@ -498,6 +560,59 @@ def test_a_failed_unit_hidden_by_the_plan(tampered) -> None:
     assert "do not hold the same finished units" in tampered.problems()[PAIRED]
 
 
+def test_one_result_for_two_units(tampered) -> None:
+    """The same good video twice, in both runs: the noise of two units is never the same."""
+    for role in ("reference", "candidate"):
+
+        def copy(lines: list[Any], role: str = role) -> None:
+            for key in ("video", "final_latents", "saved_frames"):
+                data = (tampered.root / f"runs/{role}/{lines[0][key]}").read_bytes()
+                tampered.write(f"runs/{role}/{lines[1][key]}", data)
+                lines[1][f"{key}_sha256"] = lines[0][f"{key}_sha256"]
+
+        tampered.edit_lines(f"runs/{role}/{LINES}", copy)
+    assert "are one result" in tampered.problems()[PAIRED]
+
+
+@pytest.mark.parametrize("key", ["saved_frames", "video"])
+def test_one_file_for_two_units(tampered, key: str) -> None:
+    tampered.edit_lines(f"runs/candidate/{LINES}", lambda lines: lines[1].update({key: lines[0][key]}))
+    assert "are one result" in tampered.problems()[PAIRED]
+
+
+def test_images_of_a_model_that_reads_none(tampered) -> None:
+    """Units that start from an image are not generated again: a run cannot say so of a model without one."""
+    for role in ("reference", "candidate"):
+        tampered.edit_lines(
+            f"runs/{role}/{LINES}", lambda lines: [line.update(image_sha256="1" * 64) for line in lines]
+        )
+    assert "started from an image, its run says otherwise" in tampered.problems()[PAIRED]
+
+
+def test_frames_that_the_video_does_not_show(tampered) -> None:
+    """Frames are what is measured; the video is what people see, and what VBench is given."""
+
+    def swap(lines: list[Any]) -> None:
+        for line in lines:
+            shape = np.load(tampered.root / "runs/candidate" / line["saved_frames"])["frames"].shape
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, frames=np.zeros(shape, np.uint8))
+            tampered.write(f"runs/candidate/{line['saved_frames']}", buffer.getvalue())
+            line["saved_frames_sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
+
+    tampered.edit_lines(f"runs/candidate/{LINES}", swap)
+    with pytest.raises(DamagedFileError, match="video and saved frames show different pictures"):
+        repeat.check_scores(tampered.contents())
+
+
+def test_frames_are_among_the_bits_of_a_unit(tampered) -> None:
+    tampered.edit_lines(
+        f"runs/candidate/{LINES}", lambda lines: [x.update(saved_frames_sha256="0" * 64) for x in lines]
+    )
+    with pytest.raises(DamagedFileError, match="of the candidate: saved_frames_sha256 differ"):
+        repeat.check_unit(tampered.contents())
+
+
 @pytest.mark.parametrize("kind", ["videos", "latents", "frames"])
 def test_a_file_that_is_not_its_manifest_line(tampered, kind: str) -> None:
     first, second = sorted((tampered.root / "runs/candidate" / kind).iterdir())[:2]
@@ -529,13 +644,49 @@ def test_another_original_model(tampered) -> None:
 
 
 @pytest.mark.parametrize(
+    "change",
+    [{"hub_id": "Wan-AI/Wan2.2-T2V-A14B-Diffusers"}, {"files": {}}, {"variant": "TI2V-5B"}],
+    ids=["hub_id", "files", "variant"],
+)
+def test_another_original_model_in_words(tampered, change: dict[str, Any]) -> None:
+    tampered.edit(MANIFEST, lambda manifest: manifest["base_model"].update(change))
+    tampered.redo_derived()
+    assert list(tampered.problems()) == ["the reference run is of the original model"]
+
+
+def test_another_component_besides_the_experts(tampered) -> None:
+    """Generated, evaluated and packed honestly: but then the videos differ by more than the quantized weights."""
+    tampered.edit("weights/scheduler/scheduler_config.json", lambda config: config.update(flow_shift=9.0))
+    tampered.redo_manifest()
+    relabel(tampered, "candidate", identify_model("x", tampered.root / "weights").digest)
+    redo_all(tampered)
+    problems = tampered.problems()
+    assert list(problems) == ["the reference run is of the original model"]
+    assert "weights/scheduler/scheduler_config.json is not as in tiny" in next(iter(problems.values()))
+
+
+@pytest.mark.parametrize("key", ["layers", "blocks", "experts"])
+def test_errors_left_out_of_the_manifest(tampered, key: str) -> None:
+    tampered.edit(MANIFEST, lambda manifest: manifest[key].pop())
+    tampered.redo_derived()
+    problem = tampered.problems()["format, transform and quantized layers, from the tensors"]
+    assert "the manifest lists the errors of" in problem and key in problem
+
+
+def test_another_statement(tampered) -> None:
+    tampered.edit(MANIFEST, lambda manifest: manifest.update(statement="Certified lossless."))
+    tampered.redo_derived()
+    assert "'Certified lossless.'" in tampered.problems()["the checkpoint's files have the digests of its manifest"]
+
+
+@pytest.mark.parametrize(
     ("name", "change", "reason"),
     [
         ("weights/transformer/config.json", {"num_layers": 10**9}, "num_layers = 1e+09"),
         ("weights/transformer/config.json", {"ffn_dim": 10**12}, "ffn_dim = 1e+12"),
         ("weights/text_encoder/config.json", {"num_layers": 10**9}, "num_layers = 1e+09"),
         ("weights/vae/config.json", {"base_dim": 10**15}, "base_dim = 1e+15"),
-        ("weights/transformer/config.json", {"num_layers": 5}, "num_layers = 5, but its weights hold"),
+        ("weights/transformer/config.json", {"num_layers": 5}, '"num_layers": 6, but'),
     ],
     ids=str,
 )
