@@ -90,22 +90,34 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         PtqError: another process holds it; says which.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        if not _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+    with at_end(lambda: _remove_free_lock(path)):
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            if not _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                os.close(handle)
+                raise PtqError(
+                    f"{what} is in use by {describe_holder(path)}. Wait for it, stop it, or choose another --out."
+                )
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                break
+            os.close(handle)  # the former owner removed the file between our two calls
+        try:
+            with at_end(lambda: path.unlink(missing_ok=True)):
+                _write_owner(handle)
+                yield
+        finally:
             os.close(handle)
-            raise PtqError(
-                f"{what} is in use by {describe_holder(path)}. Wait for it, stop it, or choose another --out."
-            )
-        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-            break
-        os.close(handle)  # the former owner removed the file between our two calls
-    try:
-        with at_end(lambda: path.unlink(missing_ok=True)):
-            _write_owner(handle)
-            yield
-    finally:
-        os.close(handle)
+
+
+def _remove_free_lock(path: Path) -> None:
+    """Remove a lock file that nobody holds: this process was ended between making it and holding it."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDWR)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        finally:
+            os.close(handle)
 
 
 @contextlib.contextmanager

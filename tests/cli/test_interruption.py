@@ -135,6 +135,23 @@ def is_running(pid: int) -> bool:
         return False
 
 
+MAKING_A_LOCK = """
+import os, signal
+from pathlib import Path
+from ptq.cli import interruption
+from ptq.store import locks
+interruption.listen()
+locks._flock = lambda handle, how: os.kill(os.getpid(), signal.SIGTERM)
+with locks.exclusive(Path(".out.lock"), "it"):
+    pass
+"""
+
+
+def test_a_lock_that_was_made_and_not_yet_held_goes_too(tmp_path: Path):
+    assert python(MAKING_A_LOCK, tmp_path).returncode == 143
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_second_signal_ends_a_process_that_is_busy_in_c(tmp_path: Path):
     began = time.monotonic()
     result = python(BUSY, tmp_path)
