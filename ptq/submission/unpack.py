@@ -125,9 +125,10 @@ def _extended_header(stream: _Stream, info: tarfile.TarInfo) -> dict[bytes, byte
     left, said = _exactly(stream, _padded(info.size))[: info.size], {}
     while left:
         length, _, _ = left.partition(b" ")
-        record = left[: int(length)] if length.isdigit() and len(length) < 6 else b""
+        size = int(length) if length.isdigit() and len(length) < 6 else 0
+        record = left[:size]
         key, equals, value = record.removeprefix(length + b" ").removesuffix(b"\n").partition(b"=")
-        if not equals or key not in _EXTENDED_KEYS or key in said or not record.endswith(b"\n"):
+        if len(record) != size or not equals or key not in _EXTENDED_KEYS or key in said or not record.endswith(b"\n"):
             raise _Unsafe(f"member {info.name!r} is an extended header with other records than a name and a size")
         said[key] = value
         left = left[len(record) :]

@@ -114,6 +114,9 @@ MB = 2**20
             [header("x", 20, b"x"), b"20 GNU.sparse.map=1\n".ljust(512, b"\0")], "other records", id="pax-sparse"
         ),
         pytest.param([header("x", 9, b"x"), b"9 path=a\n".ljust(512, b"\0")] * 3, "not a plain file", id="pax-chain"),
+        pytest.param(
+            [header("x", 13, b"x"), b"99999 path=a\n".ljust(512, b"\0")], "other records", id="pax-length-that-lies"
+        ),
         pytest.param([header("big", 2**50)], "unpacks to more than", id="declared-size"),
         pytest.param(
             [header("negative", 0).replace(b"00000000000\0", b"\xff" * 12, 1)], "tar.gz archive|no size", id="negative"
