@@ -20,6 +20,7 @@ from torch import nn
 from ptq.checkpoint.comparison import check_tensors
 from ptq.checkpoint.layers import replace_linears
 from ptq.checkpoint.quantization_config import QUANT_METHOD, PackedConfig
+from ptq.checkpoint.register import register_with_diffusers
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header, tensor_crc32
 from ptq.checkpoint.saving import keep_companions, refuse_pickles
 from ptq.checkpoint.shards import INDEX_NAME, read_index
@@ -128,3 +129,6 @@ class PtqQuantizer(DiffusersQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+register_with_diffusers()

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from types import ModuleType
 
 TARGET = "diffusers.quantizers.auto"
+QUANTIZER = "ptq.checkpoint.diffusers_quantizer"
+"""Where a program imports this module first, it is half executed when the hook runs; it registers itself at its end."""
 
 
 def register_with_diffusers() -> None:
@@ -58,4 +60,5 @@ class _RegisteringLoader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._inner.exec_module(module)
-        _register(module)
+        if QUANTIZER not in sys.modules:
+            _register(module)

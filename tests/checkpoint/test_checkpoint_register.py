@@ -36,6 +36,10 @@ def test_diffusers_first() -> None:
     )
 
 
+def test_the_quantizers_module_first() -> None:
+    run("import ptq.checkpoint.diffusers_quantizer\n" + IS_REGISTERED)
+
+
 @pytest.mark.parametrize(
     "code",
     [
