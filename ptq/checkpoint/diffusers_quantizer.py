@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
@@ -20,7 +21,6 @@ from torch import nn
 from ptq.checkpoint.comparison import check_tensors
 from ptq.checkpoint.layers import replace_linears
 from ptq.checkpoint.quantization_config import QUANT_METHOD, PackedConfig
-from ptq.checkpoint.register import register_with_diffusers
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header, tensor_crc32
 from ptq.checkpoint.saving import keep_companions, refuse_pickles
 from ptq.checkpoint.shards import INDEX_NAME, read_index
@@ -131,4 +131,5 @@ class PtqQuantizer(DiffusersQuantizer):
         return False
 
 
-register_with_diffusers()
+auto.AUTO_QUANTIZER_MAPPING[PtqMethod.PTQ.value] = PtqQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[PtqMethod.PTQ.value] = PtqConfig

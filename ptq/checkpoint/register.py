@@ -6,6 +6,7 @@ diffusers takes seconds to import and `ptq --help` must not. So `import ptq` reg
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -14,23 +15,16 @@ from types import ModuleType
 
 TARGET = "diffusers.quantizers.auto"
 QUANTIZER = "ptq.checkpoint.diffusers_quantizer"
-"""Where a program imports this module first, it is half executed when the hook runs; it registers itself at its end."""
+"""Adds itself to diffusers' tables where it is imported."""
 
 
 def register_with_diffusers() -> None:
     """Register now or when diffusers is imported. Calling it again changes nothing."""
     module = sys.modules.get(TARGET)
     if module is not None and hasattr(module, "AUTO_QUANTIZATION_CONFIG_MAPPING"):
-        _register(module)
+        importlib.import_module(QUANTIZER)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-
-
-def _register(module: ModuleType) -> None:
-    from ptq.checkpoint.diffusers_quantizer import PtqConfig, PtqMethod, PtqQuantizer
-
-    module.AUTO_QUANTIZER_MAPPING[PtqMethod.PTQ.value] = PtqQuantizer  # type: ignore[attr-defined]
-    module.AUTO_QUANTIZATION_CONFIG_MAPPING[PtqMethod.PTQ.value] = PtqConfig  # type: ignore[attr-defined]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -50,7 +44,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _RegisteringLoader(importlib.abc.Loader):
-    """Runs the real loader, then registers."""
+    """Runs the real loader, then registers; where that module is what imports diffusers, it does so itself at its end."""
 
     def __init__(self, inner: importlib.abc.Loader) -> None:
         self._inner = inner
@@ -60,5 +54,4 @@ class _RegisteringLoader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._inner.exec_module(module)
-        if QUANTIZER not in sys.modules:
-            _register(module)
+        importlib.import_module(QUANTIZER)
