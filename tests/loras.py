@@ -20,6 +20,8 @@ _ORIGINAL = {
     "attn2.to_k": "cross_attn.k",
     "attn2.to_v": "cross_attn.v",
     "attn2.to_out.0": "cross_attn.o",
+    "attn2.add_k_proj": "cross_attn.k_img",
+    "attn2.add_v_proj": "cross_attn.v_img",
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
 }

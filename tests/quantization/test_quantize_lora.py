@@ -18,7 +18,13 @@ from ptq.checkpoint.manifest import read_manifest
 from ptq.checkpoint.shards import ShardSet
 from ptq.cli.main import app
 from ptq.errors import DamagedFileError, PtqError, UsageError
+from ptq.evaluation import evaluate_runs
+from ptq.evaluation.runs import read_run
 from ptq.prompts import read_prompts
+from ptq.report import Sources
+from ptq.report.facts import gather
+from ptq.report.method import describe_method
+from ptq.report.reproduce import reproduction
 from ptq.store.calibration import CalibrationSet, read_calibration
 from ptq.wan.identity import identify_model
 from ptq.wan.layout import ModelLayout, read_layout
@@ -177,3 +183,48 @@ def test_wrong_requests_write_nothing(
     assert isinstance(error, PtqError) and error.exit_code == code
     assert words in str(error) and "\n" not in str(error)
     assert not (tmp_path / "out").exists()
+
+
+def ptq(*arguments: object) -> None:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if isinstance(result.exception, PtqError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+
+
+def test_a_distilled_model_from_generate_to_report(model, saved, folder, records, checkpoint, tmp_path, monkeypatch):
+    """The checkpoint generates by what it was calibrated with; it is compared with the merged original and no other."""
+    monkeypatch.chdir(folder)
+    sizes = ("--height", 32, "--width", 32, "--num-frames", 9, "--max-sequence-length", 16)
+    common = ("--prompts", "prompts.txt", "--device", "cpu", "--no-preflight")
+    merge = ("--lora", "transformer.safetensors:0.9", "--lora-2", "transformer_2.safetensors:0.9")
+    reference = ("generate", model, *common, "--preset", "lightning", *sizes)
+    ptq(*reference, "--out", tmp_path / "reference", *merge)
+    ptq("generate", checkpoint, *common, "--out", tmp_path / "packed")
+    for name, source in (("other", model), ("saved", saved)):
+        ptq("generate", source, *common, "--preset", "lightning", *sizes, "--out", tmp_path / name)
+    runs = {name: read_run(tmp_path / name) for name in ("reference", "packed", "other", "saved")}
+    assert runs["packed"].info.settings["steps"] == 4 and runs["packed"].info.settings["guidance_scale"] == 1.0
+    latents = {name: [unit.line.final_latents_sha256 for unit in run.units.values()] for name, run in runs.items()}
+    assert latents["reference"] == latents["saved"] != latents["other"]
+    assert runs["reference"].info.lora == runs["packed"].info.lora == read_manifest(checkpoint).loras
+    assert runs["other"].info.lora == {}
+
+    evaluation = evaluate_runs(tmp_path / "reference", tmp_path / "packed", tmp_path / "evaluation", suite="core")
+    assert evaluation.units == 2 and set(evaluation.reference.lora) == set(EXPERTS)
+    with pytest.raises(
+        PtqError, match=r"merged LoRAs differ: none in .*other, transformer: transformer.safetensors at"
+    ):
+        evaluate_runs(tmp_path / "other", tmp_path / "packed", tmp_path / "refused", suite="core")
+    with pytest.raises(PtqError, match=r"the LoRA of transformer was '.* at 0.9', now None"):
+        ptq(*reference, "--out", tmp_path / "reference")
+
+    shutil.copytree(records, tmp_path / "calibration")
+    shutil.copytree(checkpoint, tmp_path / "mxfp4")
+    facts = gather(Sources(tmp_path / "evaluation", tmp_path / "mxfp4"))
+    steps = "\n".join(reproduction(facts).commands)
+    options = "--lora transformer.safetensors:0.9 --lora-2 transformer_2.safetensors:0.9"
+    assert [line.split()[1] for line in steps.splitlines() if options in line] == ["calibrate", "generate"]
+    assert facts.manifest is not None
+    told = {step.title: step.text for step in describe_method(facts.manifest)}
+    assert "transformer_2.safetensors at strength 0.9" in told["Merged LoRA"]

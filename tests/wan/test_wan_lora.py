@@ -27,6 +27,23 @@ def layout(random_pipelines) -> ModelLayout:
     return read_layout(random_pipelines["T2V-A14B"])
 
 
+def test_layers_that_read_image_tokens(random_pipelines, tmp_path) -> None:
+    """Models of one expert whose blocks have two Linears more; adapters for text-to-video leave these alone."""
+    layout = read_layout(random_pipelines["I2V-14B"])
+    linears = loras.block_linears(load_pipeline(layout.path).transformer)
+    image = [name for name in linears if "add_" in name]
+    assert len(linears) == 24 and len(image) == 4
+    for names in (list(linears), [name for name in linears if name not in image]):
+        pairs = loras.factors({name: linears[name] for name in names})
+        file = loras.write(tmp_path / f"{len(names)}.safetensors", loras.original_names(pairs, alpha=2.0))
+        shards = MergedShards(layout.path / "transformer", choose_loras(layout, str(file), None)["transformer"])
+        assert sorted(shards.merged) == sorted(f"{name}.weight" for name in names)
+        plain = ShardSet(layout.path / "transformer").read(f"{names[-1]}.weight").double()
+        down, up = (factor.double() for factor in pairs[names[-1]])
+        exact = plain + 0.5 * up @ down
+        assert (shards.read(f"{names[-1]}.weight").double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+
+
 @pytest.fixture(scope="module")
 def linears(layout) -> dict[str, Any]:
     return loras.block_linears(load_pipeline(layout.path).transformer)
