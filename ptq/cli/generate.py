@@ -118,6 +118,7 @@ def generate(
     samples, source = generation.read_samples(
         prompt, prompts, image, from_image=from_image, skip_missing=skip_missing, **reading
     )
+    merged = choose_loras(layout, lora, lora_2)
     part = resolve_shard(shard if context_parallel == 1 else shard or "0/1", out)
     GenerationDirectory(out).refuse_foreign(locked=False)
     ui.info(f"{'Planning' if dry_run else 'Generating'} videos of {len(samples)} prompts with {model}.")
@@ -130,8 +131,8 @@ def generate(
     check_offload(device, offload)
     settings = settings if dtype else generation.for_device(settings, device)
     identity = generation.identify_model(model, layout.path)
-    if chosen := choose_loras(layout, lora, lora_2):
-        identity = dataclasses.replace(identity, loras=chosen)
+    if merged:
+        identity = dataclasses.replace(identity, loras=merged)
     plan = generation.plan_run(samples, settings, out, shard=part, samples_per_prompt=samples_per_prompt, fresh=fresh)
     if dry_run:
         _show_plan(plan, settings, identity.weight_bytes, describe_out(out, out, fresh=fresh), as_json)
