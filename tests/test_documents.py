@@ -7,9 +7,11 @@ import runpy
 import sys
 from pathlib import Path
 
+import loras
 import pytest
 import typer
 
+import ptq
 from ptq.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,6 +126,18 @@ def test_example_any_module(monkeypatch, tmp_path, capsys) -> None:
 def test_example_wan_video(packed, monkeypatch, tmp_path) -> None:
     run_example("wan_video.py", packed["hif4"], "a red ball rolls", monkeypatch=monkeypatch, folder=tmp_path)
     assert (tmp_path / "video.mp4").stat().st_size > 500
+
+
+def test_example_lora(packed, monkeypatch, tmp_path, capsys) -> None:
+    model = ptq.load_pipeline(packed["hif4"])
+    for name, expert in (("high", model.transformer), ("low", model.transformer_2)):
+        pairs = loras.factors(loras.block_linears(expert), std=0.05)
+        loras.write(tmp_path / f"{name}.safetensors", loras.original_names(pairs, alpha=2.0))
+    files = tmp_path / "high.safetensors", tmp_path / "low.safetensors"
+    run_example("lora.py", packed["hif4"], *files, "a red ball rolls", monkeypatch=monkeypatch, folder=tmp_path)
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert 0 < float(first.rsplit(" ", 1)[1]) != float(second.rsplit(" ", 1)[1]) > 0
+    assert last.endswith("True")
 
 
 def test_example_worst_layers(packed, monkeypatch, tmp_path, capsys) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from ptq import ui
 from ptq.calibration.directory import CalibrationDirectory
-from ptq.calibration.run import CalibrationPlan, calibrate
+from ptq.calibration.run import CalibrationPlan, branches_of, calibrate
 from ptq.prompts import PromptSet, require_media
+from ptq.store.lora import LoraInfo, describe_loras
 from ptq.store.records import prompt_file
 from ptq.store.run_directory import STATE_DIR
 from ptq.store.sharding import Shard
@@ -32,7 +33,7 @@ from ptq.wan.pipeline import place_pipeline
 from ptq.wan.preflight import Needs, preflight
 
 RECORDS_PER_PROMPT = 8
-"""Denoiser calls kept of each prompt unless the user says otherwise, both branches."""
+"""Denoiser calls kept of each prompt unless the user says otherwise, both branches; fewer where the sampler makes fewer."""
 
 TEXT_BYTES_PER_TOKEN = 4096 * 4
 """Upper limit of a text embedding's row: UMT5-XXL in float32."""
@@ -43,13 +44,16 @@ def make_plan(
     prompts: PromptSet,
     given: Mapping[str, Any] | None = None,
     *,
-    records_per_prompt: int = RECORDS_PER_PROMPT,
+    records_per_prompt: int | None = None,
     seed: int = 0,
     skip_missing: bool = False,
+    loras: Mapping[str, LoraInfo] | None = None,
 ) -> CalibrationPlan:
     """What to record: the prompts, with the preset's values where `given` has none of its own (None).
 
     Args:
+        records_per_prompt: None is RECORDS_PER_PROMPT, or every call of a sampler that makes fewer.
+        loras: expert -> LoRA that is merged into it before recording.
         skip_missing: with an image-to-video model, leave out prompts whose picture is not here.
 
     Raises:
@@ -58,7 +62,9 @@ def make_plan(
     preset = layout.resolve_preset(**(given or {}))
     samples = require_media(prompts, skip_missing=skip_missing) if layout.needs_image else prompts.samples
     source = {"name": prompts.path.name, "sha256": prompts.sha256}
-    return CalibrationPlan(layout, preset, samples, records_per_prompt, seed, source)
+    if records_per_prompt is None:
+        records_per_prompt = min(RECORDS_PER_PROMPT, preset.steps * len(branches_of(preset)))
+    return CalibrationPlan(layout, preset, samples, records_per_prompt, seed, source, loras or {})
 
 
 def record_plan(
@@ -88,8 +94,11 @@ def record_plan(
     def load() -> Any:
         import torch
 
+        from ptq.wan.merge import merge_into
+
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        return place_pipeline(load_pipeline(plan.layout.path, dtype=dtype), device, offload)
+        pipeline = merge_into(load_pipeline(plan.layout.path, dtype=dtype), plan.layout, plan.loras)
+        return place_pipeline(pipeline, device, offload)
 
     return calibrate(plan, load, out, shard=shard, fresh=fresh)
 
@@ -134,6 +143,7 @@ def describe_plan(plan: CalibrationPlan, out: Path, shard: Shard, device: str, o
     needs = estimate_needs(plan, out, shard, device, offload)
     rows = {
         "model": f"{plan.layout.path} ({preset.variant})",
+        **({"merged LoRA": describe_loras(plan.loras)} if plan.loras else {}),
         "prompts": f"{len(plan.samples)} of {plan.prompts_file['name']}",
         "left for this process": f"{prompts_left(plan, out, shard)} prompts (shard {shard.index}/{shard.count})",
         "video": f"{preset.width}x{preset.height}, {preset.num_frames} frames, {preset.steps} steps",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from ptq.prompts import RESIZE_POLICY, Sample, caption_digest, fit_image, load_i
 from ptq.store.calibration import CalibrationInfo, RecordedSample, Step
 from ptq.store.files import digest, sha256_file, write_tensors
 from ptq.store.locks import directory_mutex
+from ptq.store.lora import LoraInfo
 from ptq.store.records import (
     BRANCHES,
     INDEX_FILE,
@@ -45,6 +46,7 @@ class CalibrationPlan:
         records_per_prompt: denoiser calls kept of each prompt (with guidance two of each chosen step).
         seed: base seed.
         prompts_file: name and digest of the prompt file, for the record.
+        loras: expert -> LoRA that is merged into it.
     """
 
     layout: ModelLayout
@@ -53,11 +55,12 @@ class CalibrationPlan:
     records_per_prompt: int
     seed: int
     prompts_file: dict[str, str]
+    loras: Mapping[str, LoraInfo] = field(default_factory=dict)
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """Branches the sampler calls at each step: with guidance also the unconditional one."""
-        return BRANCHES if self.preset.guidance_scale > 1.0 else BRANCHES[:1]
+        """Branches the sampler calls at each step."""
+        return branches_of(self.preset)
 
     @property
     def steps_per_prompt(self) -> int:
@@ -85,7 +88,13 @@ class CalibrationPlan:
             image_policy=RESIZE_POLICY if self.layout.needs_image else None,
             complete=False,
             files={},
+            lora=dict(self.loras),
         )
+
+
+def branches_of(preset: ModelPreset) -> tuple[str, ...]:
+    """Branches the sampler calls at each step: with guidance also the unconditional one."""
+    return BRANCHES if preset.guidance_scale > 1.0 else BRANCHES[:1]
 
 
 def calibrate(

@@ -40,12 +40,14 @@ def choose_steps(schedule: Sequence[Step], count: int, prompt_index: int) -> lis
 
     Args:
         schedule: all steps.
-        count: how many steps to choose; they are shared evenly between the experts, the odd one alternating.
+        count: how many steps to choose; they are shared evenly between the experts, the odd one alternating. As many as there are: all.
         prompt_index: position of the prompt in the calibration set.
 
     Raises:
         UsageError: an expert has fewer steps than asked for.
     """
+    if count == len(schedule):
+        return list(schedule)
     experts = list(dict.fromkeys(step.expert for step in schedule))
     chosen: list[Step] = []
     for position, expert in enumerate(experts):

@@ -22,9 +22,10 @@ from ptq.checkpoint.comparison import check_tensors
 from ptq.checkpoint.layers import replace_linears
 from ptq.checkpoint.quantization_config import QUANT_METHOD, PackedConfig
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header, tensor_crc32
-from ptq.checkpoint.saving import keep_companions, refuse_pickles
+from ptq.checkpoint.saving import keep_companions, refuse_adapters, refuse_pickles
 from ptq.checkpoint.shards import INDEX_NAME, read_index
-from ptq.errors import DamagedFileError
+from ptq.errors import DamagedFileError, UsageError
+from ptq.runtime.unreadable import REFUSAL
 
 
 class PtqMethod(StrEnum):
@@ -48,6 +49,15 @@ class PtqConfig(QuantizationConfigMixin):
     def to_diff_dict(self) -> dict[str, Any]:
         """Called when diffusers prints or saves the configuration; there are no defaults worth hiding."""
         return self.to_dict()
+
+
+def refuse_fusing(*_: Any, **__: Any) -> None:
+    """Stands in for `fuse_lora` of a packed component.
+
+    Raises:
+        UsageError: always.
+    """
+    raise UsageError(REFUSAL)
 
 
 class PtqQuantizer(DiffusersQuantizer):
@@ -101,6 +111,7 @@ class PtqQuantizer(DiffusersQuantizer):
         from diffusers.pipelines.pipeline_utils import DiffusionPipeline  # which imports this file
 
         keep_companions(DiffusionPipeline)
+        model.fuse_lora = refuse_fusing  # before the first layer is scaled or an unquantized one merged
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
@@ -108,9 +119,10 @@ class PtqQuantizer(DiffusersQuantizer):
         """Called by save_pretrained: every tensor gets the dtype it had on disk, so saving again changes nothing.
 
         Raises:
-            UsageError: pickles are asked for.
+            UsageError: pickles are asked for, or an adapter lies beside the layers.
         """
         refuse_pickles(safe_serialization)
+        refuse_adapters(state_dict)
         on_disk = {name: entry.torch_dtype for name, entry in self._entries.items()}
         return {name: tensor.to(on_disk.get(name, tensor.dtype)) for name, tensor in state_dict.items()}, {}
 

@@ -11,11 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ptq.config.recipe import Recipe, translate
 from ptq.errors import DamagedFileError, PtqError
 from ptq.store.files import files_below, read_json, sha256_file, write_json
+from ptq.store.lora import LoraInfo, LoraTable
 from ptq.store.schema import Count, NotNegative, PlainName, Positive, Schema, Share, parse
 from ptq.version import __version__
 
@@ -126,6 +127,17 @@ class Manifest(Schema):
             recipe, earlier = todays_recipe(value["recipe"], value.get("format"))
             return {**value, "recipe": recipe, "earlier_keys": earlier}
         return value
+
+    @field_validator("calibration")
+    @classmethod
+    def _known_loras(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        LoraTable.model_validate({"lora": (value or {}).get("lora", {})})
+        return value
+
+    @property
+    def loras(self) -> dict[str, LoraInfo]:
+        """Expert -> LoRA that was merged into it before it was quantized."""
+        return LoraTable.model_validate({"lora": (self.calibration or {}).get("lora", {})}).lora
 
     @property
     def digest(self) -> str:

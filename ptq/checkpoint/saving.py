@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,27 @@ def refuse_pickles(safe_serialization: bool) -> None:
         )
 
 
+def refuse_adapters(tensor_names: Iterable[str]) -> None:
+    """Refuse to save a component that an adapter was put into.
+
+    Raises:
+        UsageError: there is one.
+    """
+    if any(".base_layer." in name for name in tensor_names):
+        raise UsageError(
+            "An adapter lies beside the quantized layers, and a packed checkpoint has no place for it. Call unload_lora_weights() before saving, and keep the adapter's own file."
+        )
+
+
 def _keeping(save: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(save)
     def save_pretrained(pipeline: Any, save_directory: Any, safe_serialization: bool = True, **options: Any) -> None:
-        source = _source(pipeline)
+        packed = _packed(pipeline)
+        source = next((directory.parent for directory in packed), None)
         if source is not None:
             refuse_pickles(safe_serialization)
+        for component in packed.values():
+            refuse_adapters(component.state_dict())
         save(pipeline, save_directory, safe_serialization=safe_serialization, **options)
         if source is not None:
             _copy(source, Path(save_directory))
@@ -52,13 +67,14 @@ def _keeping(save: Callable[..., None]) -> Callable[..., None]:
     return save_pretrained
 
 
-def _source(pipeline: Any) -> Path | None:
-    """The checkpoint that a packed component of the pipeline was loaded from; None where none was."""
+def _packed(pipeline: Any) -> dict[Path, Any]:
+    """The checkpoint that each packed component of the pipeline was loaded from, and the component."""
+    found = {}
     for component in pipeline.components.values():
         directory = getattr(getattr(component, "hf_quantizer", None), "ptq_directory", None)
         if directory is not None:
-            return Path(directory).parent
-    return None
+            found[Path(directory)] = component
+    return found
 
 
 def _copy(source: Path, target: Path) -> None:

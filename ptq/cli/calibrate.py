@@ -19,8 +19,14 @@ def calibrate(
     num_prompts: options.NumPrompts = None,
     steps: options.Steps = None,
     records_per_prompt: Annotated[
-        int, typer.Option("--records-per-prompt", min=1, help="Denoiser calls kept of each prompt, both branches.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            "--records-per-prompt", min=1, help="Denoiser calls kept of each prompt, both branches. Default: 8, or all."
+        ),
+    ] = None,
+    preset: options.Preset = None,
+    lora: options.Lora = None,
+    lora_2: options.Lora2 = None,
     height: options.Height = None,
     width: options.Width = None,
     num_frames: options.NumFrames = None,
@@ -47,11 +53,13 @@ def calibrate(
     from ptq.calibration.prepare import check_out, describe_plan, make_plan, record_plan
     from ptq.prompts import read_prompts
     from ptq.wan.loading import find_model
+    from ptq.wan.lora import choose_loras
     from ptq.wan.pipeline import check_offload
 
     check_offload(device, offload)
     part = resolve_shard(shard, out)
     given = {
+        "named": preset,
         "steps": steps,
         "height": height,
         "width": width,
@@ -70,7 +78,15 @@ def calibrate(
         media_root=media_root or (),
         skip_missing=skip_missing and layout.needs_image,
     )
-    plan = make_plan(layout, found, given, records_per_prompt=records_per_prompt, seed=seed, skip_missing=skip_missing)
+    plan = make_plan(
+        layout,
+        found,
+        given,
+        records_per_prompt=records_per_prompt,
+        seed=seed,
+        skip_missing=skip_missing,
+        loras=choose_loras(layout, lora, lora_2),
+    )
     check_out(plan, out, part, fresh=fresh)
     ui.info(f"{'Planning to record' if dry_run else 'Recording'} {model} on {len(plan.samples)} prompts of {prompts}.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +33,9 @@ def generate(
     image_to_video: Annotated[
         bool, typer.Option("--image-to-video", help="TI2V-5B: start from the images of the prompt file.")
     ] = False,
+    preset: options.Preset = None,
+    lora: options.Lora = None,
+    lora_2: options.Lora2 = None,
     steps: options.Steps = None,
     height: options.Height = None,
     width: options.Width = None,
@@ -81,12 +85,14 @@ def generate(
     from ptq import generation
     from ptq.generation.directory import GenerationDirectory
     from ptq.wan.loading import find_model
+    from ptq.wan.lora import choose_loras
     from ptq.wan.pipeline import check_offload
 
     check_offload(device, offload)
     layout = find_model(model)
     from_image = layout.starts_from_image(image_to_video or image is not None)
     given = {
+        "named": preset,
         "steps": steps,
         "height": height,
         "width": width,
@@ -112,6 +118,7 @@ def generate(
     samples, source = generation.read_samples(
         prompt, prompts, image, from_image=from_image, skip_missing=skip_missing, **reading
     )
+    merged = choose_loras(layout, lora, lora_2)
     part = resolve_shard(shard if context_parallel == 1 else shard or "0/1", out)
     GenerationDirectory(out).refuse_foreign(locked=False)
     ui.info(f"{'Planning' if dry_run else 'Generating'} videos of {len(samples)} prompts with {model}.")
@@ -124,6 +131,8 @@ def generate(
     check_offload(device, offload)
     settings = settings if dtype else generation.for_device(settings, device)
     identity = generation.identify_model(model, layout.path)
+    if merged:
+        identity = dataclasses.replace(identity, loras=merged)
     plan = generation.plan_run(samples, settings, out, shard=part, samples_per_prompt=samples_per_prompt, fresh=fresh)
     if dry_run:
         _show_plan(plan, settings, identity.weight_bytes, describe_out(out, out, fresh=fresh), as_json)

@@ -81,6 +81,14 @@ Exclude = Annotated[
 ]
 SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="Leave out prompts without their image.")]
 
+Preset = Annotated[
+    str | None, typer.Option("--preset", help="lightning: 4 steps, guidance 1, shift 5. Single options go before it.")
+]
+Lora = Annotated[
+    str | None,
+    typer.Option("--lora", help="LoRA to merge, FILE[:strength]; the high-noise expert's, where there are two."),
+]
+Lora2 = Annotated[str | None, typer.Option("--lora-2", help="LoRA of the low-noise expert, FILE[:strength].")]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps.")]
 Height = Annotated[int | None, typer.Option("--height", min=16, max=8192, help="Pixels.")]
 Width = Annotated[int | None, typer.Option("--width", min=16, max=8192, help="Pixels.")]

@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from ptq.errors import DamagedFileError, PtqError
 from ptq.store.evaluation import RunSide
+from ptq.store.lora import describe_loras, lora_identity
 from ptq.store.run_info import RunInfo, read_run_info
 from ptq.store.run_manifest import FILE_KEYS, ManifestLine, read_lines
 
@@ -130,6 +131,7 @@ class Run:
             model=self.info.model,
             settings=dict(self.info.settings),
             versions=self.info.versions,
+            lora=self.info.lora,
         )
 
 
@@ -191,6 +193,12 @@ def pair_runs(reference: Run, candidate: Run, *, allow_missing: bool = False) ->
     if not common:
         raise PtqError(
             f"{reference.directory} and {candidate.directory} have no unit in common: they were made from different prompts."
+        )
+    merged = [lora_identity(run.info.lora) for run in (reference, candidate)]
+    if merged[0] != merged[1]:
+        found = [describe_loras(run.info.lora) or "none" for run in (reference, candidate)]
+        raise PtqError(
+            f"The runs are not paired: merged LoRAs differ: {found[0]} in {reference.directory}, {found[1]} in {candidate.directory}. A checkpoint is compared with the model that it was quantized from: generate the reference with the same --lora and --lora-2 as `ptq calibrate` had."
         )
     ours, theirs = reference.info.settings, candidate.info.settings
     for key in PAIRED_SETTINGS:

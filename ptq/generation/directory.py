@@ -18,6 +18,7 @@ from ptq.generation.claims import units_in_work
 from ptq.generation.settings import Settings
 from ptq.generation.units import Unit
 from ptq.store.files import digest
+from ptq.store.lora import lora_identity, without_paths
 from ptq.store.run_directory import SHOWN_DIFFERENCES, Difference, RunDirectory
 from ptq.store.run_info import FILE, CheckpointInfo, RunInfo, RunPlan, read_run_info
 from ptq.store.run_manifest import FILE_KEYS, PATTERN, manifest_name, read_lines
@@ -41,11 +42,13 @@ def describe_run(settings: Settings, model: ModelIdentity, dataset: str, plan: R
         "dataset": dataset,
         "settings": settings.as_json(),
         "versions": versions,
+        **lora_identity(model.loras),
     }
     return RunInfo(
         schema=1,
         model=model.model,
         checkpoint=CheckpointInfo(digest=model.digest, format=model.format),
+        lora=without_paths(model.loras),
         dataset=dataset,
         settings=settings.as_json(),
         versions=versions,
@@ -59,6 +62,7 @@ def comparable(info: RunInfo) -> dict[str, Any]:
     """What the digest covers, flat, under the names of the messages."""
     return {
         "the checkpoint": (info.checkpoint.digest or "")[:16],
+        **{f"the LoRA of {expert}": f"{one.sha256[:16]} at {one.strength:g}" for expert, one in info.lora.items()},
         "the dataset": info.dataset,
         **info.settings,
         **{f"the version of {name}": version for name, version in info.versions.items()},

@@ -21,6 +21,7 @@ from ptq.generation.settings import Settings, departures
 from ptq.prompts import Sample, make_sample, read_prompts, require_media
 from ptq.store.files import read_json
 from ptq.store.run_directory import STATE_DIR
+from ptq.wan.identity import ModelIdentity
 from ptq.wan.layout import ModelLayout
 
 DTYPES = ("float32", "bfloat16")
@@ -104,6 +105,7 @@ def make_videos(
     settings: Settings,
     out: Path,
     *,
+    model: ModelIdentity,
     disk: int | None = None,
     device: str = "cpu",
     offload: str = "none",
@@ -112,6 +114,7 @@ def make_videos(
     """Check the machine and make this shard's videos; with context parallelism as one of the group that makes them.
 
     Args:
+        model: which weights these are; its LoRAs are merged where the layout's are the original ones.
         disk: bytes that will be written; None skips the checks.
         run: as `run_generation` takes it.
 
@@ -126,8 +129,10 @@ def make_videos(
         import torch
 
         from ptq.wan.loading import load_pipeline
+        from ptq.wan.merge import merge_into
 
-        return load_pipeline(layout.path, dtype=getattr(torch, settings.dtype))
+        pipeline = load_pipeline(layout.path, dtype=getattr(torch, settings.dtype))
+        return pipeline if layout.is_packed else merge_into(pipeline, layout, model.loras)
 
     grouped = settings.context_parallel > 1
     if grouped:
@@ -141,7 +146,7 @@ def make_videos(
     if grouped and join_group(device) != 0:
         follow(lambda: Sampler(load(), settings, device))
         return None
-    summary = run_generation(load, samples, settings, out, device=device, offload=offload, **run)
+    summary = run_generation(load, samples, settings, out, model=model, device=device, offload=offload, **run)
     if grouped:
         dismiss_group()
     return summary

@@ -35,7 +35,7 @@ def write_expert(
     Args:
         config: the original config.json.
         state_names: names of the packed model's tensors in state-dict order.
-        changed: tensors from the finished blocks; everything else comes from `shards`.
+        changed: tensors from the finished blocks, and what a LoRA changed; everything else comes from `shards`.
     """
     entries = [changed.get(name) or shards.entries[name] for name in state_names]
     if directory.exists():

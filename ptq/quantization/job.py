@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from ptq.checkpoint.manifest import Coverage, package_versions
 from ptq.checkpoint.quantization_config import PackedConfig
+from ptq.checkpoint.safetensors_file import TensorEntry
 from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet
 from ptq.config.load import validate
 from ptq.errors import UsageError
@@ -25,10 +27,13 @@ from ptq.rules import check_budget
 from ptq.scheme import FormatError
 from ptq.store.calibration import CalibrationSet
 from ptq.store.files import digest
+from ptq.store.lora import LoraInfo
 from ptq.wan.block import block_prefix, rows_outside, video_tokens
 from ptq.wan.estimates import CallSize
 from ptq.wan.identity import base_model_identity
 from ptq.wan.layout import ModelLayout
+from ptq.wan.lora import recorded_loras
+from ptq.wan.merge import MergedShards
 from ptq.wan.presets import SAMPLING, ModelPreset
 from ptq.wan.replay import ExpertReplay
 
@@ -91,9 +96,28 @@ class Job:
     # What it is made from.
 
     @functools.cached_property
+    def loras(self) -> dict[str, LoraInfo]:
+        """Expert -> LoRA that the records were made with, where its file lies now.
+
+        Raises:
+            PtqError: a file is missing or another one.
+        """
+        return recorded_loras(self.calibration.directory, self.calibration.info.lora)
+
+    @functools.cached_property
     def shards(self) -> dict[str, ShardSet]:
-        """Expert -> its original tensors."""
-        return {expert: ShardSet(self.layout.path / expert) for expert in self.layout.experts}
+        """Expert -> its original tensors, with the LoRA of the records in them."""
+        return {
+            expert: MergedShards(self.layout.path / expert, self.loras[expert])
+            if expert in self.loras
+            else ShardSet(self.layout.path / expert)
+            for expert in self.layout.experts
+        }
+
+    def merged_entries(self, expert: str, names: Sequence[str], file: Path) -> dict[str, TensorEntry]:
+        """Those of these tensors that are the original's but for a LoRA, written to a file of their own; {} without one."""
+        shards = self.shards[expert]
+        return shards.write_merged(file, names) if isinstance(shards, MergedShards) else {}
 
     def check(self) -> None:
         """Refuse contradictory inputs before any work.
@@ -115,6 +139,7 @@ class Job:
             raise UsageError(
                 f"{calibration.directory} was recorded from {layout.variant.title} taken for {recorded_as}, with the flow shift and steps of that. Record this model again with `ptq calibrate`, into another --out."
             )
+        _ = self.loras
         for expert in layout.experts:
             if not calibration.of_expert(expert):
                 raise UsageError(

@@ -17,6 +17,7 @@ from ptq.quantization.placing import Place, choose_place
 from ptq.quantization.probe import Rates, probe
 from ptq.solvers.basis import SEARCH_ROWS
 from ptq.store.files import files_below
+from ptq.store.lora import describe_loras
 from ptq.wan.estimates import (
     LIBRARY_BYTES,
     denoiser_activation_bytes,
@@ -129,6 +130,8 @@ def describe(job: Job) -> dict[str, str]:
     job.check()
     settings, coverage, need = job.settings, job.coverage(), needs(job)
     plan = {"model": f"{job.layout.path} ({job.layout.preset.variant})", "layers": settings.scheme.describe()}
+    if job.loras:
+        plan["merged LoRA"] = describe_loras(job.loras)
     for expert in job.layout.experts:
         records, recorded = job.used_records(expert), len(job.calibration.of_expert(expert))
         tokens, used, streams = job.call_size(expert).tokens, settings.recipe.records, job.stream_bytes(expert)

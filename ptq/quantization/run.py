@@ -22,6 +22,7 @@ from ptq.quantization.processes import Processes
 from ptq.quantization.sensitivity import protect_blocks, with_protection
 from ptq.quantization.workdir import RUN_FILES, WorkDir
 from ptq.store.files import digest, free_space_hint
+from ptq.store.lora import LoraInfo, without_paths
 from ptq.store.run_directory import hold_whole
 from ptq.version import __version__
 from ptq.wan.card import write_card
@@ -90,7 +91,8 @@ def _run_experts(job: Job, work: WorkDir) -> list[ExpertResult]:
                 continue
             packed, limit = job.packed(expert), job.options.max_shard_bytes
             names = state_names(config, packed)
-            write_expert(work.path / expert, config, packed, names, job.shards[expert], result.changed, limit)
+            changed = job.merged_entries(expert, names, work.merged_file(expert)) | result.changed
+            write_expert(work.path / expert, config, packed, names, job.shards[expert], changed, limit)
     return results
 
 
@@ -106,6 +108,10 @@ def place_streams(job: Job, expert: str, work: Path) -> Place:
     check_place(place, need, psutil.disk_usage(str(work)).free, what, free_space_hint(work))
     ui.info(f"{what}: {ui.format_bytes(need)}, {PLACE_WORDS[place]}.")
     return place
+
+
+def _dumped(loras: dict[str, LoraInfo]) -> dict[str, Any]:
+    return {expert: one.as_json() for expert, one in without_paths(loras).items()}
 
 
 def _manifest(job: Job, signature: dict[str, Any], results: list[ExpertResult], seconds: float) -> Manifest:
@@ -125,6 +131,7 @@ def _manifest(job: Job, signature: dict[str, Any], results: list[ExpertResult], 
             "records": len(calibration.records),
             "settings": job.recorded_preset.sampling(),
             "defaults": job.layout.preset.sampling(),
+            **({"lora": _dumped(job.loras)} if job.loras else {}),
         },
         high_precision=[f"{name}:{index}" for name, blocks in settings.high_precision.items() for index in blocks],
         budget_scope=settings.budget_scope,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ptq.errors import UsageError
+from ptq.runtime import QuantLinear
 
 
 def choose_targets(
@@ -63,6 +64,8 @@ def _obstacles(model: nn.Module, modules: dict[str, nn.Module], multiple: int) -
 def _obstacle(name: str, linear: nn.Linear, multiple: int, aliases: list[str], tied: list[str]) -> str | None:
     if not name:
         return "it is the whole model, which cannot be replaced in place"
+    if isinstance(linear, QuantLinear):
+        return "it is quantized already"
     if type(linear) is not nn.Linear:
         return f"it is a {type(linear).__name__}, whose owner may read its weight directly"
     if aliases:

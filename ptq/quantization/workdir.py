@@ -139,6 +139,10 @@ class WorkDir(RunDirectory):
         stem = self.path / BLOCKS_DIR / expert / f"{block:05d}"
         return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
 
+    def merged_file(self, expert: str) -> Path:
+        """Where tensors of an expert lie that nothing but a LoRA changed, until its shards are written."""
+        return self.path / BLOCKS_DIR / expert / "merged.safetensors"
+
     def save_block(self, expert: str, block: int, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
         """Store a finished block: its changed tensors (full names), and its statistics as `FinishedBlock`."""
         weights, statistics = self._files(expert, block)

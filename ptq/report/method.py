@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from ptq.checkpoint.manifest import Manifest
 from ptq.scheme import Transform, get_format, get_transform
+from ptq.store.lora import describe_loras
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Step:
 def describe_method(manifest: Manifest) -> list[Step]:
     """The steps in the order in which they act."""
     makers: Iterable[Callable[[Manifest], Step | None]] = (
-        _format, _records, _replay, _transform, _scales, _rounding, _inputs, _protection, _earlier,
+        _format, _merge, _records, _replay, _transform, _scales, _rounding, _inputs, _protection, _earlier,
     )  # fmt: skip
     return [step for maker in makers if (step := maker(manifest)) is not None]
 
@@ -37,6 +38,13 @@ def _format(manifest: Manifest) -> Step:
     if manifest.recipe.description:
         text += f" The recipe, {manifest.recipe_name}, says of itself: {manifest.recipe.description}"
     return Step(f"format-{manifest.format}", "Number format", text)
+
+
+def _merge(manifest: Manifest) -> Step | None:
+    if not manifest.loras:
+        return None
+    text = f"Before anything was recorded, a low-rank adapter was added to the original weights, in float32 and rounded to their stored type: {describe_loras(manifest.loras)}. Recording, quantization and the reference run use the merged model."
+    return Step("", "Merged LoRA", text)
 
 
 def _records(manifest: Manifest) -> Step | None:

@@ -17,7 +17,9 @@ from ptq.checkpoint.manifest import Manifest
 from ptq.evaluation.suites import get_suite
 from ptq.report.facts import Facts
 from ptq.store.files import read_json
+from ptq.store.lora import LoraInfo
 from ptq.store.run_info import RunPlan
+from ptq.wan.lora import OPTIONS
 from ptq.wan.presets import PRESET_FILE, load_preset
 
 RECIPE_FILE = "recipe.yaml"
@@ -65,8 +67,11 @@ def reproduction(facts: Facts) -> Steps:
         )
     else:
         commands += [
-            _generate(name, prompts, out, settings, facts)
-            for name, out in ((model, REFERENCE_OUT), (checkpoint, CANDIDATE_OUT))
+            _generate(name, prompts, out, settings, facts, loras)
+            for name, out, loras in (
+                (model, REFERENCE_OUT, facts.evaluation.reference.lora),
+                (checkpoint, CANDIDATE_OUT, {}),
+            )
         ]
     commands.append(_evaluate(facts))
     commands.append("ptq report evaluation")
@@ -94,6 +99,7 @@ def _quantize(
             "seed": calibration.seed,
             **{name: calibration.preset[name] for name in shown},
             "negative_prompt": _unless(_default_negative_prompt(facts), calibration.preset["negative_prompt"]),
+            **_loras(manifest.loras),
         }
         commands.append(join("ptq", "calibrate", model, *_listed(options)))
     options = {
@@ -105,6 +111,11 @@ def _quantize(
         "high_precision": ",".join(manifest.high_precision) or "none",
     }
     commands.append(join("ptq", "quantize", model, *_listed(options)))
+
+
+def _loras(loras: Mapping[str, LoraInfo]) -> dict[str, str]:
+    """Options that merge them; files by name, as prompts are."""
+    return {OPTIONS[expert].lstrip("-"): f"{one.name}:{one.strength:g}" for expert, one in loras.items()}
 
 
 def _listed(options: Mapping[str, Any]) -> list[Any]:
@@ -125,7 +136,9 @@ def _prompts(facts: Facts) -> str | None:
     return Path(source["file"]).name if source.get("file") else None
 
 
-def _generate(model: str, prompts: str, out: str, settings: Mapping[str, Any], facts: Facts) -> str:
+def _generate(
+    model: str, prompts: str, out: str, settings: Mapping[str, Any], facts: Facts, loras: Mapping[str, LoraInfo]
+) -> str:
     run = facts.runs.get("candidate") or facts.runs.get("reference")
     plan = run.info.plan if run else RunPlan()
     options = {name: settings.get(name) for name in _GENERATE_OPTIONS}
@@ -133,6 +146,7 @@ def _generate(model: str, prompts: str, out: str, settings: Mapping[str, Any], f
         "negative_prompt": _unless(_default_negative_prompt(facts), settings.get("negative_prompt")),
         "samples_per_prompt": _unless(1, plan.samples_per_prompt),
         "num_prompts": (plan.prompts or {}).get("samples"),
+        **_loras(loras),
     }
     switches = [flag for flag in ("--save-frames", "--image-to-video") if settings.get(flag[2:].replace("-", "_"))]
     return join("ptq", "generate", model, "--prompts", prompts, "--out", out, *_listed(options), *switches)

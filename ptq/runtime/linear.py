@@ -9,13 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ptq.errors import UsageError
 from ptq.runtime import ops
+from ptq.runtime.unreadable import REFUSAL, UnreadableWeight
 from ptq.runtime.weight import PackedWeight
 from ptq.scheme import Codes, Scheme
 
 
-class QuantLinear(nn.Module):
-    """W4A4 replacement of nn.Linear.
+class QuantLinear(nn.Linear):
+    """W4A4 replacement of nn.Linear, and one to libraries that look for Linears (PEFT puts its adapters beside it).
 
     State: `weight_packed` uint8 [N, K/2], `weight_scale` [N, K/group] (dtype of the format), `bias` float [N] or
     absent, and the basis of the scheme's transform under its name (`transform`, `smooth`) where it stores one. All are
@@ -26,6 +28,8 @@ class QuantLinear(nn.Module):
         bias: whether the layer has a bias.
         scheme: the numerics.
         device, dtype: where and in which float dtype to create bias (packed dtypes are fixed).
+
+    `weight` answers dtype, device and shape, and refuses to be read or written; it is no parameter.
 
     Raises:
         FormatError: K does not fit the scheme.
@@ -45,7 +49,7 @@ class QuantLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's would make a weight
         scheme.check_width(in_features)
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         tensors = scheme.tensors(out_features, in_features)
@@ -71,6 +75,17 @@ class QuantLinear(nn.Module):
             assert weight.basis is not None
             setattr(layer, weight.scheme.transform.tensor, _frozen(weight.basis))
         return layer
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """[N, K] in the dtype of the bias (without one, torch's default), without values."""
+        dtype = torch.get_default_dtype() if self.bias is None else self.bias.dtype
+        return UnreadableWeight((self.out_features, self.in_features), dtype, self.weight_packed.device)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "weight":
+            raise UsageError(REFUSAL)
+        super().__setattr__(name, value)  # type: ignore[arg-type]
 
     @property
     def basis(self) -> Tensor | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ptq.errors import DamagedFileError, PtqError
 from ptq.store.files import read_json, sha256_file
+from ptq.store.lora import Loras, lora_identity
 from ptq.store.records import IMAGE, INDEX_FILE, NEGATIVE_FILE, RECORDS_DIR, TEXT, Record, read_embeds
 from ptq.store.schema import Count, NotNegative, PlainName, Positive, Schema, parse, parse_lines
 
@@ -41,6 +42,7 @@ class CalibrationInfo(Schema):
     experts: name -> digest of its configuration. preset: sizes, steps and guidance (`ptq.config.ModelPreset`).
     prompts: name and sha256 of the prompt file. image_policy: how images were fitted, None for text-to-video.
     schedule: all steps of the sampler; absent until the first record is made.
+    lora: expert -> LoRA that was merged into it.
     files: name -> sha256 of every record file and the negative embedding, each noted when the file was made (earlier
     versions: at the end), and at the end of the index; digest: over all of it.
     """
@@ -53,6 +55,7 @@ class CalibrationInfo(Schema):
     records_per_prompt: Positive
     seed: Count
     image_policy: str | None = None
+    lora: Loras = {}
     schedule: list[Step] = []
     complete: bool = False
     files: dict[PlainName, str] = {}
@@ -60,7 +63,8 @@ class CalibrationInfo(Schema):
 
     def decisive(self) -> dict[str, Any]:
         """What must agree before two processes may record into one directory."""
-        return self.model_dump(mode="json", exclude={"schedule", "complete", "files", "digest"})
+        settings = self.model_dump(mode="json", exclude={"schedule", "complete", "files", "digest", "lora"})
+        return settings | lora_identity(self.lora)
 
 
 def read_calibration(path: Path) -> CalibrationInfo:

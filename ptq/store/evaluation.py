@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from ptq.errors import DamagedFileError, PtqError
 from ptq.store.evaluation_units import FILE as UNITS_FILE
 from ptq.store.files import read_json, sha256_file
+from ptq.store.lora import Loras
 from ptq.store.schema import Count, Positive, Schema, Share, parse
 
 FILE = "evaluation.json"
@@ -62,6 +63,7 @@ class RunSide(Schema):
     model: str | None = None
     settings: dict[str, Any] | None = None
     versions: dict[str, str] | None = None
+    lora: Loras = {}
 
 
 class Bootstrap(Schema):

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ptq.errors import PtqError
 from ptq.store.files import read_json
+from ptq.store.lora import Loras
 from ptq.store.schema import Count, Positive, Schema, parse
 
 FILE = "run.json"
@@ -34,11 +35,15 @@ class RunPlan(Schema):
 
 
 class RunInfo(Schema):
-    """The whole file. settings: fields of `ptq.generation.Settings`. digest: over all that decides pixels."""
+    """The whole file. settings: fields of `ptq.generation.Settings`. digest: over all that decides pixels.
+
+    lora: expert -> LoRA in its weights, merged for this run or before they were quantized.
+    """
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     model: str | None = None
     checkpoint: CheckpointInfo = CheckpointInfo()
+    lora: Loras = {}
     dataset: str | None = None
     settings: dict[str, str | int | float | bool | None] = {}
     versions: dict[str, str] = {}

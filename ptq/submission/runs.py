@@ -14,6 +14,7 @@ from ptq.prompts import unit_seed
 from ptq.report.facts import seen_in_calibration
 from ptq.store.evaluation import ROLES
 from ptq.store.files import digest, sha256_file
+from ptq.store.lora import describe_loras, lora_identity
 from ptq.store.run_info import RunInfo
 from ptq.store.run_manifest import FILE_KEYS, ManifestLine
 from ptq.submission.check import NotCheckedError
@@ -54,6 +55,10 @@ def check_identity(contents: Contents) -> str:
         raise DamagedFileError(
             f"the candidate run is of a {candidate.checkpoint.format} checkpoint, the weights are {weights.format}"
         )
+    if lora_identity(candidate.lora) != lora_identity(weights.loras):
+        raise DamagedFileError(
+            f"the candidate run names {describe_loras(candidate.lora) or 'no LoRA'}, the weights were quantized with {describe_loras(weights.loras) or 'none'}"
+        )
     if reference.checkpoint.format is not None or reference.checkpoint.digest in (None, weights.digest):
         raise DamagedFileError("the reference run is of a quantized checkpoint; it should be of the original model")
     for role, info in contents.infos.items():
@@ -64,6 +69,7 @@ def check_identity(contents: Contents) -> str:
             "dataset": info.dataset,
             "settings": info.settings,
             "versions": info.versions,
+            **lora_identity(info.lora),
         }
         if digest(decisive) != info.digest:
             raise DamagedFileError(f"runs/{role}/run.json was changed: its digest is not that of its settings")

@@ -14,6 +14,7 @@ import yaml
 from ptq.checkpoint.manifest import CARD_FILE, Manifest
 from ptq.store.evaluation import Evaluation
 from ptq.store.files import write_bytes
+from ptq.store.lora import describe_loras
 from ptq.ui import format_bytes
 from ptq.wan.variants import VARIANTS, variant_title
 
@@ -106,8 +107,14 @@ def _rows(manifest: Manifest, base: str, title: str) -> dict[str, str]:
         "in 4 bits": f"{coverage.parameter_share:.2%} of the Linear parameters, {coverage.flop_share:.2%} of the Linear FLOPs",
         "blocks in high precision": ", ".join(manifest.high_precision) or "none",
         "recipe": manifest.recipe_name,
+        **({"LoRA, merged before quantizing": _cell(describe_loras(merged))} if (merged := manifest.loras) else {}),
         "calibration": made_from,
     }
+
+
+def _cell(text: str) -> str:
+    """A file's name in a table of Markdown."""
+    return text.replace("|", "\\|").replace("`", "'")
 
 
 def _front_matter(manifest: Manifest, title: str) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptq.errors import PtqError
 from ptq.store.files import digest, files_below, read_json
+from ptq.store.lora import LoraInfo, LoraTable
+from ptq.store.schema import parse
 from ptq.wan.variants import EXPERTS
 
 if TYPE_CHECKING:
@@ -26,13 +29,15 @@ _PROVENANCE = ("ptq_manifest.json", "ptq_preset.json")
 class ModelIdentity:
     """Which weights a run uses. model: as the user named it. digest: hex SHA-256, see `identify_model`.
 
-    format: of a packed checkpoint, None for an unquantized model. weight_bytes: size on disk.
+    format: of a packed checkpoint, None for an unquantized model. weight_bytes: size on disk. loras: expert -> LoRA in
+    its weights: merged when the pipeline is loaded, or (packed) before it was quantized.
     """
 
     model: str
     digest: str
     format: str | None = None
     weight_bytes: int = 0
+    loras: Mapping[str, LoraInfo] = field(default_factory=dict)
 
 
 def identify_model(model: str, directory: str | Path) -> ModelIdentity:
@@ -58,7 +63,7 @@ def identify_model(model: str, directory: str | Path) -> ModelIdentity:
         total += size
         parts.append(f"{relative.as_posix()} {size} {_file_digest(path, size)}")
     whole = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return ModelIdentity(model, whole, _checkpoint_format(directory), total)
+    return ModelIdentity(model, whole, _checkpoint_format(directory), total, _quantized_with(directory))
 
 
 def base_model_identity(layout: ModelLayout, shards: dict[str, ShardSet]) -> dict[str, Any]:
@@ -79,6 +84,20 @@ def base_model_identity(layout: ModelLayout, shards: dict[str, ShardSet]) -> dic
         "configs": {name: digest(config) for name, config in layout.experts.items()},
         "files": files,
     }
+
+
+def _quantized_with(directory: Path) -> dict[str, LoraInfo]:
+    """LoRAs that the manifest of a packed checkpoint names.
+
+    Raises:
+        DamagedFileError: it names them as no version does.
+    """
+    manifest = directory / "ptq_manifest.json"
+    content = read_json(manifest) if manifest.is_file() else {}
+    calibration = content.get("calibration") if isinstance(content, dict) else None
+    named = calibration.get("lora") if isinstance(calibration, dict) else None
+    advice = "Copy the checkpoint again."
+    return {} if named is None else parse(LoraTable, {"lora": named}, manifest, advice).lora
 
 
 def _file_digest(path: Path, size: int) -> str:

@@ -17,7 +17,7 @@ from ptq.store.files import read_json
 from ptq.store.schema import parse
 from ptq.wan.block import BlockInput, block_inputs, check_size, width
 from ptq.wan.foreign import refuse_method, refuse_no_pipeline, refuse_relative
-from ptq.wan.presets import PRESET_FILE, ModelPreset, load_preset
+from ptq.wan.presets import PRESET_FILE, ModelPreset, load_preset, named_settings
 from ptq.wan.schema import PARTS, ExpertConfig, PipelineIndex, SchedulerConfig, VaeConfig
 from ptq.wan.variants import (
     EXPERTS,
@@ -96,14 +96,19 @@ class ModelLayout:
             raise UsageError(f"{self.path} is a text-to-video model; it cannot start from an image.")
         return asked or self.needs_image
 
-    def resolve_preset(self, **given: object) -> ModelPreset:
+    def resolve_preset(self, *, named: str | None = None, **given: object) -> ModelPreset:
         """The preset with what the user gave (None: nothing) in its places, and with what follows from that.
+
+        `named` is a name of `named_settings`, whose values stand where the user gave none.
 
         Where the variant's flow shift depends on the size and none was given, it is chosen by the size and said.
 
         Raises:
             UsageError: a value that a preset or this model cannot have.
         """
+        if named is not None:
+            settings = named_settings(named, self.boundary_ratio is not None)
+            given = settings | {name: value for name, value in given.items() if value is not None}
         if given.get("guidance_scale_2") is not None and self.boundary_ratio is None:
             raise UsageError("This model has one expert; leave out --guidance-scale-2.")
         preset = self.preset.with_overrides(**given)

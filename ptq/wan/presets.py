@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ptq.config.load import CONFIGS, load_yaml, validate
-from ptq.errors import UsageError
+from ptq.config.load import CONFIGS, list_configs, load_yaml, validate
+from ptq.errors import UsageError, shown
 from ptq.wan.variants import VARIANTS
 
 PRESET_FILE = "ptq_preset.json"
@@ -68,6 +68,18 @@ class ModelPreset(BaseModel):
         """
         given = {name: value for name, value in values.items() if value is not None}
         return validate(ModelPreset, self.model_dump() | given, "The settings on the command line")
+
+
+def named_settings(name: str, two_experts: bool) -> dict[str, Any]:
+    """Settings that are known under a name (`configs/presets/*.yaml`), for models of any variant.
+
+    Raises:
+        UsageError: no such name.
+    """
+    if name not in list_configs("presets"):
+        raise UsageError(f"There is no preset {shown(name)}; choose one of {', '.join(list_configs('presets'))}.")
+    settings = load_yaml(CONFIGS / "presets" / f"{name}.yaml")
+    return settings if two_experts else {key: value for key, value in settings.items() if key != "guidance_scale_2"}
 
 
 def load_preset(variant: str) -> ModelPreset:

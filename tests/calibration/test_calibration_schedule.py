@@ -25,6 +25,9 @@ def schedule_of(*lengths: int) -> list[Step]:
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=2), st.integers(1, 12), st.integers(0, 500))
 def test_one_step_of_every_stratum(lengths, count, prompt):
     schedule = schedule_of(*lengths)
+    if count == len(schedule):
+        assert choose_steps(schedule, count, prompt) == schedule
+        return
     shares = {0: count} if len(lengths) == 1 else {i: (count + (prompt + i + 1) % 2) // 2 for i in range(2)}
     if any(shares[i] > length for i, length in enumerate(lengths)):
         with pytest.raises(UsageError, match="serves only"):

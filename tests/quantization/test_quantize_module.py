@@ -243,3 +243,22 @@ def test_inputs_changed_in_place_are_not_shared_in_inference_mode():
 def test_a_lone_linear_is_refused_in_whole_sentences():
     with pytest.raises(UsageError, match=r"No Linear of Linear can be quantized to hif4: it is the whole model, "):
         ptq.quantize_module(nn.Linear(64, 64), [{"input": torch.randn(4, 64)}], format="hif4")
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_torchs_fast_path_does_not_read_the_weight(norm_first):
+    """nn.TransformerEncoderLayer in eval mode hands its Linears' weights to one fused kernel, unless one of them objects."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, norm_first=norm_first)
+    model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x, mask = torch.randn(4, 16, 64), torch.zeros(4, 16, dtype=torch.bool)
+    with torch.no_grad():
+        expected = model(x)
+        report = ptq.quantize_module(model, [{"src": x}], "mxfp4")
+        assert [one.name for one in report.layers] == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+        found, masked = model(x), model(x, src_key_padding_mask=mask)
+    error = (found - expected).square().sum() / expected.square().sum()
+    assert 1e-5 < error < 0.01
+    torch.testing.assert_close(masked, found)
+    with pytest.raises(UsageError, match="quantized already"):
+        ptq.quantize_module(model, [{"src": x}], "mxfp4", targets=["layers.0.linear1"])

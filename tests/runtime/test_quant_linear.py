@@ -6,11 +6,15 @@ error, at most 2^-22 of sum_k |x_k w_nk| for K = 256 (measured: 2^-25.4), plus t
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ptq import formats
+from ptq.errors import UsageError
 from ptq.runtime import PackedWeight, QuantLinear, cpu
 from ptq.scheme import Learned, Scheme, Smoothed
 from ptq.scheme.hadamard import hadamard_matrix
@@ -230,3 +234,41 @@ def test_it_is_called_as_the_linear_it_replaces() -> None:
     quantized = QuantLinear.from_codes(scheme.format.quantize(layer.weight.detach()), scheme, layer.bias.detach(), None)
     x = torch.randn(3, 64)
     assert torch.equal(quantized(input=x), quantized(x))
+
+
+def test_the_weight_answers_what_it_is_and_has_no_values() -> None:
+    layer, _ = make(rotated("mxfp4", 64, True))
+    assert isinstance(layer, nn.Linear) and "weight" not in layer.state_dict() and len(list(layer.parameters())) == 4
+    weight = layer.to(torch.bfloat16).weight
+    assert (weight.shape, weight.dtype, weight.device.type, weight.ndim) == ((N, K), torch.bfloat16, "cpu", 2)
+    assert weight.numel() == N * K and not weight.requires_grad and not hasattr(weight, "ds_shape")
+    assert "[24, 256]" in repr(weight) and copy.deepcopy(layer).weight.shape == weight.shape
+    assert layer.to("meta").weight.is_meta
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda layer: layer.weight.data,
+        lambda layer: layer.weight + 1,
+        lambda layer: layer.weight.float(),
+        lambda layer: layer.weight[0],
+        lambda layer: layer.weight.tolist(),
+        lambda layer: layer.weight.numpy(),
+        lambda layer: layer.weight.copy_(randn(N, K)),
+        lambda layer: nn.functional.linear(randn(2, K), layer.weight),
+        lambda layer: torch.zeros_like(layer.weight),
+        lambda layer: setattr(layer.weight, "data", randn(N, K)),
+        lambda layer: setattr(layer, "weight", nn.Parameter(randn(N, K))),
+        lambda layer: setattr(layer, "weight", None),
+        lambda layer: layer.reset_parameters(),
+    ],
+)
+def test_reading_or_writing_the_weight_is_refused(use: Callable[[QuantLinear], object]) -> None:
+    layer, _ = make(rotated("hif4", 64, False))
+    x, state = randn(3, K), {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    before = layer(x)
+    with pytest.raises(UsageError, match="4-bit codes"):
+        use(layer)
+    assert torch.equal(layer(x), before)
+    assert all(torch.equal(layer.state_dict()[name], tensor) for name, tensor in state.items())
