@@ -40,7 +40,17 @@ MAKE = ("--prompts", "in/prompts.txt", *SIZE, "--save-frames")
 STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "prompts": (("prompts", "in/prompts.txt", "--json"), ()),
     "calibrate": (
-        ("calibrate", "tiny", "--prompts", "in/prompts.txt", "--out", "out/cal", *SIZE, "--records-per-prompt", "2"),
+        (
+            "calibrate",
+            "tiny",
+            "--prompts",
+            "in/calibration.txt",
+            "--out",
+            "out/cal",
+            *SIZE,
+            "--records-per-prompt",
+            "2",
+        ),
         (),
     ),
     "quantize": (
@@ -123,7 +133,8 @@ class Bench:
         shutil.rmtree(self.work)
         (self.work / "in").mkdir(parents=True)
         (self.work / "out").mkdir()
-        shutil.copy(self.root / "prompts.txt", self.work / "in")
+        for prompts in self.root.glob("*.txt"):
+            shutil.copy(prompts, self.work / "in")
         for name in STAGES[stage][1]:
             source, target = self.store / name, self.work / "in" / name
             if source.is_dir():
@@ -317,9 +328,10 @@ def main() -> None:
     _import_everything()
     root = options.keep or Path(tempfile.mkdtemp(prefix="ptq-torture-"))
     root.mkdir(parents=True, exist_ok=True)
-    from ptq.tiny.grammar import held_out_prompts
+    from ptq.tiny.grammar import calibration_prompts, held_out_prompts
 
-    (root / "prompts.txt").write_text("\n".join(held_out_prompts(PROMPTS)) + "\n", encoding="utf-8")
+    for name, texts in (("prompts", held_out_prompts(PROMPTS)), ("calibration", calibration_prompts(PROMPTS))):
+        (root / f"{name}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     bench = Bench(root)
     bench.tmp.chmod(0o1777)
     bench.learn(_with_sources(stages))

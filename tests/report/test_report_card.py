@@ -35,9 +35,9 @@ def test_a_checkpoint_has_a_card_that_hubs_read(packed) -> None:
 
 
 def test_a_hub_model_is_named_as_base(packed) -> None:
-    manifest = read_manifest(packed["mxfp4"])
-    manifest.base_model["hub_id"] = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
-    manifest.variant = "I2V-A14B"
+    made = read_manifest(packed["mxfp4"])
+    base = {**made.base_model, "hub_id": "Wan-AI/Wan2.2-I2V-A14B-Diffusers"}
+    manifest = made.model_copy(update={"variant": "I2V-A14B", "base_model": base})
     card = model_card(manifest)
     head = front_matter(card)
     assert head["base_model"] == "Wan-AI/Wan2.2-I2V-A14B-Diffusers" and head["base_model_relation"] == "quantized"
@@ -71,7 +71,8 @@ def test_the_base_models_own_card_is_neither_taken_nor_written_over(random_pipel
     (model / CARD_FILE).write_text("the base model's")
     target = tmp_path / "target"
     target.mkdir()
-    copy_components(read_layout(model), target, link=link)
+    layout = read_layout(model)
+    copy_components(layout, target, layout.preset, link=link)
     assert (target / "model_index.json").exists()
     assert write_card(target, read_manifest(packed["mxfp4"])) and is_ours((target / CARD_FILE).read_bytes())
     assert (model / CARD_FILE).read_text() == "the base model's"

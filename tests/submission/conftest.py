@@ -184,15 +184,3 @@ def tampered(unpacked: Path, tmp_path: Path) -> Tampered:
         (os.link if os.path.getsize(source) > 100_000 else shutil.copyfile)(source, target)
 
     return Tampered(Path(shutil.copytree(unpacked, tmp_path / "tampered", copy_function=place)))
-
-
-def copy_measured(run: Path, target: Path, *, units: int) -> Path:
-    """A run of the first few units, as if no more had been asked for."""
-    shutil.copytree(run, target, ignore=shutil.ignore_patterns("state"))
-    manifest = next(target.glob("manifest-*.jsonl"))
-    lines = manifest.read_text().splitlines()[:units]
-    manifest.write_text("".join(f"{line}\n" for line in lines))
-    info = read_json(target / "run.json")
-    info["plan"]["units"] = units
-    write_json(target / "run.json", info)
-    return target

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import copy_measured
+from submission_helpers import copy_measured
 
 from ptq.checkpoint.manifest import MANIFEST_FILE, hash_files
 from ptq.errors import UsageError
