@@ -27,14 +27,14 @@ def test_the_comparison_sees_what_differs(tmp_path: Path):
     for name, seconds in (("a", 1), ("b", 2)):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "run.json").write_text(f'{{"seconds": {seconds}, "seed": 5}}')
+        (folder / "run.json").write_text(f'{{"seconds": {seconds}, "peak_memory_bytes": 7, "seed": 5}}')
         (folder / "weights").write_bytes(b"w")
     expected = [read_tree(tmp_path / name) for name in "ab"]
     found = tmp_path / "a"
     assert differences(read_tree(found), expected) == []
-    (found / "run.json").write_text('{"seconds": 3, "seed": 5}')
+    (found / "run.json").write_text('{"seconds": 3, "peak_memory_bytes": 8, "seed": 5}')
     assert differences(read_tree(found), expected) == []
-    (found / "run.json").write_text('{"seconds": 3, "seed": 6}')
+    (found / "run.json").write_text('{"seconds": 3, "peak_memory_bytes": 7, "seed": 6}')
     (found / "weights").write_bytes(b"v")
     (found / "weights").chmod(0o600)
     (found / ".weights.0a0a0a-5.part").touch()

@@ -21,8 +21,8 @@ from ptq.errors import PtqError, UsageError, describe_os_error
 MAY_BE_EMPTY = frozenset({"--negative-prompt"})
 """Options whose value may be an empty text. Everywhere else it is a shell variable that was not set."""
 _MEMORY_WORDS = re.compile(r"out of memory|allocate memory|bad_alloc|start new thread|failed to map segment", re.I)
-_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How libraries in Rust (safetensors, tokenizers) pass an error of the system on."""
+_SYSTEM_ERROR = re.compile(r"\(os error (?P<rust>\d+)\)|\bfile <(?P<path>[^>]*)>.*\((?P<torch>\d+)\)")
+"""How libraries in Rust (safetensors, tokenizers) and torch, which maps files, pass an error of the system on."""
 _UNNAMED = "Standard output, or a file that the system does not name"
 _BUG = "This is a mistake in ptq, not in what you did. Please report it with the lines above, the command, and what `ptq doctor --json` prints; what was finished is kept."
 
@@ -111,7 +111,9 @@ def explain(error: BaseException) -> str | None:
         where = None if error.filename is not None else _UNNAMED
         return f"{describe_os_error(error, where)} What was finished is kept."
     if wrapped and not isinstance(error, OSError):
-        return f"{describe_os_error(OSError(int(wrapped[1]), said), _UNNAMED)} What was finished is kept."
+        number = int(wrapped["rust"] or wrapped["torch"])
+        said = said if wrapped["path"] is None else os.strerror(number)
+        return f"{describe_os_error(OSError(number, said), wrapped['path'] or _UNNAMED)} What was finished is kept."
     if isinstance(error, OSError):
         return f"The system refused something: {said}. What was finished is kept; --debug shows where it happened."
     if isinstance(error, RecursionError):

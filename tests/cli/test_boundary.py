@@ -43,6 +43,10 @@ OutOfMemory = type("OutOfMemoryError", (RuntimeError,), {})
         (OSError(errno.EMFILE, "Too many open files", "/x"), "ulimit -n"),
         (OSError("the hub said no"), "the hub said no"),
         (ValueError("I/O error: No space left on device (os error 28)"), "Free some space"),
+        (
+            RuntimeError("unable to open file </x/r.safetensors> in read-only mode: Too many open files (24)"),
+            "/x/r.safetensors: Too many open files. This process may not open more files",
+        ),
         (MemoryError(), "not enough memory"),
         (OutOfMemory("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
