@@ -125,14 +125,14 @@ def test_numbers_out_of_range_are_refused_with_exit_code_2(option: str, value: s
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("quantize", "tiny", "--calibration", "c", "--format", "int4", "--out", "x"),
+        ("quantize", "tiny", "--calibration", "c", "--format", "nosuch", "--out", "x"),
         ("quantize", "tiny", "--calibration", "c", "--format", "hif4", "--out", "x", "--budget-scope", "some"),
         ("quantize", "tiny", "--calibration", "c", "--format", "hif4", "--out", "x", "--max-memory", "nan"),
         ("generate", "tiny", "--prompt", "a", "--out", "x", "--offload", "some"),
         ("generate", "tiny", "--prompt", "a", "--out", "x", "--dtype", "int1"),
         ("evaluate", "--reference", "a", "--candidate", "b", "--out", "x", "--suite", "other"),
-        ("evaluate", "--reference", "a", "--candidate", "b", "--out", "x", "--format", "int4"),
-        ("demo", "--format", "int4"),
+        ("evaluate", "--reference", "a", "--candidate", "b", "--out", "x", "--format", "nosuch"),
+        ("demo", "--format", "nosuch"),
         ("verify", "x.tar.gz", "--max-gb", "nan"),
     ],
 )

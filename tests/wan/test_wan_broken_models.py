@@ -205,12 +205,18 @@ def outputs(tmp_path: Path) -> Path:
     return tmp_path / "outputs"
 
 
-def commands(model: Path, outputs: Path) -> list[list[str]]:
+@pytest.fixture(scope="session")
+def records(packed: dict[str, Path]) -> Path:
+    """A finished calibration: it is read before the model is."""
+    return packed["hif4"].parent / "hif4-records"
+
+
+def commands(model: Path, records: Path, outputs: Path) -> list[list[str]]:
     """Each command with a model, with the machine's checks off: those of the model are no option."""
     tail = ["--out", str(outputs / "out"), "--device", "cpu", "--no-preflight"]
     return [
         ["calibrate", str(model), "--prompts", str(outputs / "p.txt"), *tail],
-        ["quantize", str(model), "--calibration", str(outputs), "--format", "hif4", *tail],
+        ["quantize", str(model), "--calibration", str(records), "--format", "hif4", *tail],
         ["generate", str(model), "--prompt", "a red ball", *tail],
         ["generate", str(model), "--prompt", "a red ball", *tail, "--dry-run"],
     ]
@@ -225,12 +231,12 @@ def refusal_of(run: Callable[[], Any]) -> str:
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_model_is_refused_by_every_way_in(case: str, tiny_copy: Path, outputs: Path) -> None:
+def test_a_broken_model_is_refused_by_every_way_in(case: str, tiny_copy: Path, records: Path, outputs: Path) -> None:
     change, says = BROKEN[case]
     change(tiny_copy)
     text = refusal_of(lambda: load_pipeline(tiny_copy))
     assert all(part in text for part in says), text
-    for command in commands(tiny_copy, outputs):
+    for command in commands(tiny_copy, records, outputs):
         assert refusal_of(lambda: _raise(command)) == text  # noqa: B023
     assert [file.name for file in outputs.iterdir()] == ["p.txt"]
 
@@ -274,12 +280,12 @@ def test_whole_models_of_other_makes_pass(change: Callable[[Path], Any], tiny_co
     assert pipeline.text_encoder.shared.weight.std() > 0
 
 
-def test_a_model_of_one_expert_records_and_generates(tiny_copy: Path, outputs: Path) -> None:
+def test_a_model_of_one_expert_records_and_generates(tiny_copy: Path, records: Path, outputs: Path) -> None:
     """The layout of Wan 2.1, made of one expert of two."""
     edit("model_index.json", transformer_2=[None, None], boundary_ratio=None)(tiny_copy)
     remove("transformer_2")(tiny_copy)
     edit("ptq_preset.json", variant="T2V-1.3B", guidance_scale_2=None)(tiny_copy)
-    for command in commands(tiny_copy, outputs)[::2]:
+    for command in commands(tiny_copy, records, outputs)[::2]:
         command[command.index("--out") + 1] = str(outputs / command[0])
         result = CliRunner().invoke(app, [*command, "--steps", "4"])
         assert result.exit_code == 0, result.exception
