@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,18 @@ COMMANDS = {
     "doctor": (),
     "bench": ("quantize",),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def signals_arrive() -> Iterator[None]:
+    """Where the tests run under `nohup` or behind `&`, signals are ignored, and would be in every child."""
+    ignored = {number: signal.getsignal(number) for number in SIGNALS}
+    ignored = {number: handler for number, handler in ignored.items() if handler == signal.SIG_IGN}
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in ignored.items():
+        signal.signal(number, handler)
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
