@@ -19,8 +19,9 @@ NARROWEST = 20
 
 def make_console(*, stderr: bool = False) -> Console:
     """A console of standard output or error that is at least `NARROWEST` wide."""
-    found = Console(stderr=stderr, highlight=False)
-    return found if found.width >= NARROWEST else Console(stderr=stderr, highlight=False, width=NARROWEST)
+    # No emoji: ":ring:" in a prompt is text, and their table is a file that an error for want of files could not open.
+    found = Console(stderr=stderr, highlight=False, emoji=False)
+    return found if found.width >= NARROWEST else Console(stderr=stderr, highlight=False, emoji=False, width=NARROWEST)
 
 
 console = make_console()

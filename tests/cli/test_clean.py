@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,10 @@ def test_only_ui_prints():
             if isinstance(node, ast.Attribute) and node.attr in ("print", "out", "print_json"):
                 owner = ast.unparse(node.value)
                 assert owner not in ("ui.console", "ui.stderr", "console", "stderr"), f"{path}:{node.lineno}"
+
+
+def test_colons_are_text():
+    """rich would make an emoji of it, from a table that it opens when the first text is shown."""
+    code = "import sys\nfrom ptq import ui\nui.error('a :smile: ring')\nui.details('t', {'k': ':smile:'})\nassert 'rich._emoji_codes' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and "a :smile: ring" in result.stderr and ":smile:" in result.stdout, result.stderr
