@@ -44,7 +44,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = _temporary(path)
     with _writing(path), at_end(lambda: _remove(temporary)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep_once(path.parent)
+        sweep_once(path.parent)
         yield temporary
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
@@ -63,7 +63,7 @@ def temporary_directory(parent: Path, name: str) -> Iterator[Path]:
     with at_end(lambda: _remove(path)):
         with _writing(parent):
             parent.mkdir(parents=True, exist_ok=True)
-            _sweep_once(parent)
+            sweep_once(parent)
             _remove(path)
             path.mkdir()
         yield path
@@ -90,7 +90,7 @@ def sweep_partials(directory: Path, targets: Container[Path] | None = None) -> N
 _swept: set[str] = set()
 
 
-def _sweep_once(directory: Path) -> None:
+def sweep_once(directory: Path) -> None:
     """The first time that this process writes into a folder, remove what ended processes of this machine left in it."""
     real = os.path.realpath(directory)
     if real in _swept:

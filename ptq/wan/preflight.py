@@ -19,7 +19,7 @@ import psutil
 from ptq import ui
 from ptq.checkpoint.manifest import package_versions
 from ptq.errors import PtqError, UsageError
-from ptq.store.files import write_bytes
+from ptq.store.files import sweep_once, write_bytes
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,14 @@ def check_trial(out: Path, device: str, format_name: str, state: Path | None) ->
     """The trial checkpoint, unless `state` notes that it passed with the same machine, device, format and libraries."""
     made_with = {"host": platform.node(), "device": device, "format": format_name, "versions": package_versions()}
     text = json.dumps(made_with, indent=2).encode()
-    note = None if state is None else state / TRIAL_FILE
+    note, folder = None if state is None else state / TRIAL_FILE, existing_parent(out.absolute().parent)
+    sweep_once(folder)  # also where no trial follows: what a process left that could not even empty its own
     if note is not None and note.is_file() and note.read_bytes() == text:
         return []
     from ptq.wan.trial import run_trial
 
     try:
-        run_trial(existing_parent(out.absolute().parent), format_name, device)
+        run_trial(folder, format_name, device)
     except PtqError as error:
         return [str(error)]
     if note is not None:

@@ -1,5 +1,7 @@
 """Preflight finds every problem at once, says what to do, and leaves nothing behind."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -64,6 +66,18 @@ def test_a_trial_that_passed_is_not_repeated(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(preflight_module, "package_versions", lambda: {"torch": "9.9"})
     preflight(Needs, out, "cpu", "mxfp4", state=state)
     assert len(tried) == 3
+
+
+def test_what_a_killed_trial_left_goes_also_where_no_trial_follows(tmp_path: Path, monkeypatch):
+    out, state = tmp_path / "out", tmp_path / "out" / "state"
+    preflight(Needs, out, "cpu", state=state)
+    code = f"import os, signal\nfrom pathlib import Path\nfrom ptq.store.files import temporary_directory\nwith temporary_directory(Path({str(tmp_path)!r}), 'ptq-preflight') as folder:\n    (folder / 'x').touch()\n    os.kill(os.getpid(), signal.SIGKILL)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert {path.name for path in tmp_path.iterdir()} > {"out"}
+    monkeypatch.setattr("ptq.store.files._swept", set())  # the next command is another process
+    monkeypatch.setattr("ptq.wan.trial.run_trial", lambda *arguments: pytest.fail("it is noted"))
+    preflight(Needs, out, "cpu", state=state)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_disk_that_returns_other_bytes_is_noticed(tmp_path: Path, monkeypatch):
