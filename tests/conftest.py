@@ -7,7 +7,7 @@ still reach both experts.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,16 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_names() -> Iterator[None]:
+    """What a test registers is taken back: the next module of the process, whichever that is, sees what ships."""
+    from ptq import known
+
+    yield
+    assert list(known.FORMATS) == ["mxfp4", "hif4"]
+    assert list(known.TRANSFORMS) == ["none", "hadamard", "smoothed", "learned"]
 
 
 class RandomPipelines(dict[str, Path]):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ptq import known
 from ptq.errors import PtqError
 from ptq.scheme import (
     FORMATS,
@@ -287,6 +288,8 @@ class Int4(Format):
 def own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ptq.scheme.transform.TRANSFORMS", dict(TRANSFORMS))
     monkeypatch.setattr("ptq.scheme.format.FORMATS", dict(FORMATS))
+    monkeypatch.setattr("ptq.known.TRANSFORMS", dict(known.TRANSFORMS))
+    monkeypatch.setattr("ptq.known.FORMATS", dict(known.FORMATS))
     register_transform(Reversed)
     register_format(Int4())
 
