@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections.abc import Collection
 from pathlib import Path
 
 from ptq.store.ending import at_end
@@ -60,6 +61,15 @@ class Claims:
         if held is not None and self._shard_of(held) == self._shard.tag:  # else: another process took it over meanwhile
             held.unlink(missing_ok=True)
 
+    def sweep(self, finished: Collection[str]) -> None:
+        """Remove the dead claims of units with these file stems: their process was killed after the unit's last file."""
+        if any(path.name.removesuffix(_CLAIM_SUFFIX) in finished for path in self._all()):
+            with directory_mutex(self._state):
+                for path in self._all():
+                    stem = path.name.removesuffix(_CLAIM_SUFFIX)
+                    if stem in finished and not self.is_held_elsewhere(stem):
+                        path.unlink(missing_ok=True)
+
     def is_held_elsewhere(self, stem: str) -> bool:
         """Whether a process that still gives signs of life claims this unit.
 
@@ -89,6 +99,9 @@ class Claims:
         probe = self._state / f"clock-{self._shard.tag}"
         probe.touch()
         return probe.stat().st_mtime
+
+    def _all(self) -> list[Path]:
+        return sorted(self._state.glob(f"*{_CLAIM_SUFFIX}"))
 
     def _path(self, stem: str) -> Path:
         return self._state / f"{stem}{_CLAIM_SUFFIX}"

@@ -133,6 +133,7 @@ def run_generation(
         manifests.drop_torn_line()
         manifests.refresh()
         pending = select_pending(directory.path, manifests, own, settings)
+        claims.sweep({unit.stem for unit in own} - {unit.stem for unit in pending})
         summary.kept = len(own) - len(pending)
         _warn_about_disk(directory, len(pending) * unit_bytes(settings))
         others = [unit for i, unit in enumerate(units) if i % shard.count != shard.index] if take_over else []

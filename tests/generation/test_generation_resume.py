@@ -15,6 +15,7 @@ from generation_helpers import MODEL, SETTINGS, file_digests, lines, make_sample
 
 from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.generation import ModelIdentity, plan_run, read_status, run_generation
+from ptq.store.sharding import Shard
 
 
 def never_load():
@@ -57,6 +58,18 @@ def test_what_a_kill_in_mid_write_leaves_is_cleaned_up(pipe_dir: Path, whole_run
     assert run(pipe_dir, out, make_samples(4)).done == 1
     assert file_digests(out) == file_digests(whole_run)
     assert [line["unit"] for line in lines(out)] == [f"world/s{i}/0" for i in range(4)]
+
+
+def test_the_claim_of_a_unit_that_was_finished_before_the_kill_is_swept(whole_run: Path, tmp_path: Path):
+    out = copy_run(whole_run, tmp_path / "run")
+    for stem, tag in {"s3-0": "0of1", "s2-0": "1of2"}.items():
+        (out / "state" / f"{stem}.claim").write_text(f'{{"shard": "{tag}"}}')
+    run_generation(never_load, make_samples(4), SETTINGS, out, model=MODEL)
+    assert not list((out / "state").glob("*.claim"))
+    (out / "state" / "s2-0.claim").write_text('{"shard": "1of2"}')  # in a living shard's hands
+    (out / "state" / "s0-0.claim").write_text('{"shard": "0of2"}')
+    summary = run_generation(never_load, make_samples(4), SETTINGS, out, model=MODEL, shard=Shard(0, 2))
+    assert summary.kept == 2 and [path.name for path in (out / "state").glob("*.claim")] == ["s2-0.claim"]
 
 
 def test_a_finished_run_loads_nothing(whole_run: Path):
