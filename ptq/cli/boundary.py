@@ -81,7 +81,7 @@ def report(error: BaseException, *, debug: bool = False) -> int:
     text = explain(error)
     frames = "".join(traceback.format_exception(error)).rstrip() if text is None or debug else ""
     _let_go(error)
-    with contextlib.suppress(OSError):  # nothing can be written any more, not even this: the exit code still can be told
+    with contextlib.suppress(OSError):  # where this cannot be written either, the exit code still tells
         if frames:
             ui.plain(frames)
         if isinstance(error, KeyboardInterrupt):
