@@ -74,6 +74,18 @@ def test_named_values_are_folded_not_cut(monkeypatch) -> None:
     assert "0123456789abcdef" * 4 in re.sub(r"[\s│]+", "", stream.getvalue())
 
 
+def test_a_bar_of_80_columns_shows_counts_time_left_and_the_whole_note(monkeypatch) -> None:
+    stream = io.StringIO()
+    terminal = Console(file=stream, width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr(importlib.import_module("ptq.ui.progress"), "stderr", terminal)
+    with ui.progress("Generating shard 12/32", 12345) as bar:
+        bar.advance(12344, note="video 1234/1235, step 10/10, 125s left of this video")
+    last = re.sub(r"\x1b\[[0-9?;]*[A-Za-z]", "", stream.getvalue()).rsplit("Generating", 1)[1]
+    assert "12344/12345" in last and re.search(r"\d:\d\d:\d\d left|-:--:-- left", last), last
+    words = last.split()
+    assert "…" not in last and {"1234/1235,", "10/10,", "125s"} <= set(words), last
+
+
 def commands(group, path=()):
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
