@@ -10,22 +10,25 @@ from ptq.cli.main import app
 from ptq.errors import UsageError
 
 
-@pytest.mark.parametrize("model", ["tiny-outliers", "tiny-i2v"])
-def test_the_whole_job(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "formats"), [("tiny-outliers", ["hif4", "mxfp4"]), ("tiny-i2v", ["mxfp4"])])
+def test_the_whole_job(model: str, formats: list[str], tmp_path: Path) -> None:
     out = tmp_path / "demo"
     arguments = ["demo", "--model", model, "--units", "2", "--out", str(out), "--json"]
+    if len(formats) == 1:
+        arguments += ["--format", formats[0]]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert set(json.loads(result.stdout)) == {"rtn", "hif4", "mxfp4"}
+    assert set(json.loads(result.stdout)) == {"rtn", *formats}
     runs = {path.name: (path / "manifest-0of1.jsonl").read_text() for path in (out / "videos").iterdir()}
-    assert set(runs) == {"original", "rtn", "hif4", "mxfp4"}
+    assert set(runs) == {"original", "rtn", *formats}
     lines = {name: [json.loads(line) for line in text.splitlines()] for name, text in runs.items()}
     keys = ("unit", "seed", "latent_sha256", "image_sha256")
     paired = {name: [tuple(line[key] for key in keys) for line in found] for name, found in lines.items()}
-    assert paired["original"] == paired["rtn"] == paired["hif4"] == paired["mxfp4"] and len(paired["original"]) == 2
+    assert all(units == paired["original"] for units in paired.values()) and len(paired["original"]) == 2
     assert all((image is not None) == (model == "tiny-i2v") for *_, image in paired["original"])
     assert not (out / "results" / "rtn").exists()
-    for name in ("hif4", "mxfp4"):
+    assert (out / "picture.png").stat().st_size > 10_000
+    for name in formats:
         assert len(list((out / "side-by-side" / name).glob("*.mp4"))) == 2
         results = out / "results" / name
         assert {path.name for path in results.iterdir()} == {"report.html", "report.pdf", "submission.tar.gz"}
