@@ -44,11 +44,13 @@ def commands() -> str:
 
 def _sections(group: typer.core.TyperGroup, prefix: str) -> list[str]:
     sections: list[str] = []
+    from ptq.cli.help import HelpContext
+
     for name, command in group.commands.items():
         path = f"{prefix} {name}"
         if isinstance(command, typer.core.TyperGroup):
             sections += _sections(command, path)
             continue
-        context = typer.Context(command, info_name=path, terminal_width=WIDTH, max_content_width=WIDTH)
+        context = HelpContext(command, info_name=path, terminal_width=WIDTH, max_content_width=WIDTH)
         sections.append(f"## {path}\n\n```text\n{command.get_help(context)}\n```")
     return sections

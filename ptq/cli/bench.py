@@ -9,6 +9,7 @@ import typer
 from ptq import ui
 from ptq.cli import options
 from ptq.cli.common import print_json
+from ptq.cli.help import Command
 from ptq.errors import UsageError
 
 bench_app = typer.Typer(help="Measure the speed of quantization and of quantized layers on this machine.")
@@ -19,7 +20,7 @@ def bench() -> None:
     """Measure the speed of quantization and of quantized layers on this machine."""
 
 
-@bench_app.command()
+@bench_app.command(cls=Command)
 def linear(
     shape: Annotated[
         list[str] | None,
@@ -84,7 +85,7 @@ def linear(
         )
 
 
-@bench_app.command()
+@bench_app.command(cls=Command)
 def quantize(
     shape: Annotated[
         list[str] | None,

@@ -18,18 +18,23 @@ if TYPE_CHECKING:
     from ptq.store.calibration import CalibrationSet
     from ptq.store.evaluation import Evaluation
 
-MODELS = ("tiny", "tiny-i2v")
+MODELS = ("tiny-outliers", "tiny", "tiny-i2v")
+BASELINE = "rtn"
+"""The recipe that the defaults are shown beside: plain rounding, in the first format."""
 CALIBRATION_PROMPTS = 16
+PICTURE = "picture.png"
+"""Name of the picture in the demo's directory."""
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """One format's outcome, and where everything is (`results`: report and submission)."""
+    """One recipe's outcome, and where everything is (`results`: report and submission; None for the baseline)."""
 
+    name: str
     manifest: Manifest
     evaluation: Evaluation
     checkpoint: Path
-    results: Path
+    results: Path | None
 
 
 class DemoJob:
@@ -38,7 +43,7 @@ class DemoJob:
     Args:
         out: the directory.
         units: held-out prompts that are generated and judged.
-        model: one of MODELS; tiny-i2v starts every video from a rendered first frame.
+        model: one of MODELS; tiny-outliers has the channel outliers of large models, tiny-i2v starts from rendered frames.
     """
 
     def __init__(self, out: Path, units: int, model: str = MODELS[0]) -> None:
@@ -49,15 +54,18 @@ class DemoJob:
         self.from_image = self.layout.needs_image
 
     def run(self, formats: Sequence[str]) -> list[DemoResult]:
-        """Record once, generate the original once, then quantize, generate and evaluate each format."""
+        """Record once, generate the original once, then quantize, generate and evaluate: plain rounding, then each format."""
         from ptq.tiny.grammar import calibration_prompts, held_out_prompts
 
         calibration_file = self._write_prompts("calibration", calibration_prompts(CALIBRATION_PROMPTS))
         held_out = self._write_prompts("held-out", held_out_prompts(self.units))
         records = self._calibrate(calibration_file)
-        checkpoints = {name: self._quantize(name, records) for name in formats}
+        recipes = {BASELINE: formats[0]} | {name: name for name in formats}
+        checkpoints = {recipe: self._quantize(recipe, name, records) for recipe, name in recipes.items()}
         reference = self._generate("original", self.model, held_out)
-        return [self._judge(name, checkpoints[name], reference, held_out) for name in formats]
+        results = [self._judge(recipe, checkpoints[recipe], reference, held_out) for recipe in recipes]
+        self._draw(reference, results)
+        return results
 
     def _write_prompts(self, name: str, prompts: Sequence[str]) -> Path:
         from ptq.tiny.grammar import write_prompt_file
@@ -74,18 +82,19 @@ class DemoJob:
         record_plan(plan, self.out / "calibration")
         return CalibrationSet(self.out / "calibration")
 
-    def _quantize(self, name: str, records: CalibrationSet) -> Path:
+    def _quantize(self, recipe_name: str, format_name: str, records: CalibrationSet) -> Path:
         from ptq.checkpoint.manifest import MANIFEST_FILE
         from ptq.config import load_recipe
         from ptq.quantization.job import Job
         from ptq.quantization.run import quantize
         from ptq.quantization.settings import QuantizeSettings
 
-        out = self.out / name
+        out = self.out / recipe_name
         if not (out / MANIFEST_FILE).exists():
-            ui.info(f"2. Quantizing to {name}")
-            recipe = load_recipe(name, name)
-            settings = QuantizeSettings(name, recipe, name, {expert: {} for expert in self.layout.experts})
+            ui.info(f"2. Quantizing to {format_name}, recipe {recipe_name}")
+            recipe = load_recipe(recipe_name, format_name)
+            blocks: dict[str, dict[int, str]] = {expert: {} for expert in self.layout.experts}
+            settings = QuantizeSettings(format_name, recipe, recipe_name, blocks)
             quantize(Job(self.layout, records, settings, out))
         return out
 
@@ -110,8 +119,20 @@ class DemoJob:
         ui.info(f"4. Evaluating {name} against the original")
         evaluation = evaluate_runs(reference, candidate, self.out / "evaluation" / name, suite="tiny")
         write_side_by_side(reference, candidate, self.out / "side-by-side" / name, self.layout.preset.fps)
-        results = self._report(name, checkpoint, evaluation.verdict)
-        return DemoResult(read_manifest(checkpoint), evaluation, checkpoint, results)
+        results = None if name == BASELINE else self._report(name, checkpoint, evaluation.verdict)
+        return DemoResult(name, read_manifest(checkpoint), evaluation, checkpoint, results)
+
+    def _draw(self, reference: Path, results: Sequence[DemoResult]) -> None:
+        """The original's frames above those of every recipe, with its verdict."""
+        from ptq.report.picture import write_picture
+
+        runs = {"original": reference}
+        for one in results:
+            loss = one.evaluation.deciding
+            what = f"{one.manifest.format}, {'plain rounding' if one.name == BASELINE else 'default recipe'}"
+            said = f"{one.evaluation.verdict}" + ("" if loss is None else f", loss {loss.value:.1%}")
+            runs[f"{what}\n{said}"] = self.out / "videos" / one.name
+        write_picture(runs, self.out / PICTURE)
 
     def _report(self, name: str, checkpoint: Path, verdict: str | None) -> Path:
         """Page, technical report and submission of one format; the submission of a gate that did not pass is marked."""

@@ -6,6 +6,7 @@ Of any other model the archive has no more than a digest.
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import chain
 from pathlib import Path
 
 from ptq.checkpoint.shards import ShardSet
@@ -16,6 +17,8 @@ from ptq.submission.contents import Contents
 from ptq.tiny import embedded
 from ptq.wan.identity import ModelIdentity, base_model_identity, identify_model
 from ptq.wan.layout import read_layout
+from ptq.wan.loading import OUTLIERS
+from ptq.wan.outliers import outlier_directory
 
 INDEX = "model_index.json"
 
@@ -23,7 +26,11 @@ INDEX = "model_index.json"
 def embedded_original(contents: Contents) -> tuple[Path, ModelIdentity] | None:
     """The embedded model that the reference run was made with, or None."""
     wanted = contents.infos["reference"].checkpoint.digest
-    found = ((directory, identify_model(directory.name, directory)) for directory in embedded())
+    named = contents.infos[
+        "reference"
+    ].model  # what it claims to be: only with that name are outliers planted, to compare
+    planted = (outlier_directory(directory) for directory in embedded() if named == directory.name + OUTLIERS)
+    found = ((directory, identify_model(directory.name, directory)) for directory in chain(embedded(), planted))
     return next(((directory, one) for directory, one in found if one.digest == wanted), None)
 
 

@@ -5,8 +5,11 @@ Every text passes `clean` here; nothing else in the package prints.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -27,7 +30,9 @@ def make_console(*, stderr: bool = False) -> Console:
 console = make_console()
 stderr = make_console(stderr=True)
 _NARROW, _RULED = 9, 3
-"""Characters that a first column can be read in, and those of a column's margins and rule."""
+"""Characters that a column of words can be read in, and those of a column's margins and rule."""
+_NUMBER = re.compile(r"[\[(]?[-+]?\d[\d.,:eEx%+-]*[\])]?,?")
+"""A word of a cell that must stay whole."""
 
 
 def info(message: str) -> None:
@@ -59,6 +64,8 @@ def say(text: str, lead: str = "", style: str = "bold") -> None:
 def details(title: str, values: Mapping[str, object]) -> None:
     """Print named values to stdout, one a line."""
     result = Table(title=escape(clean(title)), title_justify="left", show_header=False)
+    for _ in range(2):
+        result.add_column(overflow="fold")
     for name, value in values.items():
         result.add_row(escape(clean(name)), escape(clean(str(value))))
     console.print(result)
@@ -67,17 +74,45 @@ def details(title: str, values: Mapping[str, object]) -> None:
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: bool = True) -> None:
     """Print a result table to stdout; the first column is left-aligned, the others right-aligned if they are `numbers`.
 
-    Where the others fit beside a narrow first column, only that one is broken over lines.
+    Where it is too wide the first column is broken over lines, then the widest others, but no number and no heading. Where
+    that is not enough the rows are printed as lines, one a cell.
     """
     texts = [[clean(str(cell)) for cell in row] for row in rows]
-    lengths = [max(map(len, cells)) for cells in zip(columns, *texts, strict=True)]
-    fits = _NARROW + sum(lengths[1:]) + _RULED * len(columns) < console.width
+    headings = [clean(column) for column in columns]
+    widths = _widths(list(zip(headings, *texts, strict=True)), console.width - _RULED * len(columns) - 1)
+    if widths is None:
+        say(clean(title))
+        for row in texts:
+            say("")
+            for heading, cell in zip(headings, row, strict=True):
+                say(cell, lead=f"{heading}: ", style="dim")
+        return
     result = Table(title=escape(clean(title)), title_justify="left")
-    for index, column in enumerate(columns):
-        right = numbers and index > 0
-        result.add_column(
-            escape(clean(column)), justify="right" if right else "left", overflow="fold", no_wrap=right and fits
-        )
+    for index, (heading, width) in enumerate(zip(headings, widths, strict=True)):
+        justify: Literal["left", "right"] = "right" if numbers and index > 0 else "left"
+        result.add_column(escape(heading), justify=justify, overflow="fold", width=width)
     for row in texts:
         result.add_row(*map(escape, row))
     console.print(result)
+
+
+def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int] | None:
+    """Characters of each column (its heading, then its cells), `room` at most together; None where they do not fit."""
+    widths = [max(map(cell_len, cells)) for cells in columns]
+    least = [
+        max(
+            [
+                min(_NARROW, width),
+                *(cell_len(word) for word in cells[0].split()),
+                *(cell_len(word) for cell in cells[1:] for word in cell.split() if _NUMBER.fullmatch(word)),
+            ]
+        )
+        for width, cells in zip(widths, columns, strict=True)
+    ]
+    if sum(least) > room:
+        return None
+    widths[0] = max(least[0], widths[0] - max(0, sum(widths) - room))
+    while sum(widths) > room:
+        widest = max((i for i in range(len(widths)) if widths[i] > least[i]), key=widths.__getitem__)
+        widths[widest] -= 1
+    return widths

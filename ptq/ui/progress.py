@@ -7,14 +7,17 @@ import time
 from collections.abc import Iterator
 
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 from ptq.ui.clean import clean
 from ptq.ui.console import info, stderr
 
 PLAIN_INTERVAL_S = 10.0
 """Where stderr is no terminal, a line at most this often."""
+_BAR = 10
+"""Characters of the bar: at 80 columns the note beside it is broken over two lines, and nothing is cut."""
 
 
 class Progress:
@@ -48,13 +51,13 @@ def progress(description: str, total: int) -> Iterator[Progress]:
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=_BAR),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[note]}"),
+        TextColumn("left"),
+        TextColumn("[dim]{task.fields[note]}", table_column=Column(ratio=1, overflow="fold")),
     )
-    with RichProgress(*columns, console=stderr) as bar:
+    with RichProgress(*columns, console=stderr, expand=True) as bar:
         yield Progress(description, total, bar)
 
 

@@ -9,7 +9,8 @@ columns where it is consumed plants one without changing what the model computes
 - input of attn2.to_q: weight and bias of the affine norm2, with the columns of attn2.to_q;
 - inputs of attn1.to_out.0 and attn2.to_out.0: rows of to_v, with the columns of to_out.
 
-The input of ffn.net.2 comes out of a GELU and cannot be rescaled. Results are float32: 1 + scale does not round nicely.
+The input of ffn.net.2 comes out of a GELU and cannot be rescaled. Factors are powers of two, so every product is exact and the
+files are the same on every machine; only 1 + scale rounds, in float32, in which results are stored.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ SEED = 20
 """Of channels and factors."""
 CHANNELS = 4
 """Outlier channels of each input."""
-FACTORS = (30.0, 100.0)
-"""Range of their size, times that of the other channels; log-uniform."""
+FACTORS = (16.0, 32.0, 64.0)
+"""Their sizes, times those of the other channels: powers of two around the 20 to 60 that tell recipes apart (docs/quality.md)."""
 MODULATED = {("attn1.to_q", "attn1.to_k", "attn1.to_v"): (0, 1), ("ffn.net.0.proj",): (3, 4)}
 """Linears behind a modulated norm -> chunks of the modulation vector with its shift and its scale."""
 
@@ -44,7 +45,7 @@ def plant_outliers(state: dict[str, Tensor], num_blocks: int, seed: int = SEED) 
     Args:
         state: tensor name -> tensor, all of an expert.
         num_blocks: its transformer blocks.
-        seed: of channels and factors; `CHANNELS` channels of each input get a factor in `FACTORS`.
+        seed: of channels and factors; `CHANNELS` channels of each input get one of `FACTORS`.
     """
     state = {name: tensor.float().clone() for name, tensor in state.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -80,11 +81,10 @@ def _plant_in_block(state: dict[str, Tensor], index: int, width: int, generator:
 
 
 def _factors(width: int, generator: torch.Generator) -> Tensor:
-    """Ones, except `CHANNELS` random channels with log-uniform factors."""
+    """Ones, except `CHANNELS` random channels, each with one of `FACTORS`."""
     channels = torch.randperm(width, generator=generator)[:CHANNELS]
-    low, high = (torch.tensor(f).log() for f in FACTORS)
     s = torch.ones(width)
-    s[channels] = (low + (high - low) * torch.rand(CHANNELS, generator=generator)).exp()
+    s[channels] = torch.tensor(FACTORS)[torch.randint(len(FACTORS), (CHANNELS,), generator=generator)]
     return s
 
 
@@ -107,8 +107,11 @@ def make_outlier_pipeline(source: ModelLayout, out: Path) -> Path:
             entries = read_header(scratch)
             write_component(partial / expert, [entries[name] for name in shards.entries], MAX_SHARD_BYTES)
             scratch.unlink()
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
+        try:
+            partial.rename(out)
+        except OSError:
+            if not out.is_dir():  # another process was first: its files are the same
+                raise
     return out
 
 

@@ -172,7 +172,7 @@ REFUSED = [
     ("status full", "full"),
     ("doctor full", "full"),
     ("demo --format int3", "Unknown format 'int3'"),
-    ("demo --model large", "The demo runs on tiny or tiny-i2v"),
+    ("demo --model large", "The demo runs on tiny-outliers, tiny or tiny-i2v"),
     ("bench linear --shape 5x5", "multiple of 64"),
     ("bench quantize --shape 5", "multiple of 64"),
 ]
@@ -187,7 +187,7 @@ FIRST_LINES = [
     ("verify archive.tar.gz", "Checking archive.tar.gz, generating one unit again."),
     ("export packed --to bf16 --out new", "Exporting packed for bf16."),
     ("doctor", "Looking at this machine."),
-    ("demo --format hif4", "Running the whole job on tiny for hif4, in demo-out."),
+    ("demo --format hif4", "Running the whole job on tiny-outliers for hif4, in demo-out."),
     ("bench linear", "Timing linear layers."),
     ("bench quantize", "Timing quantize + pack"),
 ]

@@ -99,4 +99,4 @@ def test_outlier_planting_keeps_the_function_and_plants_outliers(model, tmp_path
         for layer in ("attn1.to_q", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ffn.net.0.proj"):
             ratio = seen[f"planted {layer}"] / seen[f"original {layer}"]
             factors = ratio[ratio > 2]
-            assert len(factors) == 4 and FACTORS[0] * 0.9 < factors.min() <= factors.max() < FACTORS[1] * 1.1
+            assert len(factors) == 4 and FACTORS[0] * 0.9 < factors.min() <= factors.max() < FACTORS[-1] * 1.1
