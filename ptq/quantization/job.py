@@ -37,9 +37,6 @@ from ptq.wan.merge import MergedShards
 from ptq.wan.presets import SAMPLING, ModelPreset
 from ptq.wan.replay import ExpertReplay
 
-STREAM_BYTES = 4
-"""Hidden states of both streams are counted in float32."""
-
 
 @dataclass(frozen=True)
 class QuantizeOptions:
@@ -205,7 +202,7 @@ class Job:
     def stream_bytes(self, expert: str) -> int:
         """Bytes of both streams of hidden states of an expert's records."""
         tokens = self.call_size(expert).tokens
-        return 2 * STREAM_BYTES * self.layout.width(expert) * tokens * self.used_records(expert)
+        return 2 * self.options.dtype.itemsize * self.layout.width(expert) * tokens * self.used_records(expert)
 
     def coverage(self) -> Coverage:
         """How much of the model is W4A4, over all experts. Linear parameters are 2-D weights of the experts (embedders and

@@ -6,6 +6,7 @@ while statistics are collected, or its widest input is solved.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,22 +17,27 @@ from ptq.quantization.job import Job
 from ptq.quantization.placing import Place, choose_place
 from ptq.quantization.probe import Rates, probe
 from ptq.solvers.basis import SEARCH_ROWS
+from ptq.solvers.scales import CHUNK_ELEMENTS, CHUNK_ELEMENTS_CUDA
 from ptq.store.files import files_below
 from ptq.store.lora import describe_loras
-from ptq.wan.estimates import (
-    LIBRARY_BYTES,
-    denoiser_activation_bytes,
-    forward_flops,
-    hessian_flops,
-    solve_flops,
-)
+from ptq.wan.block import BLOCKS
+from ptq.wan.estimates import LIBRARY_BYTES, forward_flops, hessian_flops, solve_flops
 from ptq.wan.preflight import Needs
+from ptq.wan.replay import CACHED_CONTEXT_BYTES
 
-FACTOR_COPIES = 4
-"""Matrices of an input's size alive while it is factorised: Hessian, the same in the basis, what is factorised, its factor."""
-WEIGHT_COPIES = 6
-"""float32 copies of an input's Linears alive while they are rounded: as loaded, in the basis, both roundings' values, errors,
-steps."""
+SOLVE_PHASES = ((4.0, 1.5), (3.0, 5.25), (2.0, 6.75))
+"""(matrices K x K, values N x K) in float32 alive while an input is factorised, its columns are rounded, and both roundings are
+compared: counted from the storages that are alive, the weight itself apart."""
+PLAIN_VALUES = 6.75
+"""The values where there is no Hessian."""
+EAGER_VALUES = 9.0
+"""The values while a GPU rounds to nearest, by the eager functions."""
+SEARCH_BYTES = 80
+"""Temporaries of the search of scales, a weight of its chunk."""
+CODES_BYTES = 1.1
+"""Unpacked codes and scales of a value, kept until the block is done."""
+DECODED_VALUES = 5
+"""Copies of a Linear while its codes are decoded, at the first call of the quantized block on a CPU."""
 
 
 OUTPUT_PRODUCTS = 3
@@ -70,20 +76,55 @@ def streams_place(job: Job, need: int) -> Place:
 
 def working_bytes(job: Job, expert: str) -> int:
     """Peak of one block's work beside the streams, in the phase that holds most."""
-    config, call = job.layout.experts[expert], job.call_size(expert)
-    inputs = list(job.layout.block_inputs(expert).values())
-    itemsize = job.options.dtype.itemsize
-    block = itemsize * sum(n * k for n, k in job.layout.linear_shapes(expert).values())
-    hessians = sum(4 * i.k**2 for i in inputs) if job.settings.needs_hessian else 0
-    forward = denoiser_activation_bytes(config, call, itemsize)
-    solves = [_solve_bytes(job, len(i.linears) * i.n, i.k) for i in inputs]
-    return block + hessians + max(forward, *solves)
+    call, itemsize = job.call_size(expert), job.options.dtype.itemsize
+    inputs, shapes = list(job.layout.block_inputs(expert).values()), job.layout.linear_shapes(expert).values()
+    values, records = sum(n * k for n, k in shapes), job.used_records(expert)
+    sample = job.settings.recipe.records.tokens_per_record
+    samples = sum(4 * min(call.rows(i.rows), sample) * records * i.k for i in inputs)
+    squares = [4 * i.k**2 if job.settings.needs_hessian else 0 for i in inputs]
+    forward = _forward_bytes(job, expert)
+    collecting = itemsize * values + sum(squares) + samples + forward
+    solving = 0.0
+    for position, one in enumerate(inputs):  # each Hessian is gone once its Linears are solved
+        solved = CODES_BYTES * sum(len(i.linears) * i.n * i.k for i in inputs[:position])
+        alone = _solve_bytes(job, len(one.linears) * one.n, one.k)
+        solving = max(solving, itemsize * values + solved + sum(squares[position + 1 :]) + samples + alone)
+    replaying = (CODES_BYTES + job.settings.scheme.format.bits_per_value / 8) * values + forward
+    if job.options.device == "cpu":  # layers keep their weight decoded, and quantized inputs are float32
+        largest = max(n * k for n, k in shapes)
+        wide = 6 * call.tokens * int(job.layout.experts[expert]["ffn_dim"])
+        replaying += 4 * values + max(wide, 4 * DECODED_VALUES * largest)
+    return int(_outside_bytes(job, expert) + max(collecting, solving, replaying))
 
 
-def _solve_bytes(job: Job, rows: int, k: int) -> int:
-    """What solving an input holds beside its Hessian."""
-    square = (FACTOR_COPIES - 1) * 4 * k**2 if job.settings.needs_hessian else 0
-    return square + WEIGHT_COPIES * 4 * rows * k
+def _solve_bytes(job: Job, rows: int, k: int) -> float:
+    """What solving an input holds, its Hessian included and its samples not."""
+    square, value, gpu = 4.0 * k**2, 4.0 * rows * k, job.options.device != "cpu"
+    copy = value if job.options.dtype.itemsize < 4 else 0.0  # of the weight in float32
+    outputs = 4.0 * job.settings.recipe.records.tokens_per_record * (OUTPUT_PRODUCTS * rows + 2 * k)
+    peak = PLAIN_VALUES * value
+    if job.settings.needs_hessian:
+        peak = max(squares * square + values * value for squares, values in SOLVE_PHASES)
+        chunk = min(rows * k, CHUNK_ELEMENTS_CUDA if gpu else CHUNK_ELEMENTS)
+        peak = max(peak, 3 * square + 1.25 * value + SEARCH_BYTES * chunk)
+    return copy + max(peak, square + EAGER_VALUES * value if gpu else 0.0, outputs + 3.5 * value)
+
+
+def _forward_bytes(job: Job, expert: str) -> float:
+    """One call of a block: attention or feed-forward, whichever is larger; norms and gates are float32 whatever the dtype."""
+    config, call, itemsize = job.layout.experts[expert], job.call_size(expert), job.options.dtype.itemsize
+    hidden, wide = itemsize * call.tokens * job.layout.width(expert), itemsize * call.tokens * int(config["ffn_dim"])
+    attention, feed_forward = (8, 4) if itemsize == 4 else (11, 5)
+    modulation = 24.0 * job.layout.width(expert) * (call.tokens if job.layout.variant.expand_timesteps else 1)
+    kept = min(CACHED_CONTEXT_BYTES, job.used_records(expert) * modulation)
+    return max(attention * hidden, feed_forward * hidden + 2 * wide) + modulation + kept
+
+
+def _outside_bytes(job: Job, expert: str) -> int:
+    """The expert without its blocks: embedders and output."""
+    entries = job.shards[expert].entries
+    outside = (entry for name, entry in entries.items() if not name.startswith(f"{BLOCKS}."))
+    return job.options.dtype.itemsize * sum(math.prod(entry.shape) for entry in outside)
 
 
 def seconds(job: Job, rates: Rates | None = None) -> float:
@@ -105,7 +146,7 @@ def seconds(job: Job, rates: Rates | None = None) -> float:
 
 
 def _block_values(job: Job, expert: str) -> int:
-    return sum(n * k for n, k in job.layout.linear_shapes(expert).values()) // job.layout.num_blocks(expert)
+    return sum(n * k for n, k in job.layout.linear_shapes(expert).values())
 
 
 def _search_flops(job: Job, expert: str) -> float:

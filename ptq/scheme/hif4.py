@@ -34,6 +34,8 @@ BINADE = 4
 """Bytes from one S to twice that S."""
 P2_OFFSETS = (0, BINADE, -BINADE)
 """The same under the rule `p2`, relative to its own byte."""
+RUNGS = 5
+"""Steps of a weight's search that are tried by one operation."""
 P2_MAX_EXPONENT = 15
 """2^15 is the largest S without a mantissa."""
 KNOWN = FORMATS["hif4"]
@@ -115,14 +117,13 @@ class HiF4(Format):
         spacing = BINADE if p2 else 1
         lowest, double = min(offsets), BINADE // spacing
         errors = _quad_errors(w_rk, byte, weights_k, range(lowest, max(offsets) + 2 * BINADE + 1, spacing))
-        best_error = torch.full(byte.shape, torch.inf, device=byte.device)
-        best_offset = torch.zeros_like(byte)
-        for offset in offsets:
-            by_e8 = _error_by_e8(*(errors[(offset - lowest) // spacing + double * shift] for shift in range(3)))
-            error = torch.minimum(*by_e8).sum(-1)
-            better = (error < best_error) & (byte + offset >= 0) & (byte + offset < NAN_SCALE)
-            best_error = torch.where(better, error, best_error)
-            best_offset = torch.where(better, offset, best_offset)
+        count = len(offsets)  # they are neighbours: candidates and their doubles are slices of the rungs
+        by_e8 = _error_by_e8(*(errors[double * shift : double * shift + count] for shift in range(3)))
+        error = torch.minimum(*by_e8).sum(-1)  # [offsets, R, G], ascending
+        tried = torch.tensor(offsets, device=byte.device, dtype=byte.dtype)
+        scales = byte + tried[:, None, None]
+        error = error[(tried - lowest) // spacing].masked_fill_((scales < 0) | (scales >= NAN_SCALE), torch.inf)
+        best_offset = tried[error.argmin(0)]
         index = ((best_offset - lowest) // spacing).long()[None, :, :, None].expand(1, -1, -1, 16)
         chosen = [errors.gather(0, index + double * shift)[0] for shift in range(3)]
         error_e8_0, error_e8_1 = _error_by_e8(*chosen)
@@ -140,13 +141,13 @@ def _quad_errors(w_rk: Tensor, byte: Tensor, weights_k: Tensor | None, offsets: 
     errors = torch.empty((len(offsets), *byte.shape, 16), device=w_rk.device)
     # Sixteen bytes down is a factor 16 exactly, and keeps the index below the NaN byte.
     below = torch.tensor([offset - 16 for offset in offsets], device=byte.device, dtype=byte.dtype)
-    steps = (scale_values(byte + below[:, None, None]) * 4.0).unsqueeze(-1)
-    for i, step in enumerate(steps):
+    steps = (scale_values(byte + below[:, None, None]) * 4.0)[:, None, :, :, None]
+    for step, out in zip(steps.split(RUNGS), errors.split(RUNGS), strict=True):
         level = (y / step).round_().clamp_(max=7.0)
         error = torch.addcmul(y, level, step, value=-1.0).square_()
         if weights is not None:
             error *= weights
-        torch.sum(error, 0, out=errors[i])
+        torch.sum(error, 1, out=out)
     return errors
 
 

@@ -12,6 +12,7 @@ It is never replaced by the identity, which would be plain rounding under the na
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -105,7 +106,7 @@ def check_hessian(h_kk: Tensor) -> None:
     if h_kk.dim() != 2 or h_kk.shape[0] != h_kk.shape[1]:
         raise SolverError(f"A Hessian is square [K, K], found shape {list(h_kk.shape)}.")
     # The sum is finite only if all entries are (or the sum itself overflows, which is as unusable).
-    if not torch.isfinite(h_kk.sum(dtype=torch.float64)):
+    if not math.isfinite(h_kk.sum(dtype=torch.float64)):
         raise SolverError(
             "The Hessian holds NaN or infinite values: the layer's calibration inputs were not finite. Check the calibration records and the blocks before this layer."
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,6 @@ def check_weight(w_nk: Tensor) -> None:
     if w_nk.dim() != 2:
         raise SolverError(f"A weight matrix [N, K] is needed, found shape {list(w_nk.shape)}.")
     # The sum is finite only if all entries are: float64 does not overflow on float32.
-    if not bool(torch.isfinite(w_nk.sum(dtype=torch.float64))):
+    if not math.isfinite(w_nk.sum(dtype=torch.float64)):
         bad = int((~torch.isfinite(w_nk)).sum())
         raise SolverError(f"The weight {list(w_nk.shape)} holds {bad} NaN or infinite values and cannot be quantized.")

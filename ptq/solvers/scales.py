@@ -19,7 +19,7 @@ from ptq.solvers.stats import SolverError
 
 CHUNK_ELEMENTS = 1 << 18
 """Elements a chunk on a CPU: its temporaries stay in the cache."""
-CHUNK_ELEMENTS_CUDA = 1 << 24
+CHUNK_ELEMENTS_CUDA = 1 << 23
 WEIGHT_FLOOR = 1e-4
 """Columns weigh at least this fraction of the mean, so that channels never seen in calibration keep sane scales."""
 

@@ -24,7 +24,7 @@ WIDTHS = {
 """Input of an A14B block -> its true K, and how many Linears read it."""
 ROWS = 16
 """Of each Linear: rows are what a GPU does side by side, so they do not count."""
-LIMIT = 6500
+LIMIT = 5000
 
 
 VIEWS = (
