@@ -19,8 +19,10 @@ from ptq.generation.directory import GenerationDirectory
 from ptq.generation.run import Summary, run_generation
 from ptq.generation.settings import Settings, departures
 from ptq.prompts import Sample, make_sample, read_prompts, require_media
+from ptq.store.embeddings import FOLDER as EMBEDDINGS
 from ptq.store.files import read_json
 from ptq.store.run_directory import STATE_DIR
+from ptq.wan.encoding import TextEncoding, load_denoiser
 from ptq.wan.identity import ModelIdentity
 from ptq.wan.layout import ModelLayout
 
@@ -125,13 +127,14 @@ def make_videos(
         PtqError: problems of the machine. Otherwise as `check_group` and `run_generation`.
     """
 
-    def load() -> Any:
-        import torch
+    folder, length = out / STATE_DIR / EMBEDDINGS, settings.max_sequence_length
+    negative = settings.negative_prompt if settings.guidance_scale > 1.0 else None
+    encoding = TextEncoding(layout, folder, settings.dtype, length, negative, device, offload)
 
-        from ptq.wan.loading import load_pipeline
+    def load() -> Any:
         from ptq.wan.merge import merge_into
 
-        pipeline = load_pipeline(layout.path, dtype=getattr(torch, settings.dtype))
+        pipeline = load_denoiser(layout, settings.dtype)
         return pipeline if layout.is_packed else merge_into(pipeline, layout, model.loras)
 
     grouped = settings.context_parallel > 1
@@ -146,7 +149,9 @@ def make_videos(
     if grouped and join_group(device) != 0:
         follow(lambda: Sampler(load(), settings, device))
         return None
-    summary = run_generation(load, samples, settings, out, model=model, device=device, offload=offload, **run)
+    summary = run_generation(
+        load, samples, settings, out, model=model, device=device, offload=offload, encoding=encoding, **run
+    )
     if grouped:
         dismiss_group()
     return summary

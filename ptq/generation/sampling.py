@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ptq.wan.pipeline import (
     experts_of,
     image_argument,
     latent_shape,
+    on_execution_device,
     place_pipeline,
     set_flow_shift,
     split_over_processes,
@@ -30,6 +31,9 @@ from ptq.wan.pipeline import (
     video_pixels,
     with_image_input,
 )
+
+if TYPE_CHECKING:
+    from ptq.wan.encoding import TextEncoding
 
 BLACK_LEVEL = 4
 """A video whose brightest value is at or below this (of 255) shows nothing."""
@@ -56,12 +60,22 @@ class Sampled:
 class Sampler:
     """A pipeline made ready for one run's settings.
 
+    Args:
+        encoding: gives the embeddings of prompts to a pipeline without text encoder; None: the pipeline has its own.
+
     Raises (on construction):
         UsageError: the settings do not fit the pipeline (size, number of frames, guidance, image, backend).
     """
 
-    def __init__(self, pipe: Any, settings: Settings, device: str = "cpu", offload: str = "none") -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        pipe: Any,
+        settings: Settings,
+        device: str = "cpu",
+        offload: str = "none",
+        encoding: TextEncoding | None = None,
+    ) -> None:
+        self.settings, self._encoding = settings, encoding
         self.pipe = with_image_input(pipe) if settings.image_to_video else pipe
         _check_fit(self.pipe, settings)
         self._shape = latent_shape(self.pipe, settings.height, settings.width, settings.num_frames)
@@ -90,6 +104,13 @@ class Sampler:
             BrokenOutputError: a step gave NaN or infinite latents (names step and layer), or the video is not finite,
                 black or frozen.
         """
+        if self._encoding is not None:
+            return self.sample(self._encoding.arguments(prompt), seed, image, on_step)
+        texts = {"prompt": prompt, "negative_prompt": self.settings.negative_prompt}
+        return self.sample(texts, seed, image, on_step)
+
+    def sample(self, texts: Mapping[str, Any], seed: int, image: np.ndarray | None, on_step: StepCallback) -> Sampled:
+        """As `make`, with the arguments that say the texts: themselves, or their embeddings on the CPU."""
         settings = self.settings
         initial = self.initial_latents(seed)
         with recorded_calls(self._experts) as calls, torch.no_grad():
@@ -105,8 +126,7 @@ class Sampler:
                 return {}
 
             final = self.pipe(
-                prompt=prompt,
-                negative_prompt=settings.negative_prompt,
+                **on_execution_device(self.pipe, texts),
                 height=settings.height,
                 width=settings.width,
                 num_frames=settings.num_frames,

@@ -6,6 +6,7 @@ Recording calls it through `call_arguments`; generation passes its own latents a
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ptq.errors import UsageError
@@ -49,7 +50,13 @@ def with_image_input(pipe: Any) -> Any:
     return WanImageToVideoPipeline(**pipe.components, boundary_ratio=pipe.config.boundary_ratio, expand_timesteps=True)
 
 
-def call_arguments(preset: ModelPreset, prompt: str, seed: int, image: np.ndarray | None = None) -> dict[str, Any]:
+def call_arguments(
+    preset: ModelPreset,
+    prompt: str,
+    seed: int,
+    image: np.ndarray | None = None,
+    embeds: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, Any]:
     """Arguments for WanPipeline / WanImageToVideoPipeline.
 
     Args:
@@ -57,12 +64,12 @@ def call_arguments(preset: ModelPreset, prompt: str, seed: int, image: np.ndarra
         prompt: text for the text encoder.
         seed: of the CPU generator that draws the initial latent.
         image: first frame, uint8 [H, W, 3] of the preset's size, for image-to-video.
+        embeds: arguments in place of the texts, for a pipeline without text encoder (`ptq.wan.encoding`).
     """
     import torch
 
     arguments: dict[str, Any] = {
-        "prompt": prompt,
-        "negative_prompt": preset.negative_prompt,
+        **(embeds or {"prompt": prompt, "negative_prompt": preset.negative_prompt}),
         "height": preset.height,
         "width": preset.width,
         "num_frames": preset.num_frames,
@@ -83,6 +90,14 @@ def image_argument(image: np.ndarray | None) -> dict[str, Any]:
     from PIL import Image
 
     return {"image": Image.fromarray(image)}
+
+
+def on_execution_device(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call with their tensors where the pipeline computes: it moves embeddings nowhere."""
+    import torch
+
+    device = pipe._execution_device
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 
 
 def set_flow_shift(pipe: Any, flow_shift: float) -> None:
