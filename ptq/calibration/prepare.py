@@ -123,7 +123,7 @@ def estimate_needs(plan: CalibrationPlan, out: Path, shard: Shard, device: str, 
     record = math.prod(size.latent) * (4 if device == "cpu" else 2)
     per_prompt = plan.steps_per_prompt * len(plan.branches) * record + size.text * TEXT_BYTES_PER_TOKEN
     memory = sampling_memory(plan.layout, plan.preset, device, offload, decode=False)
-    return Needs(prompts_left(plan, out, shard) * per_prompt, memory["ram"], memory["vram"])
+    return Needs(prompts_left(plan, out, shard) * per_prompt, memory.ram, memory.vram)
 
 
 def estimate_seconds(plan: CalibrationPlan, out: Path, shard: Shard, device: str) -> float:
@@ -144,6 +144,7 @@ def describe_plan(plan: CalibrationPlan, out: Path, shard: Shard, device: str, o
     """Name -> value for --dry-run."""
     preset, size = plan.preset, call_size(plan.layout, plan.preset)
     needs = estimate_needs(plan, out, shard, device, offload)
+    memory = sampling_memory(plan.layout, preset, device, offload, decode=False)
     rows = {
         "model": f"{plan.layout.path} ({preset.variant})",
         **({"merged LoRA": describe_loras(plan.loras)} if plan.loras else {}),
@@ -153,9 +154,9 @@ def describe_plan(plan: CalibrationPlan, out: Path, shard: Shard, device: str, o
         "records": f"{plan.record_count} ({plan.steps_per_prompt} steps of each prompt, {' and '.join(plan.branches)})",
         "tokens of a call": f"{size.tokens}",
         "disk, estimated": ui.format_bytes(needs.disk),
-        "RAM, estimated": ui.format_bytes(needs.ram),
+        "RAM, estimated": memory.describe() if device == "cpu" else ui.format_bytes(memory.ram),
     }
     if device != "cpu":
-        rows["GPU memory, estimated"] = f"{ui.format_bytes(needs.vram)} on {device}, --offload {offload}"
+        rows[f"GPU memory, --offload {offload}"] = memory.describe()
     rows["time, estimated"] = f"at most {ui.format_seconds(estimate_seconds(plan, out, shard, device))} on {device}"
     return rows

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptq import ui
 from ptq.checkpoint.manifest import MANIFEST_FILE
@@ -25,6 +25,9 @@ from ptq.store.run_directory import STATE_DIR
 from ptq.wan.encoding import TextEncoding, load_denoiser
 from ptq.wan.identity import ModelIdentity
 from ptq.wan.layout import ModelLayout
+
+if TYPE_CHECKING:
+    from ptq.wan.estimates import SamplingMemory
 
 DTYPES = ("float32", "bfloat16")
 
@@ -157,18 +160,24 @@ def make_videos(
     return summary
 
 
+def estimate_memory(layout: ModelLayout, settings: Settings, device: str, offload: str) -> SamplingMemory:
+    """What making a video takes."""
+    from ptq.wan.estimates import sampling_memory
+
+    names = ("height", "width", "num_frames", "max_sequence_length")
+    preset = layout.preset.model_copy(update={name: getattr(settings, name) for name in names})
+    return sampling_memory(layout, preset, device, offload, decode=True)
+
+
 def _check_machine(layout: ModelLayout, settings: Settings, disk: int, out: Path, device: str, offload: str) -> None:
     """Weights, disk, memory and a trial checkpoint."""
-    from ptq.wan.estimates import sampling_memory
     from ptq.wan.pipeline import check_offload
     from ptq.wan.preflight import Needs, preflight
 
     check_offload(device, offload)
-    names = ("height", "width", "num_frames", "max_sequence_length")
-    preset = layout.preset.model_copy(update={name: getattr(settings, name) for name in names})
 
     def estimate() -> Needs:
-        memory = sampling_memory(layout, preset, device, offload, decode=True)
-        return Needs(disk, memory["ram"], memory["vram"])
+        memory = estimate_memory(layout, settings, device, offload)
+        return Needs(disk, memory.ram, memory.vram)
 
     preflight(estimate, out, device, state=out / STATE_DIR)

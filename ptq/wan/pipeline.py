@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ptq.wan.presets import ModelPreset
 
-OFFLOAD_MODES = ("none", "model", "sequential")
+OFFLOAD_MODES = ("none", "model", "group", "sequential")
 """--offload; see `place_pipeline`."""
 
 
@@ -152,7 +152,8 @@ def place_pipeline(pipe: Any, device: str, offload: str = "none") -> Any:
 
     Args:
         device: "cpu", "cuda" or "cuda:<n>".
-        offload: none: every weight on the device. model: one component at a time. sequential: one layer at a time.
+        offload: none: every weight on the device. model: one component at a time. group: one block of an expert at a time,
+            the next one on its way; what is no expert stays on the device. sequential: one layer at a time.
 
     Raises:
         UsageError: unknown mode, or offloading without a GPU.
@@ -162,9 +163,32 @@ def place_pipeline(pipe: Any, device: str, offload: str = "none") -> Any:
         return pipe.to(device)
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
+    elif offload == "group":
+        offload_blocks(pipe, device)
     else:
         pipe.enable_sequential_cpu_offload(device=device)
     return pipe
+
+
+def offload_blocks(pipe: Any, device: str) -> None:
+    """diffusers' group offloading on the experts; everything else goes to the device.
+
+    On a GPU a second stream fetches the next block while one computes, from page-locked memory.
+    """
+    import torch
+
+    experts = experts_of(pipe)
+    for name, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module) and name not in experts:
+            module.to(device)
+    for expert in experts.values():
+        expert.enable_group_offload(
+            onload_device=torch.device(device),
+            offload_device=torch.device("cpu"),
+            offload_type="block_level",
+            num_blocks_per_group=1,
+            use_stream=torch.device(device).type != "cpu",
+        )
 
 
 def check_offload(device: str | None, offload: str) -> None:

@@ -153,6 +153,10 @@ REFUSED = [
     ("generate tiny --prompts prompts.txt --out odd.yaml", "odd.yaml is a file and not a generation directory"),
     (f"{GENERATE} --dtype float8", "--dtype must be float32 or bfloat16"),
     (f"{GENERATE} --device cpu --offload model", "without a GPU use none"),
+    (
+        f"{GENERATE} --device cpu --offload group",
+        "--offload group moves weights between a GPU and the CPU; without a GPU",
+    ),
     (f"{GENERATE} --guidance-scale inf", "--guidance-scale"),
     (f"{GENERATE} --image-to-video", "text-to-video"),
     ("evaluate --candidate full --out new", "Give both --reference and --candidate"),
