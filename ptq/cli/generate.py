@@ -75,6 +75,9 @@ def generate(
     attention_backend: Annotated[
         str | None, typer.Option("--attention-backend", help="Attention backend of diffusers.")
     ] = None,
+    cache: Annotated[
+        str | None, typer.Option("--cache", help="Skip steps that hardly change: first-block or first-block:THRESHOLD.")
+    ] = None,
     check: options.Preflight = True,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
@@ -114,6 +117,7 @@ def generate(
         save_frames=save_frames,
         attention_backend=attention_backend,
         context_parallel=context_parallel,
+        cache=cache,
     )
     reading = {"prompt_format": prompt_format, "limit": num_prompts, "exclude": exclude, "media_root": media_root or ()}
     samples, source = generation.read_samples(
@@ -197,6 +201,7 @@ def _show_plan(
         ("done already", plan.done),
         ("to make", plan.to_make),
         ("video", f"{settings.width}x{settings.height}, {settings.num_frames} frames, {settings.steps} steps"),
+        *([("cache", settings.cache)] if settings.cache else []),
         ("disk, estimated", f"{ui.format_bytes(plan.bytes_needed)} ({ui.format_bytes(plan.free_bytes)} free)"),
         ("weights on disk", ui.format_bytes(weight_bytes)),
         (memory[0], memory[1].describe()),

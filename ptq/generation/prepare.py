@@ -22,6 +22,7 @@ from ptq.prompts import Sample, make_sample, read_prompts, require_media
 from ptq.store.embeddings import FOLDER as EMBEDDINGS
 from ptq.store.files import read_json
 from ptq.store.run_directory import STATE_DIR
+from ptq.wan.caching import check_cache, normal_cache
 from ptq.wan.encoding import TextEncoding, load_denoiser
 from ptq.wan.identity import ModelIdentity
 from ptq.wan.layout import ModelLayout
@@ -37,12 +38,14 @@ def resolve_settings(
     given: Mapping[str, Any] | None = None,
     *,
     dtype: str | None = None,
+    cache: str | None = None,
     **others: Any,
 ) -> Settings:
     """The preset's values, each replaced where `given` has its own (None: the preset's).
 
     Args:
         dtype: None is float32, until `for_device`.
+        cache: as a user types it.
         others: fields of `Settings` that no preset has.
 
     Raises:
@@ -51,7 +54,8 @@ def resolve_settings(
     if dtype not in (None, *DTYPES):
         raise UsageError(f"--dtype must be {' or '.join(DTYPES)}, found {dtype!r}.")
     values = layout.resolve_preset(**(given or {})).model_dump(exclude={"variant", "hub_id"})
-    settings = Settings(**values, dtype=dtype or DTYPES[0], **others)
+    settings = Settings(**values, dtype=dtype or DTYPES[0], cache=normal_cache(cache), **others)
+    check_cache(settings.cache, settings.steps, settings.context_parallel, min(map(layout.num_blocks, layout.experts)))
     differing = departures(settings, calibrated_with(layout), "calibrated with") if layout.is_packed else []
     if differing:
         ui.info(f"Other settings than the checkpoint was calibrated with: {', '.join(differing)}.")

@@ -18,6 +18,7 @@ from ptq.errors import PtqError, UsageError
 from ptq.generation.nonfinite import Call, find_nonfinite, recorded_calls
 from ptq.generation.settings import Settings
 from ptq.wan.block import video_tokens
+from ptq.wan.caching import enable_cache, forget_cached
 from ptq.wan.pipeline import (
     decode_latents,
     experts_of,
@@ -83,6 +84,7 @@ class Sampler:
         self._experts = experts_of(self.pipe)
         for module in self._experts.values():
             _set_attention(module, settings.attention_backend)
+        enable_cache(self._experts, settings.cache)
         place_pipeline(self.pipe, device, offload)
         if settings.context_parallel > 1:
             config = next(iter(self._experts.values())).config
@@ -113,6 +115,7 @@ class Sampler:
         """As `make`, with the arguments that say the texts: themselves, or their embeddings on the CPU."""
         settings = self.settings
         initial = self.initial_latents(seed)
+        forget_cached(self._experts)
         with recorded_calls(self._experts) as calls, torch.no_grad():
 
             def after_step(_: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -152,6 +155,8 @@ class Sampler:
     def _diagnose(self, calls: list[Call]) -> str:
         if self.settings.context_parallel > 1:  # processes would stop at different layers and wait for each other
             return "run without --context-parallel to have the layer named"
+        if self.settings.cache:  # outside of the pipeline's call, the cache does not know which branch it is
+            return "run without --cache to have the layer named"
         return find_nonfinite(self._experts, calls)
 
 
