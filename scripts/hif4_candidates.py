@@ -1,4 +1,4 @@
-"""Other choices of HiF4's scales, under the default recipe, on held-out records; for docs/quality.md ("What was tried").
+"""Other choices of HiF4's scales, under the default recipe, on held-out records; for docs/log.md.
 
     python scripts/hif4_candidates.py --work build/ablation --out docs/data
 

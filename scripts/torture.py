@@ -146,6 +146,7 @@ class Bench:
         """The stage's command in a forked child, or (`cold`) in a new interpreter."""
         self._children += 1
         log = self.root / f"log-{self._children}.txt"
+        log.touch()  # also where the child is killed before it has opened it
         command, environment = STAGES[stage][0], {**os.environ, "TMPDIR": str(self.tmp)}
         if cold:
             with open(log, "wb") as output:

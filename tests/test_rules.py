@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ptq import formats
+from ptq import formats, known
 from ptq.config import load_recipe
 from ptq.errors import UsageError
 from ptq.quantization.settings import QuantizeSettings
@@ -17,7 +17,8 @@ def test_the_rules_are_those_of_the_challenge() -> None:
     assert set(RULES) <= set(formats.FORMATS) and "hif4 (limit 0.5 %)" in LIMITS_IN_WORDS
 
 
-def test_another_format_has_no_rule() -> None:
+def test_another_format_has_no_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(known.FORMATS, "int4", known.KnownFormat("INT4", 32, known.FORMATS["mxfp4"].scale_rules))
     assert block_budget("int4") is None and loss_limit("int4") is None
     check_budget("int4", {"transformer": dict.fromkeys(range(40), "all of them")}, "total")
     with pytest.raises(UsageError, match=r"no rule for int4\. Name the blocks"):

@@ -6,6 +6,7 @@ them; errors that need the knowledge of a stage are raised there, as `PtqError`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -80,12 +81,15 @@ def report(error: BaseException, *, debug: bool = False) -> int:
     text = explain(error)
     frames = "".join(traceback.format_exception(error)).rstrip() if text is None or debug else ""
     _let_go(error)
-    if frames:
-        ui.plain(frames)
+    with contextlib.suppress(OSError):  # where this cannot be written either, the exit code still tells
+        if frames:
+            ui.plain(frames)
+        if isinstance(error, KeyboardInterrupt):
+            ui.info(MESSAGE)
+        else:
+            ui.error(text or _BUG)
     if isinstance(error, KeyboardInterrupt):
-        ui.info(MESSAGE)
         return 130
-    ui.error(text or _BUG)
     return error.exit_code if isinstance(error, PtqError) else 1
 
 

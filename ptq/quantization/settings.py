@@ -49,7 +49,6 @@ class QuantizeSettings:
             raise UsageError(
                 f"--high-precision auto chooses as many blocks as the challenge allows, and it has no rule for {self.format}. Name the blocks, or none."
             )
-        check_fit(self.recipe, self.recipe_name, self.format)
 
     @functools.cached_property
     def scheme(self) -> Scheme:

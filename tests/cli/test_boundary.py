@@ -158,6 +158,12 @@ def test_results_that_nobody_can_take(full: bool, tmp_path: Path):
     assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
 
 
+def test_where_not_even_the_error_can_be_said_the_exit_code_still_is():
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "ptq.cli.main", "inspect", ""]
+        assert subprocess.run(command, stdout=full, stderr=full, timeout=120).returncode == 2
+
+
 def test_the_reason_of_a_failed_write_is_kept(tmp_path: Path):
     with pytest.raises(PtqError, match=r"File name too long.*shorter name"):
         write_bytes(tmp_path / ("n" * 300), b"")
