@@ -11,7 +11,9 @@ import pytest
 import torch
 from generation_helpers import MODEL, SETTINGS, file_digests, lines, make_samples
 from torch import nn
+from typer.testing import CliRunner
 
+from ptq.cli.main import app
 from ptq.errors import PtqError, UsageError
 from ptq.generation import Settings, resolve_settings, run_generation
 from ptq.report.reproduce import _GENERATE_OPTIONS
@@ -122,6 +124,20 @@ def test_a_cache_is_part_of_the_run(pipe_dir: Path, tmp_path: Path):
         with pytest.raises(PtqError, match=r"cache was 'first-block:0\.5', now"):
             run_generation(never, make_samples(1), replace(CACHED, cache=other), out, model=MODEL)
     assert "cache" in _GENERATE_OPTIONS
+
+
+def test_from_the_command_line(pipe_dir: Path, tmp_path: Path):
+    size = ["--height", "32", "--width", "32", "--num-frames", "5", "--steps", "12", "--device", "cpu", "--json"]
+    command = ["generate", str(pipe_dir), "--prompt", "a red ball", "--out", str(tmp_path / "run"), *size]
+    plan = json.loads(CliRunner().invoke(app, [*command, "--cache", "first-block", "--dry-run"]).stdout)
+    assert plan["settings"]["cache"] == "first-block:0.05"
+    memory = plan["memory"]
+    assert memory["vram"] == 0 and memory["ram"] == max(memory["encoding"], memory["denoising"]) > 0
+    result = CliRunner().invoke(app, [*command, "--cache", "first-block:0.5"])
+    assert result.exit_code == 0 and json.loads(result.stdout)["done"] == 1
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["cache"] == "first-block:0.5"
+    again = CliRunner().invoke(app, [*command, "--cache", "first-block"])
+    assert again.exit_code == 1 and "cache was 'first-block:0.5', now 'first-block:0.05'" in str(again.exception)
 
 
 def test_a_run_of_before_there_were_caches_goes_on(pipe_dir: Path, tmp_path: Path):
