@@ -12,10 +12,12 @@ from ptq import ui
 from ptq.calibration.directory import CalibrationDirectory
 from ptq.calibration.run import CalibrationPlan, branches_of, calibrate
 from ptq.prompts import PromptSet, require_media
+from ptq.store.embeddings import FOLDER as EMBEDDINGS
 from ptq.store.lora import LoraInfo, describe_loras
 from ptq.store.records import prompt_file
 from ptq.store.run_directory import STATE_DIR
 from ptq.store.sharding import Shard
+from ptq.wan.encoding import TextEncoding, load_denoiser
 from ptq.wan.estimates import (
     EFFICIENCY,
     LOADING_RATE,
@@ -28,7 +30,6 @@ from ptq.wan.estimates import (
     sampling_memory,
 )
 from ptq.wan.layout import ModelLayout
-from ptq.wan.loading import load_pipeline
 from ptq.wan.pipeline import place_pipeline
 from ptq.wan.preflight import Needs, preflight
 
@@ -91,16 +92,18 @@ def record_plan(
         needs = functools.partial(estimate_needs, plan, out, shard, device, offload)
         preflight(needs, out, device, state=out / STATE_DIR)
 
-    def load() -> Any:
-        import torch
+    dtype, preset = "float32" if device == "cpu" else "bfloat16", plan.preset
+    negative = preset.negative_prompt if "uncond" in plan.branches else None
+    folder = out / STATE_DIR / EMBEDDINGS
+    encoding = TextEncoding(plan.layout, folder, dtype, preset.max_sequence_length, negative, device, offload)
 
+    def load() -> Any:
         from ptq.wan.merge import merge_into
 
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        pipeline = merge_into(load_pipeline(plan.layout.path, dtype=dtype), plan.layout, plan.loras)
+        pipeline = merge_into(load_denoiser(plan.layout, dtype), plan.layout, plan.loras)
         return place_pipeline(pipeline, device, offload)
 
-    return calibrate(plan, load, out, shard=shard, fresh=fresh)
+    return calibrate(plan, load, out, shard=shard, fresh=fresh, encoding=encoding)
 
 
 def check_out(plan: CalibrationPlan, out: Path, shard: Shard, *, fresh: bool) -> None:
@@ -120,7 +123,7 @@ def estimate_needs(plan: CalibrationPlan, out: Path, shard: Shard, device: str, 
     record = math.prod(size.latent) * (4 if device == "cpu" else 2)
     per_prompt = plan.steps_per_prompt * len(plan.branches) * record + size.text * TEXT_BYTES_PER_TOKEN
     memory = sampling_memory(plan.layout, plan.preset, device, offload, decode=False)
-    return Needs(prompts_left(plan, out, shard) * per_prompt, memory["ram"], memory["vram"])
+    return Needs(prompts_left(plan, out, shard) * per_prompt, memory.ram, memory.vram)
 
 
 def estimate_seconds(plan: CalibrationPlan, out: Path, shard: Shard, device: str) -> float:
@@ -141,6 +144,7 @@ def describe_plan(plan: CalibrationPlan, out: Path, shard: Shard, device: str, o
     """Name -> value for --dry-run."""
     preset, size = plan.preset, call_size(plan.layout, plan.preset)
     needs = estimate_needs(plan, out, shard, device, offload)
+    memory = sampling_memory(plan.layout, preset, device, offload, decode=False)
     rows = {
         "model": f"{plan.layout.path} ({preset.variant})",
         **({"merged LoRA": describe_loras(plan.loras)} if plan.loras else {}),
@@ -150,9 +154,9 @@ def describe_plan(plan: CalibrationPlan, out: Path, shard: Shard, device: str, o
         "records": f"{plan.record_count} ({plan.steps_per_prompt} steps of each prompt, {' and '.join(plan.branches)})",
         "tokens of a call": f"{size.tokens}",
         "disk, estimated": ui.format_bytes(needs.disk),
-        "RAM, estimated": ui.format_bytes(needs.ram),
+        "RAM, estimated": memory.describe() if device == "cpu" else ui.format_bytes(memory.ram),
     }
     if device != "cpu":
-        rows["GPU memory, estimated"] = f"{ui.format_bytes(needs.vram)} on {device}, --offload {offload}"
+        rows[f"GPU memory, --offload {offload}"] = memory.describe()
     rows["time, estimated"] = f"at most {ui.format_seconds(estimate_seconds(plan, out, shard, device))} on {device}"
     return rows

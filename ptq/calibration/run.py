@@ -28,11 +28,12 @@ from ptq.store.records import (
 )
 from ptq.store.sharding import Shard
 from ptq.wan.layout import ModelLayout
-from ptq.wan.pipeline import call_arguments, set_flow_shift
+from ptq.wan.pipeline import call_arguments, on_execution_device, set_flow_shift
 from ptq.wan.presets import ModelPreset
 
 if TYPE_CHECKING:
     from ptq.calibration.recorder import Capture
+    from ptq.wan.encoding import TextEncoding
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def calibrate(
     *,
     shard: Shard | None = None,
     fresh: bool = False,
+    encoding: TextEncoding | None = None,
 ) -> dict[str, Any]:
     """Record the plan's denoiser calls into `out`.
 
@@ -113,6 +115,7 @@ def calibrate(
         out: calibration directory; finished prompts in it are kept.
         shard: the part of the prompts that this process records; default all.
         fresh: delete an earlier run in `out` first.
+        encoding: encodes the prompts before `load` gives a pipeline without text encoder; None: the pipeline has its own.
 
     Returns:
         The content of calibration.json; "complete" is true once every prompt of every shard is there.
@@ -128,19 +131,27 @@ def calibrate(
         directory.adopt_earlier()
         todo = _missing(plan, directory, own)
         if todo:
-            _record(plan, load(), todo, directory)
+            if encoding is not None:
+                encoding.prepare(plan.samples[index].prompt for index in todo)
+            _record(plan, load(), todo, directory, encoding)
         with directory_mutex(directory.state):
             return _finish(plan, directory).as_json()
 
 
-def _record(plan: CalibrationPlan, pipeline: Any, todo: Sequence[int], directory: CalibrationDirectory) -> None:
+def _record(
+    plan: CalibrationPlan,
+    pipeline: Any,
+    todo: Sequence[int],
+    directory: CalibrationDirectory,
+    encoding: TextEncoding | None,
+) -> None:
     pipeline.set_progress_bar_config(disable=True)
     set_flow_shift(pipeline, plan.preset.flow_shift)
     schedule = sampling_schedule(pipeline, plan.preset.steps)
     directory.begin(schedule)
     with ui.progress("Recording prompts", len(todo)) as bar:
         for index in todo:
-            capture = _record_one(plan, pipeline, schedule, index, directory.path)
+            capture = _record_one(plan, pipeline, schedule, index, directory.path, encoding)
             made = [prompt_file(directory.path, index)]
             if capture.negative_embeds is not None:
                 made.append(directory.path / NEGATIVE_FILE)
@@ -173,7 +184,9 @@ def _is_intact(path: Path, known: Mapping[str, str]) -> bool:
     return path.name in known and path.is_file() and sha256_file(path) == known[path.name]
 
 
-def _record_one(plan: CalibrationPlan, pipeline: Any, schedule: list[Step], index: int, out: Path) -> Capture:
+def _record_one(
+    plan: CalibrationPlan, pipeline: Any, schedule: list[Step], index: int, out: Path, encoding: TextEncoding | None
+) -> Capture:
     from ptq.calibration.recorder import record_prompt
 
     sample = plan.samples[index]
@@ -181,7 +194,9 @@ def _record_one(plan: CalibrationPlan, pipeline: Any, schedule: list[Step], inde
     if plan.layout.needs_image and sample.media is not None:
         image = fit_image(load_image(sample.media), plan.preset.height, plan.preset.width)
     path = prompt_file(out, index)
-    arguments = call_arguments(plan.preset, sample.prompt, unit_seed(plan.seed, sample.dataset, sample.id, 0), image)
+    seed = unit_seed(plan.seed, sample.dataset, sample.id, 0)
+    embeds = None if encoding is None else on_execution_device(pipeline, encoding.arguments(sample.prompt))
+    arguments = call_arguments(plan.preset, sample.prompt, seed, image, embeds)
     capture = record_prompt(
         pipeline,
         arguments,

@@ -1,4 +1,4 @@
-"""`ptq doctor`: versions, processors, which backend each format will use, memory and disk."""
+"""`ptq doctor`: versions, processors, which backend each format will use, memory and disk; what a checkpoint needs of them."""
 
 from __future__ import annotations
 
@@ -34,10 +34,14 @@ def doctor(
     if checkpoint is not None:
         from ptq.checkpoint.layers import describe_placements
         from ptq.checkpoint.manifest import verify_files
+        from ptq.runtime.diagnosis import gpu_memory
+        from ptq.wan.estimates import memory_facts
+        from ptq.wan.loading import find_model
 
         manifest = verify_files(checkpoint)
         facts[f"checkpoint {checkpoint}"] = "complete, every file as recorded in its manifest"
         experts, rule = {row.expert for row in manifest.layers}, manifest.recipe.scheme.input_rule
+        facts |= memory_facts(find_model(str(checkpoint)), gpu_memory())
         facts |= describe_placements(checkpoint, experts, manifest.format, rule)
     if as_json:
         print_json(facts)

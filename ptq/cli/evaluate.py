@@ -35,6 +35,9 @@ def evaluate(
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Use the units both runs have, and list the others.")
     ] = False,
+    allow_difference: Annotated[
+        list[str] | None, typer.Option("--allow-difference", help="Pair runs that differ in this setting: cache.")
+    ] = None,
     stride: Annotated[int, typer.Option(min=1, help="Take SSIM, sharpness and saturation on every N-th frame.")] = 1,
     bootstrap: Annotated[
         int, typer.Option(min=1000, max=1_000_000, help="Bootstrap resamples of the intervals.")
@@ -68,7 +71,10 @@ def evaluate(
     Example: ptq evaluate --reference runs/bf16 --candidate runs/hif4 --out runs/eval --suite icme2026 --vbench-python
     ~/vbench/bin/python
     """
+    from ptq.evaluation.runs import check_differences
 
+    differences = allow_difference or []
+    check_differences(differences)
     wanted = dimensions.replace(",", " ").split() if dimensions else None
     if vbench_check:
         _show_weights(suite, wanted, vbench_python, vbench_root, as_json)
@@ -79,7 +85,7 @@ def evaluate(
     if not without_runs and (reference is None or candidate is None):
         raise UsageError("Give both --reference and --candidate, or --import-vbench with two result files.")
     if dry_run:
-        _show_plan(reference, candidate, allow_missing, as_json)
+        _show_plan(reference, candidate, as_json, allow_missing=allow_missing, allow_differences=differences)
         return
     if out is None:
         raise UsageError("Give --out, the directory for evaluation.json and units.jsonl.")
@@ -102,7 +108,7 @@ def evaluate(
         vbench = VBenchSettings(vbench_python, vbench_root, vbench_device) if vbench_python else None
         evaluation = evaluate_runs(
             reference, candidate, out, suite=suite, stride=stride, fresh=fresh,
-            import_vbench=import_vbench, vbench=vbench, **common,
+            import_vbench=import_vbench, vbench=vbench, allow_differences=differences, **common,
         )  # fmt: skip
     _show(evaluation, out, as_json)
 
@@ -128,12 +134,12 @@ def _show(evaluation: Evaluation, out: Path, as_json: bool) -> None:
     ui.info(f"Written to {out / 'evaluation.json'} and {out / 'units.jsonl'}.")
 
 
-def _show_plan(reference: Path | None, candidate: Path | None, allow_missing: bool, as_json: bool) -> None:
+def _show_plan(reference: Path | None, candidate: Path | None, as_json: bool, **pairing: Any) -> None:
     from ptq.evaluation import plan
 
     if reference is None or candidate is None:
         raise UsageError("--dry-run plans the measuring of two runs; it needs --reference and --candidate.")
-    content = plan(reference, candidate, allow_missing=allow_missing)
+    content = plan(reference, candidate, **pairing)
     if as_json:
         print_json(content)
         return

@@ -14,6 +14,7 @@ from ptq.cli.common import default_device, describe_out, print_json, quiet_libra
 
 if TYPE_CHECKING:
     from ptq.generation import Plan, Settings, Summary
+    from ptq.wan.estimates import SamplingMemory
 
 
 def generate(
@@ -74,6 +75,9 @@ def generate(
     attention_backend: Annotated[
         str | None, typer.Option("--attention-backend", help="Attention backend of diffusers.")
     ] = None,
+    cache: Annotated[
+        str | None, typer.Option("--cache", help="Skip steps that hardly change: first-block or first-block:THRESHOLD.")
+    ] = None,
     check: options.Preflight = True,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
@@ -113,6 +117,7 @@ def generate(
         save_frames=save_frames,
         attention_backend=attention_backend,
         context_parallel=context_parallel,
+        cache=cache,
     )
     reading = {"prompt_format": prompt_format, "limit": num_prompts, "exclude": exclude, "media_root": media_root or ()}
     samples, source = generation.read_samples(
@@ -135,7 +140,10 @@ def generate(
         identity = dataclasses.replace(identity, loras=merged)
     plan = generation.plan_run(samples, settings, out, shard=part, samples_per_prompt=samples_per_prompt, fresh=fresh)
     if dry_run:
-        _show_plan(plan, settings, identity.weight_bytes, describe_out(out, out, fresh=fresh), as_json)
+        memory = generation.estimate_memory(layout, settings, device, offload)
+        where = "RAM, estimated" if device == "cpu" else f"GPU memory, --offload {offload}"
+        shown = describe_out(out, out, fresh=fresh)
+        _show_plan(plan, settings, identity.weight_bytes, shown, (where, memory), as_json)
         return
     summary = generation.make_videos(
         layout,
@@ -172,10 +180,18 @@ def _show_summary(summary: Summary, out: Path, as_json: bool) -> None:
         ui.info("Run the same command again to make the units that remain.")
 
 
-def _show_plan(plan: Plan, settings: Settings, weight_bytes: int, directory: str, as_json: bool) -> None:
+def _show_plan(
+    plan: Plan,
+    settings: Settings,
+    weight_bytes: int,
+    directory: str,
+    memory: tuple[str, SamplingMemory],
+    as_json: bool,
+) -> None:
 
     if as_json:
-        value = {**plan.as_json(), "weight_bytes": weight_bytes, "settings": settings.as_json()}
+        sizes = {"weight_bytes": weight_bytes, "memory": vars(memory[1])}
+        value = {**plan.as_json(), **sizes, "settings": settings.as_json()}
         print_json(value)
         return
     rows = [
@@ -185,8 +201,10 @@ def _show_plan(plan: Plan, settings: Settings, weight_bytes: int, directory: str
         ("done already", plan.done),
         ("to make", plan.to_make),
         ("video", f"{settings.width}x{settings.height}, {settings.num_frames} frames, {settings.steps} steps"),
+        *([("cache", settings.cache)] if settings.cache else []),
         ("disk, estimated", f"{ui.format_bytes(plan.bytes_needed)} ({ui.format_bytes(plan.free_bytes)} free)"),
-        ("weights on disk", f"{ui.format_bytes(weight_bytes)}; loading takes as much memory"),
+        ("weights on disk", ui.format_bytes(weight_bytes)),
+        (memory[0], memory[1].describe()),
         ("time, estimated", "known after the first video" if plan.seconds is None else ui.format_seconds(plan.seconds)),
     ]
     ui.details("Plan", dict(rows))

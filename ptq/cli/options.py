@@ -115,4 +115,6 @@ Device = Annotated[
         "--device", callback=_known_device, help="cuda, cuda:1, cpu. Default: the process's GPU, else the CPU."
     ),
 ]
-Offload = Annotated[str, typer.Option("--offload", help="Weights to the CPU between uses: none, model or sequential.")]
+Offload = Annotated[
+    str, typer.Option("--offload", help="Weights to the CPU between uses: none, model, group or sequential.")
+]

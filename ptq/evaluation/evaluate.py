@@ -65,6 +65,7 @@ def evaluate_runs(
     suite: str = "core",
     format: str | None = None,
     allow_missing: bool = False,
+    allow_differences: Sequence[str] = (),
     stride: int = 1,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -80,6 +81,7 @@ def evaluate_runs(
         reference, candidate: directories written by `ptq generate` from the same prompts and seeds.
         suite: a name of `suites.suite_names()`. VBench suites need `import_vbench` (two result files) or `vbench`.
         format: a format of the rules, which sets the limit; by default what the candidate's run.json says.
+        allow_differences: settings that may differ though they change videos, see `runs.NAMED_DIFFERENCES`.
         stride: take SSIM, sharpness and saturation on every stride-th frame.
         dimensions: a subset of a VBench suite's dimensions; the evaluation then says which are missing.
         fresh: measure again instead of reusing results already in `out`.
@@ -99,7 +101,7 @@ def evaluate_runs(
     runs = read_run(reference), read_run(candidate)
     with EvaluationDirectory(out).measuring((reference, candidate), fresh=fresh):
         judgement = replace(asked, format=_resolve_format(format, runs[1], chosen))
-        pairing = pair_runs(*runs, allow_missing=allow_missing)
+        pairing = pair_runs(*runs, allow_missing=allow_missing, allow_differences=allow_differences)
         lines = measure_units(pairing.pairs, out, chosen, stride=stride)
         if import_vbench is not None:
             scores = imported_scores(*import_vbench, chosen, pairs=pairing.pairs, allow_missing=allow_missing)
@@ -117,7 +119,8 @@ def evaluate_runs(
             "stride": stride,
             "sources": dict(Counter(line.source for line in lines)),
         }
-        extra = findings.pairing_warnings(pairing.excluded, digests[0] is not None and digests[0] == digests[1])
+        extra = findings.allowed_differences(runs[0].info, runs[1].info)
+        extra += findings.pairing_warnings(pairing.excluded, digests[0] is not None and digests[0] == digests[1])
         extra += findings.condition_warnings(runs[0].info, runs[1].info) + findings.digest_warnings(*runs)
         return _write(out, conclude(content, chosen, judgement, scores, lines, extra), lines, scores)
 

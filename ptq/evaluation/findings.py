@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from ptq.evaluation import statistics
-from ptq.evaluation.runs import Run
+from ptq.evaluation.runs import NAMED_DIFFERENCES, Run
 from ptq.store.evaluation import ROLES, Estimate
 from ptq.store.evaluation_units import UnitLine
 from ptq.store.run_info import RunInfo
@@ -30,6 +30,15 @@ def pairing_warnings(excluded: Mapping[str, str], same_checkpoint: bool) -> list
     if same_checkpoint:
         found.append("Both runs come from the same checkpoint: this compares a model with itself.")
     return found
+
+
+def allowed_differences(reference: RunInfo, candidate: RunInfo) -> list[str]:
+    """Settings that change videos by themselves and differ because the user let them: what a report says first."""
+    return [
+        f"The runs differ in {name}, which --allow-difference let pass: {reference.settings.get(name) or 'none'} for the reference, {candidate.settings.get(name) or 'none'} for the candidate. The loss is of this and of the weights together."
+        for name in NAMED_DIFFERENCES
+        if reference.settings.get(name) != candidate.settings.get(name)
+    ]
 
 
 def condition_warnings(reference: RunInfo, candidate: RunInfo) -> list[str]:

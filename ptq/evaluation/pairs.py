@@ -34,13 +34,13 @@ FILM_SQUARE = 4
 """Pixels; over fewer, the halved colour of a video is a larger difference than another picture."""
 
 
-def plan(reference: Path, candidate: Path, *, allow_missing: bool = False) -> dict[str, Any]:
-    """Units that would be measured and an estimate: {units, excluded, seconds, memory_bytes, disk_bytes}.
+def plan(reference: Path, candidate: Path, **pairing_options: Any) -> dict[str, Any]:
+    """Units that would be measured and an estimate: {units, excluded, seconds, memory_bytes, disk_bytes}; options as `pair_runs`.
 
     Raises:
         PtqError: as `evaluate_runs` would, for unpaired or incomplete runs.
     """
-    pairing = pair_runs(read_run(reference), read_run(candidate), allow_missing=allow_missing)
+    pairing = pair_runs(read_run(reference), read_run(candidate), **pairing_options)
     lines = [unit.line for unit, _ in pairing.pairs]
     pixels = [(line.width or 0) * (line.height or 0) for line in lines]
     pixels_of_all = sum(size * (line.frames or 0) for size, line in zip(pixels, lines, strict=True))

@@ -9,13 +9,13 @@ recorded when the file was made: a file is never believed by its name.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from ptq.errors import DamagedFileError, PtqError
+from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.store.evaluation import RunSide
 from ptq.store.lora import describe_loras, lora_identity
 from ptq.store.run_info import RunInfo, read_run_info
@@ -39,6 +39,8 @@ PAIRED_KEYS: Mapping[str, str] = {
 """Fields of a manifest line that must be equal in both runs for a unit to be a pair, with the words of the message."""
 PAIRED_SETTINGS = ("negative_prompt", "max_sequence_length")
 """Settings of run.json that are no part of a manifest line and must be equal too."""
+NAMED_DIFFERENCES = ("cache",)
+"""Settings of run.json that may differ only where they are named: they change videos by themselves."""
 _SHOWN = 3
 
 
@@ -168,16 +170,29 @@ def read_run(directory: str | Path) -> Run:
     return Run(directory, info, units, unusable)
 
 
-def pair_runs(reference: Run, candidate: Run, *, allow_missing: bool = False) -> Pairing:
+def check_differences(names: Collection[str]) -> None:
+    """Raise UsageError where one is no name of `NAMED_DIFFERENCES`."""
+    for name in names:
+        if name not in NAMED_DIFFERENCES:
+            raise UsageError(
+                f"--allow-difference takes {', '.join(NAMED_DIFFERENCES)}, found {name!r}. Whatever else decides the videos must be equal in both runs."
+            )
+
+
+def pair_runs(
+    reference: Run, candidate: Run, *, allow_missing: bool = False, allow_differences: Collection[str] = ()
+) -> Pairing:
     """Pair two runs unit by unit.
 
     Args:
         allow_missing: evaluate the units that both runs have, and list the others, instead of refusing.
+        allow_differences: settings of `NAMED_DIFFERENCES` that may differ.
 
     Raises:
-        PtqError: units are missing or failed (without `allow_missing`), or a common unit was made under different
+        UsageError: no such setting. PtqError: units are missing or failed (without `allow_missing`), or a common unit was made under different
             conditions (never allowed).
     """
+    check_differences(allow_differences)
     excluded: dict[str, str] = {}
     for role, run, other in (("reference", reference, candidate), ("candidate", candidate, reference)):
         for name in sorted({*other.units, *run.unusable} - set(run.units)):
@@ -205,6 +220,11 @@ def pair_runs(reference: Run, candidate: Run, *, allow_missing: bool = False) ->
         if ours.get(key) != theirs.get(key):
             raise PtqError(
                 f"The runs are not paired: {key} is {ours.get(key)!r} in {reference.directory} and {theirs.get(key)!r} in {candidate.directory}. Only the weights may differ: generate both runs with the same settings."
+            )
+    for key in NAMED_DIFFERENCES:
+        if ours.get(key) != theirs.get(key) and key not in allow_differences:
+            raise PtqError(
+                f"The runs are not paired: {key} is {ours.get(key)!r} in {reference.directory} and {theirs.get(key)!r} in {candidate.directory}, and the loss would be of this and of the weights together. Generate both runs with the same --{key}, or pass --allow-difference {key} to compare them all the same; the report then says so first."
             )
     _refuse_other_conditions(reference, candidate, common)
     return Pairing([(reference.units[name], candidate.units[name]) for name in common], excluded)

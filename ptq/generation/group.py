@@ -2,7 +2,7 @@
 
 The tokens of a video are split over the processes; each computes its part of every block and all heads' attention is
 exchanged. The leader (rank 0) owns the run: units, locks, files, manifest. The others hold the same pipeline and follow:
-they are sent each unit's prompt, seed and image, make the same calls, and write nothing.
+they are sent each unit's embeddings, seed and image, make the same calls, and write nothing.
 
 If one process fails in the middle, the others would wait for it forever, so such a failure ends the leader too
 (`LostGroupError`), and the launcher stops the rest. Finished units are kept; the same command continues.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ import torch.distributed as dist
 from ptq.errors import PtqError, UsageError
 from ptq.generation.sampling import BrokenOutputError, Sampled, Sampler, StepCallback
 from ptq.generation.settings import Settings
+
+if TYPE_CHECKING:
+    from ptq.wan.encoding import TextEncoding
 
 TIMEOUT = timedelta(hours=12)
 """Followers wait for the leader while it checks finished videos; a process that dies ends the group at once."""
@@ -60,19 +63,21 @@ def join_group(device: str) -> int:
 class LeadingSampler(Sampler):
     """Makes units together with the followers."""
 
-    def __init__(self, load: Callable[[], Any], settings: Settings, device: str) -> None:
+    def __init__(
+        self, load: Callable[[], Any], settings: Settings, device: str, encoding: TextEncoding | None = None
+    ) -> None:
         _send((_LOAD,))
-        super().__init__(load(), settings, device)
+        super().__init__(load(), settings, device, encoding=encoding)
 
-    def make(self, prompt: str, seed: int, image: np.ndarray | None, on_step: StepCallback) -> Sampled:
-        """See `Sampler.make`.
+    def sample(self, texts: Mapping[str, Any], seed: int, image: np.ndarray | None, on_step: StepCallback) -> Sampled:
+        """See `Sampler.sample`.
 
         Raises:
             LostGroupError: anything but unusable output; the followers may be somewhere else now.
         """
-        _send((_MAKE, prompt, seed, image))
+        _send((_MAKE, texts, seed, image))
         try:
-            return super().make(prompt, seed, image, on_step)
+            return super().sample(texts, seed, image, on_step)
         except BrokenOutputError:  # all processes saw the same latents
             raise
         except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
@@ -93,8 +98,8 @@ def follow(load_sampler: Callable[[], Sampler]) -> None:
             sampler = load_sampler()
         if kind == _MAKE:
             with contextlib.suppress(BrokenOutputError):  # the leader saw it too and records it
-                prompt, seed, image = arguments
-                sampler.make(prompt, seed, image, on_step=lambda _: None)
+                texts, seed, image = arguments
+                sampler.sample(texts, seed, image, on_step=lambda _: None)
 
 
 def dismiss_group() -> None:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptq import ui
 from ptq.checkpoint.manifest import MANIFEST_FILE
@@ -19,10 +19,16 @@ from ptq.generation.directory import GenerationDirectory
 from ptq.generation.run import Summary, run_generation
 from ptq.generation.settings import Settings, departures
 from ptq.prompts import Sample, make_sample, read_prompts, require_media
+from ptq.store.embeddings import FOLDER as EMBEDDINGS
 from ptq.store.files import read_json
 from ptq.store.run_directory import STATE_DIR
+from ptq.wan.caching import check_cache, normal_cache
+from ptq.wan.encoding import TextEncoding, load_denoiser
 from ptq.wan.identity import ModelIdentity
 from ptq.wan.layout import ModelLayout
+
+if TYPE_CHECKING:
+    from ptq.wan.estimates import SamplingMemory
 
 DTYPES = ("float32", "bfloat16")
 
@@ -32,12 +38,14 @@ def resolve_settings(
     given: Mapping[str, Any] | None = None,
     *,
     dtype: str | None = None,
+    cache: str | None = None,
     **others: Any,
 ) -> Settings:
     """The preset's values, each replaced where `given` has its own (None: the preset's).
 
     Args:
         dtype: None is float32, until `for_device`.
+        cache: as a user types it.
         others: fields of `Settings` that no preset has.
 
     Raises:
@@ -46,7 +54,8 @@ def resolve_settings(
     if dtype not in (None, *DTYPES):
         raise UsageError(f"--dtype must be {' or '.join(DTYPES)}, found {dtype!r}.")
     values = layout.resolve_preset(**(given or {})).model_dump(exclude={"variant", "hub_id"})
-    settings = Settings(**values, dtype=dtype or DTYPES[0], **others)
+    settings = Settings(**values, dtype=dtype or DTYPES[0], cache=normal_cache(cache), **others)
+    check_cache(settings.cache, settings.steps, settings.context_parallel, min(map(layout.num_blocks, layout.experts)))
     differing = departures(settings, calibrated_with(layout), "calibrated with") if layout.is_packed else []
     if differing:
         ui.info(f"Other settings than the checkpoint was calibrated with: {', '.join(differing)}.")
@@ -125,13 +134,14 @@ def make_videos(
         PtqError: problems of the machine. Otherwise as `check_group` and `run_generation`.
     """
 
-    def load() -> Any:
-        import torch
+    folder, length = out / STATE_DIR / EMBEDDINGS, settings.max_sequence_length
+    negative = settings.negative_prompt if settings.guidance_scale > 1.0 else None
+    encoding = TextEncoding(layout, folder, settings.dtype, length, negative, device, offload)
 
-        from ptq.wan.loading import load_pipeline
+    def load() -> Any:
         from ptq.wan.merge import merge_into
 
-        pipeline = load_pipeline(layout.path, dtype=getattr(torch, settings.dtype))
+        pipeline = load_denoiser(layout, settings.dtype)
         return pipeline if layout.is_packed else merge_into(pipeline, layout, model.loras)
 
     grouped = settings.context_parallel > 1
@@ -146,24 +156,32 @@ def make_videos(
     if grouped and join_group(device) != 0:
         follow(lambda: Sampler(load(), settings, device))
         return None
-    summary = run_generation(load, samples, settings, out, model=model, device=device, offload=offload, **run)
+    summary = run_generation(
+        load, samples, settings, out, model=model, device=device, offload=offload, encoding=encoding, **run
+    )
     if grouped:
         dismiss_group()
     return summary
 
 
+def estimate_memory(layout: ModelLayout, settings: Settings, device: str, offload: str) -> SamplingMemory:
+    """What making a video takes."""
+    from ptq.wan.estimates import sampling_memory
+
+    names = ("height", "width", "num_frames", "max_sequence_length")
+    preset = layout.preset.model_copy(update={name: getattr(settings, name) for name in names})
+    return sampling_memory(layout, preset, device, offload, decode=True)
+
+
 def _check_machine(layout: ModelLayout, settings: Settings, disk: int, out: Path, device: str, offload: str) -> None:
     """Weights, disk, memory and a trial checkpoint."""
-    from ptq.wan.estimates import sampling_memory
     from ptq.wan.pipeline import check_offload
     from ptq.wan.preflight import Needs, preflight
 
     check_offload(device, offload)
-    names = ("height", "width", "num_frames", "max_sequence_length")
-    preset = layout.preset.model_copy(update={name: getattr(settings, name) for name in names})
 
     def estimate() -> Needs:
-        memory = sampling_memory(layout, preset, device, offload, decode=True)
-        return Needs(disk, memory["ram"], memory["vram"])
+        memory = estimate_memory(layout, settings, device, offload)
+        return Needs(disk, memory.ram, memory.vram)
 
     preflight(estimate, out, device, state=out / STATE_DIR)

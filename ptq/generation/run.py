@@ -30,6 +30,7 @@ from ptq.wan.identity import ModelIdentity
 if TYPE_CHECKING:
     from ptq.generation.sampling import Sampler
     from ptq.generation.worker import Result, Worker
+    from ptq.wan.encoding import TextEncoding
 
 MAX_FAILURES_IN_A_ROW = 5
 """So many mean that the cause is not in the units."""
@@ -90,6 +91,7 @@ def run_generation(
     stale_minutes: float = 10.0,
     device: str = "cpu",
     offload: str = "none",
+    encoding: TextEncoding | None = None,
 ) -> Summary:
     """Make this shard's units of a run, or what is left of them.
 
@@ -104,20 +106,12 @@ def run_generation(
         take_over: when done, make unfinished units of shards that do not; wait for those in work.
         stale_minutes: a claim without a sign of life for so long is dead.
         device, offload: where to compute; offload is one of `ptq.wan.pipeline.OFFLOAD_MODES`.
+        encoding: encodes the prompts before `pipe_loader` gives a pipeline without text encoder; None: it has its own.
 
     Raises:
         UsageError: contradictory request, or settings that do not fit the model.
         PtqError: the directory is in use or holds another run; the disk is full; the GPU was lost.
     """
-
-    def load_sampler() -> Sampler:
-        if settings.context_parallel > 1:
-            from ptq.generation.group import LeadingSampler
-
-            return LeadingSampler(pipe_loader, settings, device)
-        from ptq.generation.sampling import Sampler
-
-        return Sampler(pipe_loader(), settings, device, offload)
 
     shard, started = shard or Shard(), time.monotonic()
     units = make_units(samples, samples_per_prompt)
@@ -137,6 +131,19 @@ def run_generation(
         summary.kept = len(own) - len(pending)
         _warn_about_disk(directory, len(pending) * unit_bytes(settings))
         others = [unit for i, unit in enumerate(units) if i % shard.count != shard.index] if take_over else []
+
+        def load_sampler() -> Sampler:
+            if encoding is not None:  # before anything else takes the memory
+                left = [unit for unit in others if manifests.get(unit.name) is None]
+                encoding.prepare(unit.sample.prompt for unit in (*pending, *left))
+            if settings.context_parallel > 1:
+                from ptq.generation.group import LeadingSampler
+
+                return LeadingSampler(pipe_loader, settings, device, encoding)
+            from ptq.generation.sampling import Sampler
+
+            return Sampler(pipe_loader(), settings, device, offload, encoding)
+
         if pending or others:
             from ptq.generation.worker import Worker
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,11 +18,13 @@ from ptq.errors import PtqError, UsageError
 from ptq.generation.nonfinite import Call, find_nonfinite, recorded_calls
 from ptq.generation.settings import Settings
 from ptq.wan.block import video_tokens
+from ptq.wan.caching import enable_cache, forget_cached
 from ptq.wan.pipeline import (
     decode_latents,
     experts_of,
     image_argument,
     latent_shape,
+    on_execution_device,
     place_pipeline,
     set_flow_shift,
     split_over_processes,
@@ -30,6 +32,9 @@ from ptq.wan.pipeline import (
     video_pixels,
     with_image_input,
 )
+
+if TYPE_CHECKING:
+    from ptq.wan.encoding import TextEncoding
 
 BLACK_LEVEL = 4
 """A video whose brightest value is at or below this (of 255) shows nothing."""
@@ -56,12 +61,22 @@ class Sampled:
 class Sampler:
     """A pipeline made ready for one run's settings.
 
+    Args:
+        encoding: gives the embeddings of prompts to a pipeline without text encoder; None: the pipeline has its own.
+
     Raises (on construction):
         UsageError: the settings do not fit the pipeline (size, number of frames, guidance, image, backend).
     """
 
-    def __init__(self, pipe: Any, settings: Settings, device: str = "cpu", offload: str = "none") -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        pipe: Any,
+        settings: Settings,
+        device: str = "cpu",
+        offload: str = "none",
+        encoding: TextEncoding | None = None,
+    ) -> None:
+        self.settings, self._encoding = settings, encoding
         self.pipe = with_image_input(pipe) if settings.image_to_video else pipe
         _check_fit(self.pipe, settings)
         self._shape = latent_shape(self.pipe, settings.height, settings.width, settings.num_frames)
@@ -69,6 +84,7 @@ class Sampler:
         self._experts = experts_of(self.pipe)
         for module in self._experts.values():
             _set_attention(module, settings.attention_backend)
+        enable_cache(self._experts, settings.cache)
         place_pipeline(self.pipe, device, offload)
         if settings.context_parallel > 1:
             config = next(iter(self._experts.values())).config
@@ -90,8 +106,16 @@ class Sampler:
             BrokenOutputError: a step gave NaN or infinite latents (names step and layer), or the video is not finite,
                 black or frozen.
         """
+        if self._encoding is not None:
+            return self.sample(self._encoding.arguments(prompt), seed, image, on_step)
+        texts = {"prompt": prompt, "negative_prompt": self.settings.negative_prompt}
+        return self.sample(texts, seed, image, on_step)
+
+    def sample(self, texts: Mapping[str, Any], seed: int, image: np.ndarray | None, on_step: StepCallback) -> Sampled:
+        """As `make`, with the arguments that say the texts: themselves, or their embeddings on the CPU."""
         settings = self.settings
         initial = self.initial_latents(seed)
+        forget_cached(self._experts)
         with recorded_calls(self._experts) as calls, torch.no_grad():
 
             def after_step(_: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -105,8 +129,7 @@ class Sampler:
                 return {}
 
             final = self.pipe(
-                prompt=prompt,
-                negative_prompt=settings.negative_prompt,
+                **on_execution_device(self.pipe, texts),
                 height=settings.height,
                 width=settings.width,
                 num_frames=settings.num_frames,
@@ -132,6 +155,8 @@ class Sampler:
     def _diagnose(self, calls: list[Call]) -> str:
         if self.settings.context_parallel > 1:  # processes would stop at different layers and wait for each other
             return "run without --context-parallel to have the layer named"
+        if self.settings.cache:  # outside of the pipeline's call, the cache does not know which branch it is
+            return "run without --cache to have the layer named"
         return find_nonfinite(self._experts, calls)
 
 

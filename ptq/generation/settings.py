@@ -11,6 +11,7 @@ from typing import Any
 
 from ptq import ui
 from ptq.errors import DamagedFileError, UsageError
+from ptq.wan.caching import normal_cache
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Settings:
     one); guidance_scale_2: of the low-noise expert, None with one expert. seed: base of the unit seeds. dtype: of the
     loaded weights ("float32" or "bfloat16"). image_to_video: units start from their sample's image.
     attention_backend: name for diffusers' `set_attention_backend`, None for its default. context_parallel: processes that
-    make each video together.
+    make each video together. cache: as `ptq.wan.caching.normal_cache` gives it, None for none.
     """
 
     height: int
@@ -40,6 +41,7 @@ class Settings:
     save_frames: bool = False
     attention_backend: str | None = None
     context_parallel: int = 1
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "num_frames", "fps", "steps", "max_sequence_length", "context_parallel"):
@@ -49,6 +51,8 @@ class Settings:
             raise UsageError(f"flow_shift must be positive, found {self.flow_shift}.")
         if self.seed < 0:
             raise UsageError(f"seed must not be negative, found {self.seed}.")
+        if normal_cache(self.cache) != self.cache:
+            raise UsageError(f"cache must be {normal_cache(self.cache)}, found {self.cache}.")
         if self.height % 2 or self.width % 2:
             raise UsageError(f"The video must have an even height and width, found {self.height} x {self.width}.")
 

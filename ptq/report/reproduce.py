@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from ptq.checkpoint.manifest import Manifest
+from ptq.evaluation.runs import NAMED_DIFFERENCES
 from ptq.evaluation.suites import get_suite
 from ptq.report.facts import Facts
 from ptq.store.files import read_json
@@ -26,7 +27,7 @@ RECIPE_FILE = "recipe.yaml"
 REFERENCE_OUT, CANDIDATE_OUT = "runs/original", "runs/quantized"
 _GENERATE_OPTIONS = (
     *("steps", "height", "width", "num_frames", "fps", "flow_shift", "guidance_scale", "guidance_scale_2"),
-    *("max_sequence_length", "seed", "dtype", "negative_prompt", "attention_backend"),
+    *("max_sequence_length", "seed", "dtype", "negative_prompt", "attention_backend", "cache"),
 )
 """Settings of a generation run that are options of `ptq generate` of the same name."""
 
@@ -67,10 +68,10 @@ def reproduction(facts: Facts) -> Steps:
         )
     else:
         commands += [
-            _generate(name, prompts, out, settings, facts, loras)
-            for name, out, loras in (
-                (model, REFERENCE_OUT, facts.evaluation.reference.lora),
-                (checkpoint, CANDIDATE_OUT, {}),
+            _generate(name, prompts, out, own or settings, facts, loras)
+            for name, out, own, loras in (
+                (model, REFERENCE_OUT, facts.evaluation.reference.settings, facts.evaluation.reference.lora),
+                (checkpoint, CANDIDATE_OUT, settings, {}),
             )
         ]
     commands.append(_evaluate(facts))
@@ -183,6 +184,9 @@ def _evaluate(facts: Facts) -> str:
         return join("ptq", "evaluate", "--import-vbench", *files, *_listed(options))
     runs = "--reference", REFERENCE_OUT, "--candidate", CANDIDATE_OUT
     switches = ["--allow-missing"] if evaluation.excluded else []
+    ours, theirs = evaluation.reference.settings or {}, evaluation.candidate.settings or {}
+    differing = [name for name in NAMED_DIFFERENCES if ours.get(name) != theirs.get(name)]
+    switches += [part for name in differing for part in ("--allow-difference", name)]
     command = join("ptq", "evaluate", *runs, *_listed(options), *switches)
     imported = [file["path"] for file in (evaluation.vbench or {}).get("files", ())]
     if imported:

@@ -41,4 +41,9 @@ def _gpu() -> str:
     if not torch.cuda.is_available():
         return "none usable by torch; models run on the CPU"
     major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.get_device_name()} (sm_{major}{minor}, {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB)"
+    return f"{torch.cuda.get_device_name()} (sm_{major}{minor}, {(gpu_memory() or 0) / 1e9:.0f} GB)"
+
+
+def gpu_memory() -> int | None:
+    """Bytes of the first GPU; None without one."""
+    return int(torch.cuda.mem_get_info()[1]) if torch.cuda.is_available() else None

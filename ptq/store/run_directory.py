@@ -7,6 +7,7 @@ were writing is swept. Which parts are finished is the stage's own business: eac
 
 from __future__ import annotations
 
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,12 +16,13 @@ from typing import Any, ClassVar, NamedTuple
 
 from ptq import ui
 from ptq.errors import DamagedFileError, PtqError, UsageError
+from ptq.store.embeddings import FOLDER as EMBEDDINGS
 from ptq.store.files import sweep_partials
 from ptq.store.locks import directory_mutex, exclusive, live_shards, refuse_other_counts, shard_lock
 from ptq.store.sharding import Shard
 
 STATE_DIR = "state"
-"""Folder of the locks; may be deleted when nothing runs."""
+"""Folder of the locks and of what can be made again; may be deleted when nothing runs."""
 SHOWN_DIFFERENCES = 20
 """Settings that a refusal names; a foreign file may differ in any number of keys."""
 
@@ -156,7 +158,10 @@ class RunDirectory(OutputDirectory, ABC):
                 f"Shard {', '.join(others)} is at work in {self.path} with other settings; different: {name_all(different)}. Stop it first, or choose another --out."
             )
         if fresh:
-            self.delete(own=not different and self.shard.count > 1)
+            part = not different and self.shard.count > 1
+            self.delete(own=part)
+            if not part:
+                shutil.rmtree(self.state / EMBEDDINGS, ignore_errors=True)
         return fresh or found is None or bool(different)
 
 

@@ -201,7 +201,8 @@ def check_settings(contents: Contents) -> str:
     """
     original = embedded_original(contents)
     layout = contents.layout if original is None else read_layout(original[0])
-    found = departures(bounded_settings(contents.infos["candidate"]), layout.preset.sampling(), "the model's own")
+    own = {**layout.preset.sampling(), "cache": None}
+    found = departures(bounded_settings(contents.infos["candidate"]), own, "the model's own")
     if found:
         raise NotCheckedError(f"both runs have {', '.join(found)}; judge whether the loss may be measured so")
     return ", ".join(layout.preset.sampling())

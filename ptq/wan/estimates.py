@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptq import ui
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header
 from ptq.checkpoint.shards import ShardSet
 from ptq.store.files import read_json
-from ptq.wan.block import Rows, block_inputs, video_tokens, width
+from ptq.wan.block import BLOCKS, Rows, block_inputs, video_tokens, width
 from ptq.wan.layout import ModelLayout
+from ptq.wan.pipeline import OFFLOAD_MODES
 
 if TYPE_CHECKING:
     import torch
@@ -132,23 +134,73 @@ def decoder_activation_bytes(layout: ModelLayout, preset: ModelPreset) -> int:
     return DECODER_COPIES * channels * frames * last_stage * 4 + preset.num_frames * pixels * 3 * 4
 
 
+@dataclass(frozen=True)
+class SamplingMemory:
+    """Bytes that running a pipeline takes: of RAM and of the GPU (0 on a CPU), each the larger of two phases.
+
+    encoding, denoising: of the phases, where the model computes; the text encoder is freed before the second begins.
+    """
+
+    ram: int
+    vram: int
+    encoding: int
+    denoising: int
+
+    def describe(self) -> str:
+        """The peak where the model computes, and what it is the larger of."""
+        peak, encoding, denoising = map(
+            ui.format_bytes, (max(self.encoding, self.denoising), self.encoding, self.denoising)
+        )
+        return f"{peak}, the larger of {encoding} to encode the prompts and {denoising} to denoise"
+
+
 def sampling_memory(
     layout: ModelLayout, preset: ModelPreset, device: str, offload: str, *, decode: bool
-) -> dict[str, int]:
-    """Bytes needed to run the pipeline: {"ram": ..., "vram": ...} ("vram" 0 on a CPU).
+) -> SamplingMemory:
+    """What recording or generating takes (`decode`: videos are decoded too).
 
     A pipeline is loaded into RAM first, whatever the device; the libraries are in it too.
     """
     on_gpu = device != "cpu"
     float_bytes = 2 if on_gpu else 4
     sizes = component_bytes(layout.path, float_bytes)
+    encoder, rest = sizes.pop("text_encoder", 0), sum(sizes.values())
     config, call = next(iter(layout.experts.values())), call_size(layout, preset)
     work = denoiser_activation_bytes(config, call, float_bytes)
     work = max(work, decoder_activation_bytes(layout, preset)) if decode else work
     if not on_gpu:
-        return {"ram": LIBRARY_BYTES + sum(sizes.values()) + work, "vram": 0}
-    resident = {"none": sum(sizes.values()), "model": max(sizes.values()), "sequential": 0}[offload]
-    return {"ram": LIBRARY_BYTES + sum(sizes.values()), "vram": resident + work}
+        encoding, denoising = LIBRARY_BYTES + encoder, LIBRARY_BYTES + rest + work
+        return SamplingMemory(max(encoding, denoising), 0, encoding, denoising)
+    if offload == "sequential":
+        layers = [_loaded(entry, float_bytes) for entry in _entries(layout.path / "text_encoder")]
+        encoding, resident = max(layers, default=0), 0
+    elif offload == "group":
+        experts = [_group_bytes(layout.path / expert, float_bytes) for expert in layout.experts]
+        encoding, resident = encoder, max(experts) + sum(sizes[name] for name in sizes if name not in layout.experts)
+    else:
+        encoding, resident = encoder, rest if offload == "none" else max(sizes.values())
+    denoising = resident + work
+    return SamplingMemory(LIBRARY_BYTES + max(encoder, rest), max(encoding, denoising), encoding, denoising)
+
+
+def memory_facts(layout: ModelLayout, gpu_bytes: int | None = None) -> dict[str, str]:
+    """For each place where a video of the model's defaults can be made: what it takes, and whether it fits a GPU of this size."""
+    facts = {"RAM for a video, on a CPU": sampling_memory(layout, layout.preset, "cpu", "none", decode=True).describe()}
+    for mode in OFFLOAD_MODES:
+        need = sampling_memory(layout, layout.preset, "cuda", mode, decode=True)
+        fits = "" if gpu_bytes is None else f"; {'fits' if need.vram <= gpu_bytes else 'does not fit'} this GPU"
+        facts[f"GPU memory for a video, --offload {mode}"] = f"{need.describe()}{fits}"
+    return facts
+
+
+def _group_bytes(directory: Path, float_bytes: int) -> int:
+    """What group offloading holds of an expert at once: the block that computes, the next one, and all that is in no block."""
+    groups: dict[str, int] = {}
+    for entry in _entries(directory):
+        head, _, tail = entry.name.partition(".")
+        block = tail.partition(".")[0] if head == BLOCKS else ""
+        groups[block] = groups.get(block, 0) + _loaded(entry, float_bytes)
+    return groups.pop("", 0) + 2 * max(groups.values(), default=0)
 
 
 def measure_rate(device: str, dtype: torch.dtype, seconds: float = 0.2) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,8 +53,19 @@ def identify_model(model: str, directory: str | Path) -> ModelIdentity:
     directory = Path(directory)
     if not (directory / "model_index.json").is_file():
         raise PtqError(f"{directory} is not a diffusers pipeline directory: it has no model_index.json.")
+    whole, total = _digest_files(directory, files_below(directory))
+    return ModelIdentity(model, whole, _checkpoint_format(directory), total, _quantized_with(directory))
+
+
+def parts_digest(directory: Path, parts: Iterable[str]) -> str:
+    """Digest of some components of a diffusers pipeline directory, taken as in `identify_model`."""
+    return _digest_files(directory, [path for part in parts for path in files_below(directory / part)])[0]
+
+
+def _digest_files(directory: Path, paths: Iterable[Path]) -> tuple[str, int]:
+    """Hex SHA-256 over names, sizes and contents of those that are weights or configurations, and their bytes."""
     total, parts = 0, []
-    for path in files_below(directory):
+    for path in paths:
         relative = path.relative_to(directory)
         hidden = any(part.startswith(".") for part in relative.parts)
         if hidden or path.suffix not in _WEIGHT_SUFFIXES or path.name in _PROVENANCE:
@@ -62,8 +73,7 @@ def identify_model(model: str, directory: str | Path) -> ModelIdentity:
         size = path.stat().st_size
         total += size
         parts.append(f"{relative.as_posix()} {size} {_file_digest(path, size)}")
-    whole = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return ModelIdentity(model, whole, _checkpoint_format(directory), total, _quantized_with(directory))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest(), total
 
 
 def base_model_identity(layout: ModelLayout, shards: dict[str, ShardSet]) -> dict[str, Any]:

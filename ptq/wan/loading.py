@@ -113,7 +113,7 @@ def load_pipeline(
         model: `tiny`, a directory, or a hub id.
         dtype: dtype of unpacked weights; default float32 on the CPU and bfloat16 on a GPU.
         device: where to put the pipeline; default: stays on the CPU.
-        kwargs: passed on to diffusers (for example device_map).
+        kwargs: passed on to diffusers (for example device_map, or a component, None to do without it).
 
     Returns:
         A diffusers WanPipeline or WanImageToVideoPipeline.
@@ -130,8 +130,11 @@ def load_pipeline(
     if dtype is None:
         dtype = torch.bfloat16 if device is not None and torch.device(device).type == "cuda" else torch.float32
     try:
-        vae = AutoencoderKLWan.from_pretrained(layout.path, subfolder="vae", dtype=torch.float32, use_safetensors=True)
-        pipeline = DiffusionPipeline.from_pretrained(layout.path, vae=vae, dtype=dtype, use_safetensors=True, **kwargs)
+        if "vae" not in kwargs:
+            kwargs["vae"] = AutoencoderKLWan.from_pretrained(
+                layout.path, subfolder="vae", dtype=torch.float32, use_safetensors=True
+            )
+        pipeline = DiffusionPipeline.from_pretrained(layout.path, dtype=dtype, use_safetensors=True, **kwargs)
     except LOADING_ERRORS as error:
         raise PtqError(
             f"diffusers could not load {layout.path}: {shorten_error(error)}. The model's files passed their checks; see whether its tokenizer is whole and the installed diffusers and transformers are those of `ptq doctor`."

@@ -6,6 +6,7 @@ Recording calls it through `call_arguments`; generation passes its own latents a
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ptq.errors import UsageError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from ptq.wan.presets import ModelPreset
 
-OFFLOAD_MODES = ("none", "model", "sequential")
+OFFLOAD_MODES = ("none", "model", "group", "sequential")
 """--offload; see `place_pipeline`."""
 
 
@@ -49,7 +50,13 @@ def with_image_input(pipe: Any) -> Any:
     return WanImageToVideoPipeline(**pipe.components, boundary_ratio=pipe.config.boundary_ratio, expand_timesteps=True)
 
 
-def call_arguments(preset: ModelPreset, prompt: str, seed: int, image: np.ndarray | None = None) -> dict[str, Any]:
+def call_arguments(
+    preset: ModelPreset,
+    prompt: str,
+    seed: int,
+    image: np.ndarray | None = None,
+    embeds: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, Any]:
     """Arguments for WanPipeline / WanImageToVideoPipeline.
 
     Args:
@@ -57,12 +64,12 @@ def call_arguments(preset: ModelPreset, prompt: str, seed: int, image: np.ndarra
         prompt: text for the text encoder.
         seed: of the CPU generator that draws the initial latent.
         image: first frame, uint8 [H, W, 3] of the preset's size, for image-to-video.
+        embeds: arguments in place of the texts, for a pipeline without text encoder (`ptq.wan.encoding`).
     """
     import torch
 
     arguments: dict[str, Any] = {
-        "prompt": prompt,
-        "negative_prompt": preset.negative_prompt,
+        **(embeds or {"prompt": prompt, "negative_prompt": preset.negative_prompt}),
         "height": preset.height,
         "width": preset.width,
         "num_frames": preset.num_frames,
@@ -83,6 +90,14 @@ def image_argument(image: np.ndarray | None) -> dict[str, Any]:
     from PIL import Image
 
     return {"image": Image.fromarray(image)}
+
+
+def on_execution_device(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call with their tensors where the pipeline computes: it moves embeddings nowhere."""
+    import torch
+
+    device = pipe._execution_device
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 
 
 def set_flow_shift(pipe: Any, flow_shift: float) -> None:
@@ -137,7 +152,8 @@ def place_pipeline(pipe: Any, device: str, offload: str = "none") -> Any:
 
     Args:
         device: "cpu", "cuda" or "cuda:<n>".
-        offload: none: every weight on the device. model: one component at a time. sequential: one layer at a time.
+        offload: none: every weight on the device. model: one component at a time. group: one block of an expert at a time,
+            the next one on its way; what is no expert stays on the device. sequential: one layer at a time.
 
     Raises:
         UsageError: unknown mode, or offloading without a GPU.
@@ -147,9 +163,32 @@ def place_pipeline(pipe: Any, device: str, offload: str = "none") -> Any:
         return pipe.to(device)
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
+    elif offload == "group":
+        offload_blocks(pipe, device)
     else:
         pipe.enable_sequential_cpu_offload(device=device)
     return pipe
+
+
+def offload_blocks(pipe: Any, device: str) -> None:
+    """diffusers' group offloading on the experts; everything else goes to the device.
+
+    On a GPU a second stream fetches the next block while one computes, from page-locked memory.
+    """
+    import torch
+
+    experts = experts_of(pipe)
+    for name, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module) and name not in experts:
+            module.to(device)
+    for expert in experts.values():
+        expert.enable_group_offload(
+            onload_device=torch.device(device),
+            offload_device=torch.device("cpu"),
+            offload_type="block_level",
+            num_blocks_per_group=1,
+            use_stream=torch.device(device).type != "cpu",
+        )
 
 
 def check_offload(device: str | None, offload: str) -> None:

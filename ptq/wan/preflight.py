@@ -129,7 +129,7 @@ def check_gpu(needs: Needs, device: str) -> list[str]:
     if needs.vram <= free:
         return []
     return [
-        f"About {ui.format_bytes(needs.vram)} of GPU memory are needed on {device}, and {ui.format_bytes(free)} of {ui.format_bytes(total)} are free. Choose --offload model or --offload sequential, a smaller --height, --width or --num-frames, or another GPU."
+        f"About {ui.format_bytes(needs.vram)} of GPU memory are needed on {device}, and {ui.format_bytes(free)} of {ui.format_bytes(total)} are free. Choose a stronger --offload (model, group, sequential), a smaller --height, --width or --num-frames, or another GPU."
     ]
 
 

@@ -6,10 +6,16 @@ import json
 
 import numpy as np
 import pytest
-from evaluation_runs import edit_manifest, make_run
+from evaluation_runs import edit_manifest, evaluate_runs, make_run, tiny_clips
 
-from ptq.errors import DamagedFileError, PtqError
+from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.evaluation.runs import PAIRED_KEYS, pair_runs, read_run, verify_video
+from ptq.report.facts import gather
+from ptq.report.html import content
+from ptq.report.locate import Sources
+from ptq.report.reproduce import reproduction
+from ptq.report.wording import limitations
+from ptq.wan.card import _measured
 
 CLIPS = {f"set/{name}/{k}": np.full((2, 16, 16, 3), 40 * k + 20, np.uint8) for name in ("a", "b") for k in (0, 1)}
 
@@ -47,6 +53,44 @@ def test_a_failure_in_one_shard_does_not_hide_success_in_another(runs):
             json.dumps({"unit": "set/a/0", "status": "failed", "error": "out of memory"}) + "\n"
         )
     assert "set/a/0" in read_run(runs[0]).units
+
+
+CACHE = {"settings": {"cache": "first-block:0.1"}}
+
+
+def test_runs_pair_only_with_the_same_cache_unless_the_difference_is_named(tmp_path):
+    plain, none = (
+        make_run(tmp_path / "plain", CLIPS),
+        make_run(tmp_path / "none", CLIPS, info={"settings": {"cache": None}}),
+    )
+    one, two = (make_run(tmp_path / name, CLIPS, info=CACHE) for name in ("one", "two"))
+    other = make_run(tmp_path / "other", CLIPS, info={"settings": {"cache": "first-block:0.2"}})
+    assert (
+        len(pair((plain, none)).pairs) == len(pair((one, two)).pairs) == 4
+    )  # made before there were caches, and after
+    for runs in ((plain, one), (one, none), (one, other)):
+        with pytest.raises(PtqError, match=r"cache is .*first-block:0\.1.*--allow-difference cache") as raised:
+            pair(runs, allow_missing=True)
+        assert "\n" not in str(raised.value)
+        assert len(pair(runs, allow_differences=["cache"]).pairs) == 4
+    with pytest.raises(UsageError, match="takes cache, found 'dtype'"):
+        pair((plain, one), allow_differences=["dtype"])
+
+
+def test_a_difference_that_was_let_pass_is_said_first(tmp_path):
+    clips, _ = tiny_clips(1)
+    ours, theirs = make_run(tmp_path / "ref", clips), make_run(tmp_path / "cand", clips, info=CACHE)
+    found = evaluate_runs(ours, theirs, out=tmp_path / "eval", allow_differences=["cache"], resamples=1000)
+    said = "The runs differ in cache, which --allow-difference let pass: none for the reference, first-block:0.1 for the candidate."
+    assert found["warnings"][0].startswith(said)
+    facts = gather(Sources(tmp_path / "eval"))
+    assert content(facts)["warnings"][0].startswith(said) and limitations(facts)[0].startswith(said)
+    command = next(text for text in reproduction(facts).commands if text.startswith("ptq evaluate"))
+    assert command.endswith("--allow-difference cache")
+    assert "differ in cache (none, first-block:0.1)" in _measured(facts.evaluation)
+    evaluate_runs(ours, make_run(tmp_path / "same", clips), out=tmp_path / "plain", resamples=1000)
+    facts = gather(Sources(tmp_path / "plain"))
+    assert not any("cache" in text for text in facts.evaluation.warnings) and "cache" not in _measured(facts.evaluation)
 
 
 @pytest.mark.parametrize("side", [0, 1])

@@ -12,6 +12,7 @@ from ptq.errors import PtqError, UsageError
 from ptq.generation import run_generation
 from ptq.generation.run import MAX_FAILURES_IN_A_ROW
 from ptq.wan.loading import load_pipeline
+from ptq.wan.pipeline import OFFLOAD_MODES
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_a_lost_gpu_ends_the_run(pipe, tmp_path: Path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("offload", ["none", "model", "sequential"])
+@pytest.mark.parametrize("offload", OFFLOAD_MODES)
 def test_offload_on_a_gpu_gives_the_same_frames_twice(pipe_dir: Path, tmp_path: Path, offload: str):
     settings = replace(SETTINGS, dtype="bfloat16", save_frames=True)
     found = []

@@ -1,12 +1,13 @@
 """One video made by two processes is the video that one process makes; followers write nothing and end when told.
 
 diffusers' context parallelism wants an accelerator. Here two CPU processes take part over gloo, with torch made to report
-one device; the exchange of tokens and heads is the real one.
+one device; the exchange of tokens and heads is the real one. The leader encodes the prompts; nobody else has a text encoder.
 """
 
 import json
 import multiprocessing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from ptq.errors import UsageError
 from ptq.generation import Settings, group, run_generation, sampling
 from ptq.generation.group import LostGroupError, check_group, dismiss_group, follow
 from ptq.generation.sampling import Sampler
+from ptq.wan.encoding import TextEncoding, load_denoiser
+from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline
 
 GROUP = replace(SETTINGS, context_parallel=2, save_frames=True)
@@ -31,18 +34,20 @@ def take_part(rank: int, store: Path, pipe_dir: Path, out: Path, count: int, gui
     torch.set_num_threads(1)
     torch.accelerator.device_count = lambda: 1
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    settings = replace(GROUP, guidance_scale=guidance)
+    settings, layout = replace(GROUP, guidance_scale=guidance), read_layout(pipe_dir)
     if rank:
         sampler = []
 
         def load_sampler() -> Sampler:
-            sampler.append(Sampler(load_pipeline(pipe_dir, dtype=torch.float32), settings))
+            sampler.append(Sampler(load_denoiser(layout, "float32"), settings))
             return sampler[0]
 
         follow(load_sampler)
         answer.write_text(json.dumps({"loaded": len(sampler)}))
     else:
-        run(pipe_dir, out, make_samples(count), settings)
+        encoding = TextEncoding(layout, out / "state" / "embeddings", "float32", 16, settings.negative_prompt)
+        samples, load = make_samples(count), partial(load_denoiser, layout, "float32")
+        run_generation(load, samples, settings, out, model=MODEL, encoding=encoding)
         dismiss_group()
 
 

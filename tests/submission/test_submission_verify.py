@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 from ptq.checkpoint.manifest import MANIFEST_FILE
 from ptq.cli.main import app
-from ptq.errors import DamagedFileError
+from ptq.errors import DamagedFileError, PtqError
 from ptq.store.files import digest
 from ptq.submission import repeat
-from ptq.submission.check import Claim
+from ptq.submission.check import Claim, NotCheckedError
+from ptq.submission.runs import check_pairing, check_settings
 from ptq.submission.verify import verify
 from ptq.wan.identity import identify_model
 
@@ -546,6 +547,19 @@ def test_other_settings_of_one_run(tampered) -> None:
     tampered.edit("runs/reference/run.json", more)
     redo_all(tampered)
     assert "negative_prompt is 'ugly'" in tampered.problems()[PAIRED]
+
+
+def test_a_cache_of_one_run_and_of_both(tampered) -> None:
+    def cached(value: dict[str, Any]) -> None:
+        value["settings"]["cache"] = "first-block:0.05"
+
+    tampered.edit("runs/candidate/run.json", cached)
+    with pytest.raises(PtqError, match=r"not paired: cache is None in .* and 'first-block:0\.05'"):
+        check_pairing(tampered.contents())
+    tampered.edit("runs/reference/run.json", cached)
+    check_pairing(tampered.contents())
+    with pytest.raises(NotCheckedError, match=r"cache 'first-block:0\.05' \(the model's own None\)"):
+        check_settings(tampered.contents())
 
 
 def test_settings_changed_without_their_digest(tampered) -> None:

@@ -1,25 +1,34 @@
 """Estimates against what torch counts, what the recorder sees, and what the loader allocates."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from random_model import make_random_pipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
+from ptq import ui
+from ptq.cli.main import app
+from ptq.wan import estimates
 from ptq.wan.block import block_inputs
 from ptq.wan.estimates import (
+    LIBRARY_BYTES,
     CallSize,
     call_size,
     component_bytes,
     forward_flops,
     hessian_flops,
     measure_rate,
+    memory_facts,
     sampling_memory,
 )
 from ptq.wan.layout import ModelLayout, read_layout
 from ptq.wan.loading import load_pipeline
+from ptq.wan.pipeline import OFFLOAD_MODES
 from ptq.wan.presets import load_preset
 from ptq.wan.variants import VARIANTS
 
@@ -124,13 +133,51 @@ def test_component_bytes_equal_the_loaded_pipeline(packed: dict[str, Path]):
 
 def test_memory_follows_device_and_offload(random_pipelines: dict[str, Path]):
     layout = read_layout(random_pipelines["T2V-A14B"])
-    need = {
-        mode: sampling_memory(layout, layout.preset, "cuda", mode, decode=True)
-        for mode in ("none", "model", "sequential")
-    }
-    assert need["none"]["vram"] > need["model"]["vram"] > need["sequential"]["vram"] > 0
+    need = {mode: sampling_memory(layout, layout.preset, "cuda", mode, decode=True) for mode in OFFLOAD_MODES}
+    assert [*need] == ["none", "model", "group", "sequential"]
+    assert need["none"].vram > need["model"].vram > need["sequential"].vram > 0
+    assert need["none"].vram > need["group"].vram > need["sequential"].vram
     on_cpu = sampling_memory(layout, layout.preset, "cpu", "none", decode=True)
-    assert on_cpu["vram"] == 0 and on_cpu["ram"] > need["none"]["ram"]
+    assert on_cpu.vram == 0 and on_cpu.ram > need["none"].ram
+
+
+def test_the_peak_is_the_larger_of_encoder_and_denoiser(random_pipelines: dict[str, Path], monkeypatch):
+    """With the sizes of A14B, which no test has: 11.4 GB of text encoder against one expert of packed weights."""
+    layout = read_layout(random_pipelines["T2V-A14B"])
+    real = {"text_encoder": 11_400, "transformer": 8_000, "transformer_2": 8_000, "vae": 500}
+    monkeypatch.setattr(estimates, "component_bytes", lambda *_: {name: size * 10**6 for name, size in real.items()})
+    small = layout.preset.model_copy(update={"height": 32, "width": 32, "num_frames": 5})
+    one = sampling_memory(layout, small, "cuda", "model", decode=True)
+    assert (one.encoding, one.vram) == (11_400 * 10**6, 11_400 * 10**6)
+    assert 8_000 * 10**6 < one.denoising < 8_100 * 10**6
+    assert one.describe().startswith(f"{ui.format_bytes(11_400 * 10**6)}, the larger of")
+    both = sampling_memory(layout, small, "cuda", "none", decode=True)
+    assert both.vram == both.denoising and 16_500 * 10**6 < both.vram < 16_600 * 10**6
+    assert both.ram == LIBRARY_BYTES + 16_500 * 10**6  # of two phases too
+
+
+def test_doctor_says_what_a_checkpoint_needs_and_what_fits(packed: dict[str, Path]):
+    result = CliRunner().invoke(app, ["doctor", str(packed["hif4"]), "--json"])
+    facts = json.loads(result.stdout)
+    layout = read_layout(packed["hif4"])
+    for mode in OFFLOAD_MODES:
+        need = sampling_memory(layout, layout.preset, "cuda", mode, decode=True)
+        assert facts[f"GPU memory for a video, --offload {mode}"].startswith(need.describe())
+    assert "RAM for a video, on a CPU" in facts
+    needs = sorted(sampling_memory(layout, layout.preset, "cuda", mode, decode=True).vram for mode in OFFLOAD_MODES)
+    fits = [text.endswith("; fits this GPU") for text in memory_facts(layout, needs[1]).values()]
+    assert sum(fits) == sum(need <= needs[1] for need in needs) < 4
+
+
+def test_a_group_is_two_blocks_and_what_is_in_none(tmp_path: Path):
+    model = make_random_pipeline(tmp_path / "model", "TI2V-5B", layers=5, width=64)
+    layout, pipe = read_layout(model), load_pipeline(model, dtype=torch.bfloat16)
+    sizes = [2 * sum(p.numel() for p in block.parameters()) for block in pipe.transformer.blocks]
+    whole = 2 * sum(p.numel() for p in pipe.transformer.parameters())
+    vae = 4 * sum(p.numel() for p in pipe.vae.parameters())
+    wanted = whole - sum(sizes) + 2 * max(sizes) + vae
+    need = {mode: sampling_memory(layout, layout.preset, "cuda", mode, decode=True) for mode in ("group", "sequential")}
+    assert need["group"].denoising - need["sequential"].denoising == pytest.approx(wanted, rel=0.02)
 
 
 def test_the_rate_of_this_machine_is_positive():
