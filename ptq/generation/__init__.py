@@ -4,7 +4,7 @@ Importing this package loads neither torch nor diffusers; they come with the fir
 """
 
 from ptq.generation.dry_run import Plan, plan_run
-from ptq.generation.prepare import for_device, make_videos, read_samples, resolve_settings
+from ptq.generation.prepare import check_compile, for_device, make_videos, read_samples, resolve_settings
 from ptq.generation.run import Summary, run_generation
 from ptq.generation.settings import Settings, departures
 from ptq.generation.status import RunStatus, read_status
@@ -16,6 +16,7 @@ __all__ = [
     "RunStatus",
     "Settings",
     "Summary",
+    "check_compile",
     "departures",
     "for_device",
     "identify_model",

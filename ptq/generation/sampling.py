@@ -33,6 +33,8 @@ from ptq.wan.pipeline import (
 
 BLACK_LEVEL = 4
 """A video whose brightest value is at or below this (of 255) shows nothing."""
+COMPILER = "inductor"
+"""Backend of torch.compile."""
 
 StepCallback = Callable[[int], None]
 
@@ -70,6 +72,9 @@ class Sampler:
         for module in self._experts.values():
             _set_attention(module, settings.attention_backend)
         place_pipeline(self.pipe, device, offload)
+        if settings.compile:
+            for module in self._experts.values():
+                module.compile_repeated_blocks(fullgraph=True, backend=COMPILER)
         if settings.context_parallel > 1:
             config = next(iter(self._experts.values())).config
             split_tokens(self._experts, settings.context_parallel, video_tokens(config, self._shape[1:]))
@@ -132,7 +137,8 @@ class Sampler:
     def _diagnose(self, calls: list[Call]) -> str:
         if self.settings.context_parallel > 1:  # processes would stop at different layers and wait for each other
             return "run without --context-parallel to have the layer named"
-        return find_nonfinite(self._experts, calls)
+        with torch.compiler.set_stance("force_eager"):  # hooks on single layers are no part of a compiled block
+            return find_nonfinite(self._experts, calls)
 
 
 def split_tokens(experts: Mapping[str, Any], size: int, tokens: int) -> None:

@@ -21,7 +21,7 @@ class Settings:
     one); guidance_scale_2: of the low-noise expert, None with one expert. seed: base of the unit seeds. dtype: of the
     loaded weights ("float32" or "bfloat16"). image_to_video: units start from their sample's image.
     attention_backend: name for diffusers' `set_attention_backend`, None for its default. context_parallel: processes that
-    make each video together.
+    make each video together. compile: blocks through torch.compile, whose rounding differs in the last bits.
     """
 
     height: int
@@ -40,6 +40,7 @@ class Settings:
     save_frames: bool = False
     attention_backend: str | None = None
     context_parallel: int = 1
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "num_frames", "fps", "steps", "max_sequence_length", "context_parallel"):
@@ -53,8 +54,11 @@ class Settings:
             raise UsageError(f"The video must have an even height and width, found {self.height} x {self.width}.")
 
     def as_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
+        """The fields as a JSON object; `compile` only where it is on, so that runs of versions without it are the same."""
+        values = asdict(self)
+        if not self.compile:
+            del values["compile"]
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Settings:
