@@ -139,6 +139,10 @@ class PtqQuantizer(DiffusersQuantizer):
         return True
 
     @property
+    def is_compileable(self) -> bool:
+        return True  # a layer is one operator, see `ptq.runtime.ops`
+
+    @property
     def is_trainable(self) -> bool:
         return False
 

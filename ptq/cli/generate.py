@@ -78,6 +78,9 @@ def generate(
     cache: Annotated[
         str | None, typer.Option("--cache", help="Skip steps that hardly change: first-block or first-block:THRESHOLD.")
     ] = None,
+    compile_blocks: Annotated[
+        bool, typer.Option("--compile", help="Compile the transformer's blocks first: faster steps on a GPU.")
+    ] = False,
     check: options.Preflight = True,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
@@ -118,7 +121,9 @@ def generate(
         attention_backend=attention_backend,
         context_parallel=context_parallel,
         cache=cache,
+        compile=compile_blocks,
     )
+    generation.check_compile(settings, device, offload)
     reading = {"prompt_format": prompt_format, "limit": num_prompts, "exclude": exclude, "media_root": media_root or ()}
     samples, source = generation.read_samples(
         prompt, prompts, image, from_image=from_image, skip_missing=skip_missing, **reading
@@ -134,6 +139,7 @@ def generate(
     check_model(layout)
     device = device or default_device()
     check_offload(device, offload)
+    generation.check_compile(settings, device, offload)
     settings = settings if dtype else generation.for_device(settings, device)
     identity = generation.identify_model(model, layout.path)
     if merged:

@@ -17,7 +17,7 @@ FEW_PROMPTS = 20
 """Below this many prompts, percentile intervals are known to be too narrow."""
 BLUR_LOSS = 0.02
 """Sharpness falling by this share while temporal flickering "improves" is reported as blur."""
-NAMED_SETTINGS = ("dtype", "attention_backend")
+NAMED_SETTINGS = ("dtype", "attention_backend", "compile")
 """Settings that may differ between paired runs, and are then named."""
 
 

@@ -4,7 +4,14 @@ Importing this package loads neither torch nor diffusers; they come with the fir
 """
 
 from ptq.generation.dry_run import Plan, plan_run
-from ptq.generation.prepare import estimate_memory, for_device, make_videos, read_samples, resolve_settings
+from ptq.generation.prepare import (
+    check_compile,
+    estimate_memory,
+    for_device,
+    make_videos,
+    read_samples,
+    resolve_settings,
+)
 from ptq.generation.run import Summary, run_generation
 from ptq.generation.settings import Settings, departures
 from ptq.generation.status import RunStatus, read_status
@@ -16,6 +23,7 @@ __all__ = [
     "RunStatus",
     "Settings",
     "Summary",
+    "check_compile",
     "departures",
     "estimate_memory",
     "for_device",

@@ -67,6 +67,27 @@ def for_device(settings: Settings, device: str) -> Settings:
     return replace(settings, dtype="bfloat16" if device.startswith("cuda") else DTYPES[0])
 
 
+def check_compile(settings: Settings, device: str | None, offload: str) -> None:
+    """Refuse what compiled blocks have not been made for; device None: not known yet.
+
+    Raises:
+        UsageError: no GPU, offloading, step caching, or a video that several processes make.
+    """
+    if not settings.compile:
+        return
+    others = {
+        f"--offload {offload}": offload != "none",
+        f"--cache {settings.cache}": settings.cache is not None,
+        f"--context-parallel {settings.context_parallel}": settings.context_parallel > 1,
+    }
+    if other := next((name for name, asked in others.items() if asked), None):
+        raise UsageError(
+            f"--compile was asked for with {other}: compiled blocks that are moved, skipped or split have not been measured. Leave out one of the two."
+        )
+    if device is not None and not device.startswith("cuda"):
+        raise UsageError(f"--compile is for GPUs, and this run is on the device {device}. Leave it out.")
+
+
 def calibrated_with(layout: ModelLayout) -> dict[str, Any]:
     """The settings of the records that a packed checkpoint was made from; {} where an earlier version did not note them."""
     manifest = layout.path / MANIFEST_FILE

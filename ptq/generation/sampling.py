@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 BLACK_LEVEL = 4
 """A video whose brightest value is at or below this (of 255) shows nothing."""
+COMPILER = "inductor"
+"""Backend of torch.compile."""
 
 StepCallback = Callable[[int], None]
 
@@ -86,6 +88,9 @@ class Sampler:
             _set_attention(module, settings.attention_backend)
         enable_cache(self._experts, settings.cache)
         place_pipeline(self.pipe, device, offload)
+        if settings.compile:
+            for module in self._experts.values():
+                module.compile_repeated_blocks(fullgraph=True, backend=COMPILER)
         if settings.context_parallel > 1:
             config = next(iter(self._experts.values())).config
             split_tokens(self._experts, settings.context_parallel, video_tokens(config, self._shape[1:]))
@@ -157,7 +162,8 @@ class Sampler:
             return "run without --context-parallel to have the layer named"
         if self.settings.cache:  # outside of the pipeline's call, the cache does not know which branch it is
             return "run without --cache to have the layer named"
-        return find_nonfinite(self._experts, calls)
+        with torch.compiler.set_stance("force_eager"):  # hooks on single layers are no part of a compiled block
+            return find_nonfinite(self._experts, calls)
 
 
 def split_tokens(experts: Mapping[str, Any], size: int, tokens: int) -> None:

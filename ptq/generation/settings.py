@@ -22,7 +22,8 @@ class Settings:
     one); guidance_scale_2: of the low-noise expert, None with one expert. seed: base of the unit seeds. dtype: of the
     loaded weights ("float32" or "bfloat16"). image_to_video: units start from their sample's image.
     attention_backend: name for diffusers' `set_attention_backend`, None for its default. context_parallel: processes that
-    make each video together. cache: as `ptq.wan.caching.normal_cache` gives it, None for none.
+    make each video together. cache: as `ptq.wan.caching.normal_cache` gives it, None for none. compile: blocks through
+    torch.compile, whose rounding differs in the last bits.
     """
 
     height: int
@@ -42,6 +43,7 @@ class Settings:
     attention_backend: str | None = None
     context_parallel: int = 1
     cache: str | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "num_frames", "fps", "steps", "max_sequence_length", "context_parallel"):
@@ -57,8 +59,8 @@ class Settings:
             raise UsageError(f"The video must have an even height and width, found {self.height} x {self.width}.")
 
     def as_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
+        """The fields as a JSON object; those that earlier versions lacked only where they are set: such runs are the same."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("cache", "compile")}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Settings:

@@ -149,7 +149,9 @@ def _generate(
         "num_prompts": (plan.prompts or {}).get("samples"),
         **_loras(loras),
     }
-    switches = [flag for flag in ("--save-frames", "--image-to-video") if settings.get(flag[2:].replace("-", "_"))]
+    switches = [
+        flag for flag in ("--save-frames", "--image-to-video", "--compile") if settings.get(flag[2:].replace("-", "_"))
+    ]
     return join("ptq", "generate", model, "--prompts", prompts, "--out", out, *_listed(options), *switches)
 
 

@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from ptq.runtime.cache import tensor_state
+from ptq.runtime.cache import State, tensor_state
 
 T = TypeVar("T")
 
@@ -28,7 +27,8 @@ class _Last:
 
 
 _last: _Last | None = None
-_digests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_digests: dict[int, tuple[State, bytes]] = {}
+"""By the identity of a living basis: a dictionary of weak tensors would cost more than a small layer's product."""
 
 
 def shared_input(x: Tensor, basis: Tensor | None, numerics: Hashable, quantize: Callable[[], T]) -> T:
@@ -66,9 +66,11 @@ def _forget(reference: weakref.ref[Tensor]) -> None:
 
 
 def _digest(basis: Tensor) -> bytes:
-    state = tensor_state(basis)
-    known = _digests.get(basis)
+    state, identity = tensor_state(basis), id(basis)
+    known = _digests.get(identity)
     if known is None or known[0] != state:
+        if known is None:  # an identity is taken again only after its tensor has gone
+            weakref.finalize(basis, _digests.pop, identity, None)
         data = basis.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        known = _digests[basis] = (state, hashlib.sha256(data).digest())
+        known = _digests[identity] = (state, hashlib.sha256(data).digest())
     return known[1]

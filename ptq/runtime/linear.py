@@ -6,6 +6,8 @@ it is computed is decided per call and device: `ptq.runtime.backends` chooses, `
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -96,7 +98,12 @@ class QuantLinear(nn.Linear):
     @property
     def packed(self) -> PackedWeight:
         """All that the layer holds, as one value."""
-        return PackedWeight(self.weight_packed, self.weight_scale, self.bias, self.basis, self.scheme)
+        held: dict[str, Any] = (
+            self._parameters
+        )  # at every call: nn.Module's attributes are looked up several times slower
+        name = self.scheme.transform.tensor
+        basis = None if name is None else held[name]
+        return PackedWeight(held["weight_packed"], held["weight_scale"], held.get("bias"), basis, self.scheme)
 
     def codes(self) -> Codes:
         """The unpacked codes."""

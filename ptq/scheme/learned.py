@@ -61,7 +61,13 @@ class Learned(Transform):
         return decode_blocks(basis)
 
     def input(self, x: Tensor, basis: Tensor | None) -> Tensor:
-        return transform_input(x, _decoded(basis, x.dtype))
+        blocks = _decoded(basis, x.dtype)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            from ptq.scheme import native_blocks
+
+            if native_blocks.takes(x, blocks):
+                return native_blocks.change(x, blocks)
+        return transform_input(x, blocks)
 
     def weight(self, w_nk: Tensor, basis: Tensor | None) -> Tensor:
         return transform_weight(w_nk, _decoded(basis, torch.float32))

@@ -67,7 +67,7 @@ def codes(kernels: Kernels, x: Tensor, group: int, scale_dtype: torch.dtype, pac
 def values(kernels: Kernels, x: Tensor, group: int) -> Tensor:
     """x float32 or bfloat16 [..., K] -> its values on the grid of the format, same shape and dtype."""
     bits, shift = _rows(x, group)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format, requires_grad=False)
     _run(kernels.values, bits, (shift, *kernels.options), (_rows(out, group)[0],))
     return out
 
@@ -83,8 +83,11 @@ def kernel(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _rows(x: Tensor, group: int) -> tuple[np.ndarray[Any, Any], int]:
+    x = x.detach().contiguous()
+    if x.dtype == torch.float32:  # numpy's views cost less than torch's
+        return x.numpy().view(np.uint32).reshape(-1, group), 0
     dtype, shift = BITS[x.dtype]
-    return x.detach().contiguous().view(dtype).numpy().reshape(-1, group), shift
+    return x.view(dtype).numpy().reshape(-1, group), shift
 
 
 def _run(
@@ -94,11 +97,15 @@ def _run(
     outputs: tuple[np.ndarray[Any, Any], ...],
 ) -> None:
     """Run a kernel on rows x, over several threads where that pays."""
+    part = PART_ELEMENTS // x.shape[1]
+    if len(x) <= part and (kernel, x.dtype) in _compiled:
+        kernel(x, *options, *outputs)
+        return
 
     def convert(part: slice) -> None:
         kernel(x[part], *options, *(out[part] for out in outputs))
 
-    in_parts(kernel, x.dtype, len(x), PART_ELEMENTS // x.shape[1], convert)
+    in_parts(kernel, x.dtype, len(x), part, convert)
 
 
 def in_parts(kernel: Callable[..., None], kind: Any, rows: int, part: int, run: Callable[[slice], None]) -> None:

@@ -158,6 +158,31 @@ BUDGET = {
 }
 
 
+BLACKWELL_BUDGET = {
+    100: {
+        ("mxfp4", "even", "fp8"): 19,
+        ("hif4", "p2", "fp8"): 22,
+        ("hif4", "reference", "bf16"): 28,
+        ("hif4", "mse", "bf16"): 126,
+    },
+    120: {
+        ("mxfp4", "even", "fp8"): 19,
+        ("hif4", "p2", "fp8"): 24,
+        ("hif4", "reference", "bf16"): 29,
+        ("hif4", "mse", "bf16"): 92,
+    },
+}
+"""What is compiled today (triton 3.9.0), rounded up: it must not grow unnoticed. Nothing has been tuned or run there."""
+
+
+@pytest.mark.parametrize(
+    ("family", "job"), [(family, job) for family, jobs in BLACKWELL_BUDGET.items() for job in jobs]
+)
+def test_instructions_an_element_on_blackwell(family, job):
+    binary = compile_quantize(family, "learned", *job, rows=32760)
+    assert 0 < binary.loop() / ELEMENTS_A_THREAD <= BLACKWELL_BUDGET[family][job]
+
+
 @pytest.mark.parametrize("job", BUDGET)
 def test_instructions_an_element_on_hopper(job):
     """The loop over row tiles, with loads, the learned block's product and stores: what bounds the speed of a quantizer."""
