@@ -54,6 +54,7 @@ def test_blocks_compile_whole_and_once_for_steps_experts_and_prompts(pipe_dir, m
     [
         ({}, "cpu", "none", "for GPUs"),
         ({}, None, "model", "--offload model"),
+        ({"cache": "first-block:0.05", "steps": 12}, "cuda", "none", "--cache first-block:0.05"),
         ({"context_parallel": 2}, "cuda", "none", "--context-parallel 2"),
     ],
 )
@@ -64,6 +65,6 @@ def test_what_cannot_be_compiled_is_refused(change, device, offload, words):
 
 
 def test_it_is_a_setting_of_the_run_and_earlier_runs_lack_it():
-    assert "compile" not in SETTINGS.as_json() and Settings.from_json(SETTINGS.as_json()) == SETTINGS
+    assert not {"compile", "cache"} & SETTINGS.as_json().keys() and Settings.from_json(SETTINGS.as_json()) == SETTINGS
     compiled = replace(SETTINGS, compile=True)
     assert compiled.as_json()["compile"] is True and Settings.from_json(compiled.as_json()) == compiled
