@@ -97,7 +97,9 @@ def _check(packed: PackedConfig, target: str) -> None:
     scheme = packed.scheme
     needed = TARGETS[target] or scheme.format.name
     if scheme.format.name != needed:
-        raise UsageError(f"{target} takes {needed} checkpoints, this one is {scheme.format.name}.")
+        exact = (None, scheme.format.name) if scheme.transform == UNCHANGED else (None,)
+        fitting = " or ".join(name for name, wanted in TARGETS.items() if wanted in exact)
+        raise UsageError(f"{target} takes {needed} checkpoints, this one is {scheme.format.name}. Use --to {fitting}.")
     if target != "bf16" and scheme.transform != UNCHANGED:
         raise UsageError(
             f"This checkpoint's inputs change their basis at run time (transform {scheme.transform.kind}, blocks of {scheme.transform.block}), which {target} cannot do. Quantize once more with --set scheme.transform=none to export it, or use --to bf16."

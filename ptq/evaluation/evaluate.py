@@ -122,6 +122,7 @@ def evaluate_runs(
         extra = findings.allowed_differences(runs[0].info, runs[1].info)
         extra += findings.pairing_warnings(pairing.excluded, digests[0] is not None and digests[0] == digests[1])
         extra += findings.condition_warnings(runs[0].info, runs[1].info) + findings.digest_warnings(*runs)
+        extra += findings.geometry_warnings(chosen, runs[1].info)
         return _write(out, conclude(content, chosen, judgement, scores, lines, extra), lines, scores)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ptq.evaluation import statistics
 from ptq.evaluation.runs import NAMED_DIFFERENCES, Run
+from ptq.evaluation.suites import Suite
 from ptq.store.evaluation import ROLES, Estimate
 from ptq.store.evaluation_units import UnitLine
 from ptq.store.run_info import RunInfo
@@ -50,6 +51,20 @@ def condition_warnings(reference: RunInfo, candidate: RunInfo) -> list[str]:
         f"The runs differ in {name}: {ours} for the reference, {theirs} for the candidate."
         for name, ours, theirs in pairs
         if ours != theirs
+    ]
+
+
+def geometry_warnings(suite: Suite, candidate: RunInfo) -> list[str]:
+    """Videos of another geometry than the suite's: their scores stand for themselves only."""
+    other = [
+        f"{name} {candidate.settings.get(name)} (there {wanted})"
+        for name, wanted in suite.geometry.items()
+        if candidate.settings.get(name) != wanted
+    ]
+    if not other:
+        return []
+    return [
+        f"The videos do not have the geometry of suite {suite.name}: {', '.join(other)}. Losses are not comparable with results of that geometry."
     ]
 
 

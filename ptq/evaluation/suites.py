@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
+from typing import Any
 
 from ptq.errors import UsageError
 
@@ -73,7 +74,8 @@ class Suite:
 
     `mode` is VBench's: custom_input scores any videos with a prompt map; vbench_standard scores its own prompt list.
     `totals` maps group names to weights for VBench's published totals, `normalization` holds (min, max, weight, group),
-    `prompts` how many prompts the full benchmark has in each dimension, with `videos_per_prompt` videos each.
+    `prompts` how many prompts the full benchmark has in each dimension, with `videos_per_prompt` videos each. `geometry`:
+    settings of a run (names as in run.json) with which scores are comparable to others of this suite.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Suite:
     totals: Mapping[str, float] | None = None
     normalization: Mapping[str, tuple[float, float, float, str]] | None = None
     prompts: Mapping[str, int] | None = None
+    geometry: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_vbench(self) -> bool:
@@ -150,6 +153,7 @@ def get_suite(name: str) -> Suite:
         videos_per_prompt=data.get("videos_per_prompt", 0),
         totals=data.get("totals"),
         prompts=data.get("prompts"),
+        geometry=data.get("geometry", {}),
         normalization={key: tuple(value) for key, value in data["normalization"].items()}
         if "normalization" in data
         else None,

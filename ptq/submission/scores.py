@@ -13,7 +13,7 @@ from typing import Any
 
 from ptq.errors import DamagedFileError
 from ptq.evaluation.conclude import Judgement, conclude, header
-from ptq.evaluation.findings import condition_warnings, digest_warnings
+from ptq.evaluation.findings import condition_warnings, digest_warnings, geometry_warnings
 from ptq.evaluation.pairs import inputs_digest
 from ptq.evaluation.scores import Scores, scores_from_units
 from ptq.evaluation.suites import Suite, get_suite, score_range
@@ -168,6 +168,7 @@ def _compute(contents: Contents, resamples: int, seed: int) -> Evaluation:
         "sources": dict(Counter(line.source for line in lines)),
     }
     extra = condition_warnings(runs["reference"].info, runs["candidate"].info)
+    extra += geometry_warnings(suite, runs["candidate"].info)
     return conclude(content, suite, judgement, _scores(suite, lines), lines, extra)
 
 

@@ -104,7 +104,7 @@ def test_msmodelslim_export_keeps_elements(plain, tmp_path):
 @pytest.mark.parametrize(
     ("name", "target", "words"),
     [
-        ("hif4", "compressed-tensors", "takes mxfp4"),
+        ("hif4", "compressed-tensors", r"takes mxfp4.*this one is hif4\. Use --to bf16\."),
         ("hif4", "msmodelslim", "transform smoothed.*scheme.transform=none"),
         ("mxfp4", "compressed-tensors", "transform learned.*scheme.transform=none"),
         ("hif4", "gguf", "takes one of"),
@@ -115,3 +115,12 @@ def test_refusals_leave_nothing(packed, tmp_path, name, target, words):
     with pytest.raises(UsageError, match=words):
         export_pipeline(packed[name], read_layout(packed[name]).experts, out, target)
     assert not out.exists()
+
+
+def test_a_checkpoint_of_the_other_format_is_told_where_its_codes_fit(plain, tmp_path):
+    for name, target, fitting in (
+        ("hif4", "compressed-tensors", "msmodelslim"),
+        ("mxfp4", "msmodelslim", "compressed-tensors"),
+    ):
+        with pytest.raises(UsageError, match=f"Use --to {fitting} or bf16"):
+            export_pipeline(plain[name], read_layout(plain[name]).experts, tmp_path / "out", target)

@@ -12,6 +12,8 @@ import pytest
 from evaluation_runs import evaluate_imported, evaluate_runs, make_run, moving_noise
 
 from ptq.errors import DamagedFileError, PtqError, UsageError
+from ptq.evaluation.findings import geometry_warnings
+from ptq.evaluation.runs import read_run
 from ptq.evaluation.scores import Scores
 from ptq.evaluation.suites import get_suite
 from ptq.evaluation.vbench.results import parse_results
@@ -167,6 +169,8 @@ def test_rows_are_matched_to_the_runs_and_must_be_complete(tmp_path, runs):
     content = evaluate_runs(*runs, tmp_path / "out", suite="icme2026", format="hif4", import_vbench=(full, full))
     assert content["dimensions"]["motion_smoothness"]["units"] == 3 and "ssim" in content["paired"]
     assert read_jsonl(tmp_path / "out" / "units.jsonl")[0]["reference"]["imaging_quality"] == 0.5
+    told = [text for text in content["warnings"] if "geometry of suite icme2026" in text]
+    assert len(told) == 1 and "width None (there 1280)" in told[0]
     # Missing in both files: only the manifest knows.
     short = write(tmp_path / "short.json", run_rows(names[:2]))
     with pytest.raises(PtqError, match="set/p2/0"):
@@ -174,6 +178,15 @@ def test_rows_are_matched_to_the_runs_and_must_be_complete(tmp_path, runs):
     strange = write(tmp_path / "strange.json", run_rows([*names, "other.mp4"]))
     with pytest.raises(PtqError, match=r"not in the run \(other\.mp4\)"):
         evaluate_runs(*runs, tmp_path / "out", suite="icme2026", format="hif4", import_vbench=(full, strange))
+
+
+def test_a_run_of_the_challenges_geometry_needs_no_word(tmp_path, runs):
+    suite, info = get_suite("icme2026"), read_run(runs[1]).info
+    assert suite.geometry == {"image_to_video": True, "width": 1280, "height": 720, "num_frames": 61, "fps": 16}
+    same = info.model_copy(update={"settings": dict(suite.geometry)})
+    assert geometry_warnings(suite, same) == [] == geometry_warnings(get_suite("vbench"), info)
+    other = info.model_copy(update={"settings": {**suite.geometry, "num_frames": 81}})
+    assert "icme2026: num_frames 81 (there 61)." in geometry_warnings(suite, other)[0]
 
 
 def test_totals_of_extreme_rows():
