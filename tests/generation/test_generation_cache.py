@@ -143,10 +143,10 @@ def test_from_the_command_line(pipe_dir: Path, tmp_path: Path):
 def test_a_run_of_before_there_were_caches_goes_on(pipe_dir: Path, tmp_path: Path):
     out = tmp_path / "run"
     make(load(pipe_dir), out, SETTINGS)
-    info = json.loads((out / "run.json").read_text())
-    del info["settings"]["cache"]
-    (out / "run.json").write_text(json.dumps(info))
+    assert not {"cache", "compile"} & json.loads((out / "run.json").read_text())["settings"].keys()
     assert make(None, out, SETTINGS).kept == 1
+    with pytest.raises(PtqError, match="cache was .*first-block"):
+        make(None, out, CACHED)
 
 
 def test_a_layer_that_gives_nan_under_a_cache_is_a_failed_unit(pipe_dir: Path, tmp_path: Path):
