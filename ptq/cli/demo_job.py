@@ -130,7 +130,7 @@ class DemoJob:
         for one in results:
             loss = one.evaluation.deciding
             what = f"{one.manifest.format}, {'plain rounding' if one.name == BASELINE else 'default recipe'}"
-            said = f"{one.evaluation.verdict}" + ("" if loss is None else f", loss {loss.value:.1%}")
+            said = f"{one.evaluation.verdict}" + ("" if loss is None else f", loss {loss.value:.2%}")
             runs[f"{what}\n{said}"] = self.out / "videos" / one.name
         write_picture(runs, self.out / PICTURE)
 

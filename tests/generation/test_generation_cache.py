@@ -145,7 +145,7 @@ def test_a_run_of_before_there_were_caches_goes_on(pipe_dir: Path, tmp_path: Pat
     make(load(pipe_dir), out, SETTINGS)
     assert not {"cache", "compile"} & json.loads((out / "run.json").read_text())["settings"].keys()
     assert make(None, out, SETTINGS).kept == 1
-    with pytest.raises(PtqError, match="cache was .*first-block"):
+    with pytest.raises(PtqError, match=r"cache was .*first-block"):
         make(None, out, CACHED)
 
 
