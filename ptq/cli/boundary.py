@@ -6,7 +6,6 @@ them; errors that need the knowledge of a stage are raised there, as `PtqError`.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import os
@@ -81,13 +80,15 @@ def report(error: BaseException, *, debug: bool = False) -> int:
     text = explain(error)
     frames = "".join(traceback.format_exception(error)).rstrip() if text is None or debug else ""
     _let_go(error)
-    with contextlib.suppress(OSError):  # where this cannot be written either, the exit code still tells
+    try:
         if frames:
             ui.plain(frames)
         if isinstance(error, KeyboardInterrupt):
             ui.info(MESSAGE)
         else:
             ui.error(text or _BUG)
+    except OSError:  # this cannot be written either: the exit code still tells
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(error, KeyboardInterrupt):
         return 130
     return error.exit_code if isinstance(error, PtqError) else 1
