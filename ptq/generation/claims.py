@@ -63,11 +63,11 @@ class Claims:
 
     def sweep(self, finished: Collection[str]) -> None:
         """Remove the dead claims of units with these file stems: their process was killed after the unit's last file."""
-        if any(path.name.removesuffix(_CLAIM_SUFFIX) in finished for path in self._all()):
-            with directory_mutex(self._state):
-                for path in self._all():
-                    stem = path.name.removesuffix(_CLAIM_SUFFIX)
-                    if stem in finished and not self.is_held_elsewhere(stem):
+        for path in sorted(self._state.glob(f"*{_CLAIM_SUFFIX}")):
+            stem = path.name.removesuffix(_CLAIM_SUFFIX)
+            if stem in finished:
+                with directory_mutex(self._state):
+                    if not self.is_held_elsewhere(stem):
                         path.unlink(missing_ok=True)
 
     def is_held_elsewhere(self, stem: str) -> bool:
@@ -99,9 +99,6 @@ class Claims:
         probe = self._state / f"clock-{self._shard.tag}"
         probe.touch()
         return probe.stat().st_mtime
-
-    def _all(self) -> list[Path]:
-        return sorted(self._state.glob(f"*{_CLAIM_SUFFIX}"))
 
     def _path(self, stem: str) -> Path:
         return self._state / f"{stem}{_CLAIM_SUFFIX}"

@@ -13,6 +13,9 @@ from ptq import ui
 from ptq.errors import DamagedFileError, UsageError
 from ptq.wan.caching import normal_cache
 
+LATER: Mapping[str, Any] = {"cache": None, "compile": False}
+"""Settings that runs of earlier versions lack -> what those had."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -60,7 +63,7 @@ class Settings:
 
     def as_json(self) -> dict[str, Any]:
         """The fields as a JSON object; those that earlier versions lacked only where they are set: such runs are the same."""
-        return {name: value for name, value in asdict(self).items() if value or name not in ("cache", "compile")}
+        return {name: value for name, value in asdict(self).items() if name not in LATER or value != LATER[name]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Settings:

@@ -98,9 +98,7 @@ class QuantLinear(nn.Linear):
     @property
     def packed(self) -> PackedWeight:
         """All that the layer holds, as one value."""
-        held: dict[str, Any] = (
-            self._parameters
-        )  # at every call: nn.Module's attributes are looked up several times slower
+        held: dict[str, Any] = self._parameters  # read at every call: attributes of nn.Module are several times slower
         name = self.scheme.transform.tensor
         basis = None if name is None else held[name]
         return PackedWeight(held["weight_packed"], held["weight_scale"], held.get("bias"), basis, self.scheme)

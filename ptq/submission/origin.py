@@ -26,9 +26,8 @@ INDEX = "model_index.json"
 def embedded_original(contents: Contents) -> tuple[Path, ModelIdentity] | None:
     """The embedded model that the reference run was made with, or None."""
     wanted = contents.infos["reference"].checkpoint.digest
-    named = contents.infos[
-        "reference"
-    ].model  # what it claims to be: only with that name are outliers planted, to compare
+    # What it claims to be: only with that name are outliers planted, to compare.
+    named = contents.infos["reference"].model
     planted = (outlier_directory(directory) for directory in embedded() if named == directory.name + OUTLIERS)
     found = ((directory, identify_model(directory.name, directory)) for directory in chain(embedded(), planted))
     return next(((directory, one) for directory, one in found if one.digest == wanted), None)

@@ -10,6 +10,7 @@ from ptq import limits
 from ptq.errors import DamagedFileError
 from ptq.evaluation.runs import pair_runs
 from ptq.generation import Settings, departures
+from ptq.generation.settings import LATER
 from ptq.prompts import unit_seed
 from ptq.report.facts import seen_in_calibration
 from ptq.store.evaluation import ROLES
@@ -201,7 +202,7 @@ def check_settings(contents: Contents) -> str:
     """
     original = embedded_original(contents)
     layout = contents.layout if original is None else read_layout(original[0])
-    own = {**layout.preset.sampling(), "cache": None, "compile": False}
+    own = {**layout.preset.sampling(), **LATER}
     found = departures(bounded_settings(contents.infos["candidate"]), own, "the model's own")
     if found:
         raise NotCheckedError(f"both runs have {', '.join(found)}; judge whether the loss may be measured so")
