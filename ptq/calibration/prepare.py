@@ -19,14 +19,10 @@ from ptq.store.run_directory import STATE_DIR
 from ptq.store.sharding import Shard
 from ptq.wan.encoding import TextEncoding, load_denoiser
 from ptq.wan.estimates import (
-    EFFICIENCY,
     LOADING_RATE,
     LOADING_SECONDS,
-    SHORTEST_BLOCK,
     call_size,
     component_bytes,
-    forward_flops,
-    measure_rate,
     sampling_memory,
 )
 from ptq.wan.layout import ModelLayout
@@ -127,17 +123,13 @@ def estimate_needs(plan: CalibrationPlan, out: Path, shard: Shard, device: str, 
 
 
 def estimate_seconds(plan: CalibrationPlan, out: Path, shard: Shard, device: str) -> float:
-    """Upper limit of the time of this process's part, loading included: a prompt's run ends with its last record. Measures the
-    device."""
-    import torch
+    """Upper limit of the time of this process's part, loading included: a prompt's run ends with its last record. Times a block."""
+    from ptq.wan.speed import call_seconds
 
-    rate = measure_rate(device, torch.float32 if device == "cpu" else torch.bfloat16)
-    config = next(iter(plan.layout.experts.values()))
-    calls = prompts_left(plan, out, shard) * plan.preset.steps * len(plan.branches)
-    call = forward_flops(config, call_size(plan.layout, plan.preset)) / (rate * EFFICIENCY)
+    calls = prompts_left(plan, out, shard) * plan.preset.calls
     weights = sum(component_bytes(plan.layout.path, 4 if device == "cpu" else 2).values())
     loading = LOADING_SECONDS + weights / LOADING_RATE
-    return loading + calls * max(call, int(config["num_layers"]) * SHORTEST_BLOCK)
+    return loading + calls * call_seconds(plan.layout, call_size(plan.layout, plan.preset), device)
 
 
 def describe_plan(plan: CalibrationPlan, out: Path, shard: Shard, device: str, offload: str) -> dict[str, str]:

@@ -95,7 +95,7 @@ class CalibrationPlan:
 
 def branches_of(preset: ModelPreset) -> tuple[str, ...]:
     """Branches the sampler calls at each step: with guidance also the unconditional one."""
-    return BRANCHES if preset.guidance_scale > 1.0 else BRANCHES[:1]
+    return BRANCHES if preset.guided else BRANCHES[:1]
 
 
 def calibrate(

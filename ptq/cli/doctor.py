@@ -1,4 +1,4 @@
-"""`ptq doctor`: versions, processors, which backend each format will use, memory and disk; what a checkpoint needs of them."""
+"""`ptq doctor`: versions, processors, which recipe and backend to take, memory and disk; what a model needs of them."""
 
 from __future__ import annotations
 
@@ -9,41 +9,53 @@ import typer
 
 from ptq import ui
 from ptq.cli import options
-from ptq.cli.common import print_json
+from ptq.cli.common import print_json, quiet_libraries
 
 
 def doctor(
-    checkpoint: Annotated[
-        Path | None, typer.Argument(help="Also check this packed checkpoint.", show_default=False)
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Also check this model: a packed checkpoint, a diffusers directory or `tiny`.", show_default=False
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Say what this machine offers and, for a checkpoint, whether its files are complete and unchanged.
+    """Say what this machine offers, which recipe to take on it and, for a model, whether it is whole, what fits and how long it takes.
 
     Example: ptq doctor tiny-hif4
     """
-    from ptq.checkpoint.manifest import read_manifest
+    from ptq.wan.loading import find_local_model
 
-    if checkpoint is not None:
-        read_manifest(checkpoint)
-    ui.info(f"Looking at this machine{'' if checkpoint is None else f' and at {checkpoint}'}.")
+    layout = None if model is None else find_local_model(model)
+    ui.info(f"Looking at this machine{'' if layout is None else f' and at {layout.path}'}.")
+    quiet_libraries()
 
-    from ptq.runtime.diagnosis import machine_facts
+    from ptq.runtime.diagnosis import gpu_memory, machine_facts
 
     facts = machine_facts()
-    if checkpoint is not None:
-        from ptq.checkpoint.layers import describe_placements
-        from ptq.checkpoint.manifest import verify_files
-        from ptq.runtime.diagnosis import gpu_memory
+    if layout is not None:
+        from ptq.wan.check import check_model
         from ptq.wan.estimates import memory_facts
-        from ptq.wan.loading import find_model
+        from ptq.wan.speed import time_facts
 
-        manifest = verify_files(checkpoint)
-        facts[f"checkpoint {checkpoint}"] = "complete, every file as recorded in its manifest"
-        experts, rule = {row.expert for row in manifest.layers}, manifest.recipe.scheme.input_rule
-        facts |= memory_facts(find_model(str(checkpoint)), gpu_memory())
-        facts |= describe_placements(checkpoint, experts, manifest.format, rule)
+        check_model(layout)
+        if layout.is_packed:
+            facts |= _checkpoint_facts(layout.path)
+        facts |= memory_facts(layout, gpu_memory())
+        facts |= time_facts(layout, "cpu" if gpu_memory() is None else "cuda")
     if as_json:
         print_json(facts)
     else:
         ui.details("This machine", facts)
+
+
+def _checkpoint_facts(checkpoint: Path) -> dict[str, str]:
+    """That every file is as recorded, and where its weights land in FP8."""
+    from ptq.checkpoint.layers import describe_placements
+    from ptq.checkpoint.manifest import verify_files
+
+    manifest = verify_files(checkpoint)
+    experts, rule = {row.expert for row in manifest.layers}, manifest.recipe.scheme.input_rule
+    facts = {f"checkpoint {checkpoint}": "complete, every file as recorded in its manifest"}
+    return facts | describe_placements(checkpoint, experts, manifest.format, rule)

@@ -148,6 +148,9 @@ def generate(
     if dry_run:
         memory = generation.estimate_memory(layout, settings, device, offload)
         where = "RAM, estimated" if device == "cpu" else f"GPU memory, --offload {offload}"
+        if plan.seconds_per_unit is None:
+            ui.info("Timing a block of the model.")
+            plan = dataclasses.replace(plan, seconds_per_unit=generation.estimate_seconds(layout, settings, device))
         shown = describe_out(out, out, fresh=fresh)
         _show_plan(plan, settings, identity.weight_bytes, shown, (where, memory), as_json)
         return
@@ -211,6 +214,6 @@ def _show_plan(
         ("disk, estimated", f"{ui.format_bytes(plan.bytes_needed)} ({ui.format_bytes(plan.free_bytes)} free)"),
         ("weights on disk", ui.format_bytes(weight_bytes)),
         (memory[0], memory[1].describe()),
-        ("time, estimated", "known after the first video" if plan.seconds is None else ui.format_seconds(plan.seconds)),
+        ("time, estimated", ui.format_seconds(plan.seconds or 0.0)),
     ]
     ui.details("Plan", dict(rows))

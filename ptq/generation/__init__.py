@@ -7,6 +7,7 @@ from ptq.generation.dry_run import Plan, plan_run
 from ptq.generation.prepare import (
     check_compile,
     estimate_memory,
+    estimate_seconds,
     for_device,
     make_videos,
     read_samples,
@@ -26,6 +27,7 @@ __all__ = [
     "check_compile",
     "departures",
     "estimate_memory",
+    "estimate_seconds",
     "for_device",
     "identify_model",
     "make_videos",

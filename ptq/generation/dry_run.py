@@ -24,7 +24,8 @@ _LATENT_CHANNELS, _STRIDE_T, _STRIDE = 16, 4, 8
 class Plan:
     """units: of the whole run; own: of this shard; done, failed: of those, by the manifests (files not opened).
 
-    bytes_per_unit: estimate on disk. seconds_per_unit: mean of the units this directory holds, None for a new one.
+    bytes_per_unit: estimate on disk. seconds_per_unit: mean of the units this directory holds, None where it has none: see
+    `estimate_seconds`.
     """
 
     shard: Shard

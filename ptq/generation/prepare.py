@@ -26,6 +26,7 @@ from ptq.wan.caching import check_cache, normal_cache
 from ptq.wan.encoding import TextEncoding, load_denoiser
 from ptq.wan.identity import ModelIdentity
 from ptq.wan.layout import ModelLayout
+from ptq.wan.presets import SAMPLING, ModelPreset
 
 if TYPE_CHECKING:
     from ptq.wan.estimates import SamplingMemory
@@ -189,9 +190,20 @@ def estimate_memory(layout: ModelLayout, settings: Settings, device: str, offloa
     """What making a video takes."""
     from ptq.wan.estimates import sampling_memory
 
-    names = ("height", "width", "num_frames", "max_sequence_length")
-    preset = layout.preset.model_copy(update={name: getattr(settings, name) for name in names})
-    return sampling_memory(layout, preset, device, offload, decode=True)
+    return sampling_memory(layout, _preset(layout, settings), device, offload, decode=True)
+
+
+def estimate_seconds(layout: ModelLayout, settings: Settings, device: str) -> float:
+    """How long denoising a video takes, every step computed. Times a block; no LoRA is merged into it."""
+    from ptq.wan.estimates import call_size
+    from ptq.wan.speed import call_seconds
+
+    preset = _preset(layout, settings)
+    return preset.calls * call_seconds(layout, call_size(layout, preset), device)
+
+
+def _preset(layout: ModelLayout, settings: Settings) -> ModelPreset:
+    return layout.preset.model_copy(update={name: getattr(settings, name) for name in SAMPLING})
 
 
 def _check_machine(layout: ModelLayout, settings: Settings, disk: int, out: Path, device: str, offload: str) -> None:

@@ -34,6 +34,8 @@ from ptq.scheme.placement import DECODED
 FEW_ROWS = 64
 """Up to this many rows only backends that read the packed weight once and decode it in registers are considered."""
 VARIABLE = "PTQ_BACKEND"
+FAST = ("dot-scaled", "scaled-mm", "triton-fp8")
+"""Backends whose products run faster than those of bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,15 @@ def preview(machine: Machine) -> dict[str, str]:
         else:
             found[name] = f"{choice.backend.name}: {choice.reason}"
     return found
+
+
+def advice(machine: Machine) -> str:
+    """Which recipe to take on this machine, by what a large layer of each would run on."""
+    backends = {name: text.partition(":")[0] for name, text in preview(machine).items()}
+    fast = [name for name in recipe_schemes() if backends[name] in FAST]
+    if fast:
+        return f"{' or '.join(fast)} for speed ({backends[fast[0]]}), hif4 for quality"
+    return "hif4 for quality; no recipe is faster than another here"
 
 
 def machine_of(device: torch.device) -> Machine:

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from ptq.config import installed_recipes
-from ptq.runtime.backends import machine_of, preview
+from ptq.runtime.backends import advice, machine_of, preview
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "numba")
 
@@ -30,6 +30,7 @@ def machine_facts() -> dict[str, str]:
     facts["GPU"] = _gpu()
     machine = machine_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     facts |= {f"backend for {name}": text for name, text in preview(machine).items()}
+    facts["recipe to take"] = advice(machine)
     facts |= {f"recipe {name}": recipe.description for name, recipe in installed_recipes().items()}
     memory = psutil.virtual_memory()
     facts["memory"] = f"{memory.available / 1e9:.1f} GB available of {memory.total / 1e9:.1f} GB"

@@ -143,7 +143,9 @@ def _measured(judged: Evaluation | None) -> str:
         )
         limit = "" if judged.limit is None else f", limit {judged.limit:.1%}"
         lines.append(f"Verdict: **{judged.verdict or 'none'}**. Mean relative loss {loss.value:+.2%}{interval}{limit}.")
-    lines.append(f"Suite {judged.suite}, {judged.units} paired videos of {judged.prompts} prompts.")
+    lines.append(f"Suite {judged.suite}; paired videos: {judged.units}, prompts: {judged.prompts}.")
+    if not judged.dimensions:
+        return " ".join([*lines, "It scores no dimension: only how far the videos are apart was measured."])
     rows = [
         f"| {name} | {one.reference:.4f} | {one.candidate:.4f} | {'-' if one.relative_loss is None else f'{one.relative_loss.value:+.2%}'} |"
         for name, one in judged.dimensions.items()

@@ -1,13 +1,12 @@
 """Estimates of work, memory and disk of a Wan model, from its JSON files and shard headers alone.
 
-Operations are exact counts of the matrix products (other operations are a few percent). Times divide them by what a short
-matrix multiplication reaches on this device, times `EFFICIENCY`: real forwards never run at that rate. Memory formulas
-name the large tensors only. All are estimates, to be shown as such; preflight compares them with what the machine has.
+Operations are exact counts of the matrix products (other operations are a few percent); how long they take here, `speed.py`
+measures. Memory formulas name the large tensors only. All are estimates, to be shown as such; preflight compares them with what
+the machine has.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,8 @@ from ptq.wan.layout import ModelLayout
 from ptq.wan.pipeline import OFFLOAD_MODES
 
 if TYPE_CHECKING:
-    import torch
-
     from ptq.wan.presets import ModelPreset
 
-EFFICIENCY = 0.5
-"""Share of the measured matrix multiplication rate that a forward pass is assumed to reach."""
 HIDDEN_COPIES = 8
 """Tensors of the size of a block's hidden states alive at once: residual, norm, q, k, v, attention output, two casts."""
 LIBRARY_BYTES = 700 * 2**20
@@ -36,8 +31,6 @@ LOADING_SECONDS = 5.0
 """Importing the libraries and loading the smallest pipeline, on one core."""
 LOADING_RATE = 0.5e9
 """Bytes of weights loaded in a second, on top of that."""
-SHORTEST_BLOCK = 0.003
-"""Seconds that a block's forward takes at least, however few its tokens: its operations are started one by one."""
 DECODER_COPIES = 6
 """Full-resolution feature maps alive at once in the VAE decoder, which works on four frames at a time."""
 
@@ -184,12 +177,18 @@ def sampling_memory(
 
 
 def memory_facts(layout: ModelLayout, gpu_bytes: int | None = None) -> dict[str, str]:
-    """For each place where a video of the model's defaults can be made: what it takes, and whether it fits a GPU of this size."""
+    """For each place where a video of the model's defaults can be made: what it takes, whether it fits a GPU of this size, and
+    which to take: the first that fits, for each moves more than the one before."""
     facts = {"RAM for a video, on a CPU": sampling_memory(layout, layout.preset, "cpu", "none", decode=True).describe()}
+    fitting = []
     for mode in OFFLOAD_MODES:
         need = sampling_memory(layout, layout.preset, "cuda", mode, decode=True)
         fits = "" if gpu_bytes is None else f"; {'fits' if need.vram <= gpu_bytes else 'does not fit'} this GPU"
         facts[f"GPU memory for a video, --offload {mode}"] = f"{need.describe()}{fits}"
+        if gpu_bytes is not None and need.vram <= gpu_bytes:
+            fitting.append(mode)
+    if gpu_bytes is not None:
+        facts["--offload to take"] = fitting[0] if fitting else "none fits: a smaller size or fewer frames"
     return facts
 
 
@@ -201,27 +200,6 @@ def _group_bytes(directory: Path, float_bytes: int) -> int:
         block = tail.partition(".")[0] if head == BLOCKS else ""
         groups[block] = groups.get(block, 0) + _loaded(entry, float_bytes)
     return groups.pop("", 0) + 2 * max(groups.values(), default=0)
-
-
-def measure_rate(device: str, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """Operations a second of a square matrix multiplication on this device (about `seconds` long)."""
-    import torch
-
-    gpu = device != "cpu"
-    n = 4096 if gpu else 768
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-
-    def run(count: int) -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            result = a @ b
-        result.flatten()[0].item()  # waits for the device
-        return time.perf_counter() - start
-
-    run(1)
-    once = run(1)
-    count = max(1, round(seconds / once))
-    return 2.0 * n**3 * count / run(count)
 
 
 def _part_config(path: Path, part: str) -> dict[str, Any]:

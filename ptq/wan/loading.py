@@ -44,12 +44,28 @@ def find_model(model: str) -> ModelLayout:
     return read_layout(_find(model))
 
 
+def find_local_model(model: str) -> ModelLayout:
+    """Find MODEL as `find_model`, but only what is on this machine: nothing is downloaded.
+
+    Raises:
+        UsageError, PtqError: as `find_model`.
+    """
+    found = _find_here(model)
+    if found is None:
+        raise UsageError(
+            f"There is no model {model!r} on this machine: not a directory, not an embedded model. Models of the hub are downloaded by `ptq calibrate` and `ptq generate`; pass a pipeline directory, a packed checkpoint or `tiny`."
+        )
+    return read_layout(found)
+
+
+def _find_here(model: str) -> Path | None:
+    return Path(model) if Path(model).exists() else _embedded(model)
+
+
 def _find(model: str) -> Path:
-    if Path(model).exists():
-        return Path(model)
-    embedded = _embedded(model)
-    if embedded is not None:
-        return embedded
+    here = _find_here(model)
+    if here is not None:
+        return here
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         ui.info(f"Looking for {model} on the hub.")
         texts = _download(model, ["*.json"])

@@ -60,6 +60,16 @@ class ModelPreset(BaseModel):
         """The fields of `SAMPLING`."""
         return {name: getattr(self, name) for name in SAMPLING}
 
+    @property
+    def guided(self) -> bool:
+        """Whether the sampler also calls the unconditional branch at each step."""
+        return self.guidance_scale > 1.0
+
+    @property
+    def calls(self) -> int:
+        """Denoiser calls of one video."""
+        return self.steps * (2 if self.guided else 1)
+
     def with_overrides(self, **values: object) -> ModelPreset:
         """This preset with the values that are not None in their places.
 

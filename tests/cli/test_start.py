@@ -184,6 +184,7 @@ REFUSED = [
     ("prompts none.txt", "none.txt does not exist"),
     ("status full", "full"),
     ("doctor full", "full"),
+    ("doctor Wan-AI/Wan2.2-T2V-A14B-Diffusers", "on this machine"),
     ("demo --format int3", "Unknown format 'int3'"),
     ("demo --model large", "The demo runs on tiny-outliers, tiny or tiny-i2v"),
     ("bench linear --shape 5x5", "multiple of 64"),

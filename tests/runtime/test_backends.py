@@ -142,6 +142,13 @@ def test_preview_for_doctor():
     assert "exact in bfloat16 only" in backends.preview(ADA)["hif4"]
 
 
+def test_doctor_advises_by_what_the_recipes_run_on():
+    for machine in (HOPPER, BLACKWELL):
+        assert backends.advice(machine).startswith("mxfp4 or hif4-fast for speed")
+    for machine in (AMPERE, CPU):
+        assert backends.advice(machine) == "hif4 for quality; no recipe is faster than another here"
+
+
 def make_layer(name="mxfp4", smooth=True, k=128, n=48):
     generator = torch.Generator().manual_seed(0)
     codes = formats.get(name).quantize(torch.randn(n, k, generator=generator))

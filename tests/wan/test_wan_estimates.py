@@ -1,6 +1,8 @@
 """Estimates against what torch counts, what the recorder sees, and what the loader allocates."""
 
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from typer.testing import CliRunner
 
 from ptq import ui
 from ptq.cli.main import app
-from ptq.wan import estimates
+from ptq.errors import UsageError
+from ptq.wan import estimates, speed
 from ptq.wan.block import block_inputs
 from ptq.wan.estimates import (
     LIBRARY_BYTES,
@@ -22,14 +25,14 @@ from ptq.wan.estimates import (
     component_bytes,
     forward_flops,
     hessian_flops,
-    measure_rate,
     memory_facts,
     sampling_memory,
 )
 from ptq.wan.layout import ModelLayout, read_layout
-from ptq.wan.loading import load_pipeline
+from ptq.wan.loading import find_local_model, load_pipeline
 from ptq.wan.pipeline import OFFLOAD_MODES
 from ptq.wan.presets import load_preset
+from ptq.wan.replay import run_block
 from ptq.wan.variants import VARIANTS
 
 CONFIG = {"num_attention_heads": 4, "attention_head_dim": 16, "ffn_dim": 192, "num_layers": 2, "text_dim": 32}
@@ -167,6 +170,24 @@ def test_doctor_says_what_a_checkpoint_needs_and_what_fits(packed: dict[str, Pat
     needs = sorted(sampling_memory(layout, layout.preset, "cuda", mode, decode=True).vram for mode in OFFLOAD_MODES)
     fits = [text.endswith("; fits this GPU") for text in memory_facts(layout, needs[1]).values()]
     assert sum(fits) == sum(need <= needs[1] for need in needs) < 4
+    assert any(text.endswith(" s (48 tokens)") for name, text in facts.items() if name.startswith("time of a block"))
+
+
+def test_doctor_advises_the_fastest_offload_that_fits(packed: dict[str, Path]):
+    layout = read_layout(packed["hif4"])
+    needs = {mode: sampling_memory(layout, layout.preset, "cuda", mode, decode=True).vram for mode in OFFLOAD_MODES}
+    for size in needs.values():
+        taken = memory_facts(layout, size)["--offload to take"]
+        assert needs[taken] <= size and all(needs[mode] > size for mode in OFFLOAD_MODES[: OFFLOAD_MODES.index(taken)])
+    assert "none fits" in memory_facts(layout, 1)["--offload to take"]
+    assert "--offload to take" not in memory_facts(layout)
+
+
+def test_doctor_takes_originals_that_are_here_and_downloads_nothing():
+    facts = json.loads(CliRunner().invoke(app, ["doctor", "tiny", "--json"]).stdout)
+    assert any(name.startswith("time of a video") for name in facts) and not any("checkpoint" in name for name in facts)
+    with pytest.raises(UsageError, match="on this machine"):
+        find_local_model("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
 
 
 def test_a_group_is_two_blocks_and_what_is_in_none(tmp_path: Path):
@@ -180,5 +201,25 @@ def test_a_group_is_two_blocks_and_what_is_in_none(tmp_path: Path):
     assert need["group"].denoising - need["sequential"].denoising == pytest.approx(wanted, rel=0.02)
 
 
-def test_the_rate_of_this_machine_is_positive():
-    assert measure_rate("cpu", torch.float32, seconds=0.01) > 1e6
+@pytest.mark.parametrize("variant", ["T2V-A14B", "TI2V-5B", "I2V-14B"])
+def test_a_call_of_few_tokens_is_timed_whole_and_a_long_one_scaled_by_operations(tmp_path, monkeypatch, variant):
+    layout = read_layout(make_random_pipeline(tmp_path / "model", variant, layers=3, width=64))
+    ran: list[int] = []
+    monkeypatch.setattr(speed, "run_block", lambda block, hidden, context: run_block(block, note(ran, hidden), context))
+    ticks = itertools.count()
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: float(next(ticks)))  # the second forward takes one second
+    short = call_size(layout, layout.preset.with_overrides(height=64, width=64, num_frames=1))
+    config = next(iter(layout.experts.values()))
+    assert speed.call_seconds(layout, short, "cpu") == pytest.approx(config["num_layers"])
+    assert ran == [short.tokens] * 2
+    long = call_size(layout, layout.preset.with_overrides(height=704, width=1280, num_frames=81))
+    assert long.tokens > speed.CPU_TOKENS
+    seconds = speed.call_seconds(layout, long, "cpu")
+    assert 400 < ran[-1] <= speed.CPU_TOKENS
+    probed = replace(long, tokens=ran[-1])
+    assert seconds == pytest.approx(forward_flops(config, long) / forward_flops({**config, "num_layers": 1}, probed))
+
+
+def note(ran: list[int], hidden: torch.Tensor) -> torch.Tensor:
+    ran.append(hidden.shape[1])
+    return hidden
