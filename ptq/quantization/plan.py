@@ -28,7 +28,7 @@ from ptq.wan.replay import CACHED_CONTEXT_BYTES
 SOLVE_PHASES = ((4.0, 1.5), (3.0, 5.25), (2.0, 6.75))
 """(matrices K x K, values N x K) in float32 alive while an input is factorised, its columns are rounded, and both roundings are
 compared: counted from the storages that are alive, the weight itself apart."""
-PLAIN_VALUES = 6.75
+PLAIN_VALUES = 4.25
 """The values where there is no Hessian."""
 EAGER_VALUES = 9.0
 """The values while a GPU rounds to nearest, by the eager functions."""
@@ -36,7 +36,7 @@ SEARCH_BYTES = 80
 """Temporaries of the search of scales, a weight of its chunk."""
 CODES_BYTES = 1.1
 """Unpacked codes and scales of a value, kept until the block is done."""
-DECODED_VALUES = 5
+DECODED_VALUES = 1
 """Copies of a Linear while its codes are decoded, at the first call of the quantized block on a CPU."""
 
 

@@ -119,6 +119,9 @@ class Format(ABC):
     def dequantize(self, codes: Codes) -> Tensor:
         """Exact values of the codes as float32 [..., K]; NaN groups decode to NaN."""
         self._check_codes(codes)
+        kernels = self._decoding(codes.elements)
+        if kernels is not None:
+            return native.decoded(kernels, codes.elements, codes.scales, self.group_size, packed=False)
         return self.decode(codes.elements, self.steps(codes.scales))
 
     def fake_quantize(self, x: Tensor, *, scale_rule: str | None = None, ties: str | None = None) -> Tensor:
@@ -146,11 +149,8 @@ class Format(ABC):
         Raises:
             FormatError: dtypes or shapes that do not belong together.
         """
-        if weight_packed.dtype != torch.uint8:
-            raise FormatError(f"{self.name}: weight_packed must be uint8, found {weight_packed.dtype}.")
-        codes = Codes(unpack_nibbles(weight_packed), weight_scale)
-        self._check_codes(codes)
-        return codes
+        self._check_packed(weight_packed, weight_scale)
+        return Codes(unpack_nibbles(weight_packed), weight_scale)
 
     # The format itself, on float32 tensors of checked shape.
 
@@ -234,8 +234,12 @@ class Format(ABC):
         return place_rows(torch.where(high == -EMPTY, low, torch.minimum(low, high)), high)
 
     def decode_packed(self, weight_packed: Tensor, weight_scale: Tensor) -> Tensor:
-        """Packed codes -> exact values, float32 [..., K]."""
-        return self.dequantize(self.unpack(weight_packed, weight_scale))
+        """Packed codes -> exact values, float32 [..., K]. Errors of `unpack`."""
+        kernels = self._decoding(weight_packed)
+        if kernels is None:
+            return self.dequantize(self.unpack(weight_packed, weight_scale))
+        self._check_packed(weight_packed, weight_scale)
+        return native.decoded(kernels, weight_packed, weight_scale, self.group_size, packed=True)
 
     def packed_tensors(self, n: int, k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """What a layer of N x K stores of its weight: name -> (shape, dtype)."""
@@ -251,6 +255,9 @@ class Format(ABC):
 
     def _compiled(self, x: Tensor, rule: str, ties: str) -> native.Kernels | None:
         return self.kernels(rule, ties) if native.takes(x) else None
+
+    def _decoding(self, elements: Tensor) -> native.Kernels | None:
+        return self._compiled(elements, *self.options(None))
 
     def check(self, x: Tensor, scale_rule: str | None, ties: str | None) -> tuple[str, str]:
         """Check an input and its options.
@@ -282,16 +289,21 @@ class Format(ABC):
             )
 
     def _check_codes(self, codes: Codes) -> None:
-        elements, scales = codes.elements, codes.scales
-        expected = (*elements.shape[:-1], elements.shape[-1] // self.group_size)
+        self._check_parts("elements", codes.elements, codes.elements.shape[-1], codes.scales)
+
+    def _check_packed(self, weight_packed: Tensor, weight_scale: Tensor) -> None:
+        self._check_parts("weight_packed", weight_packed, 2 * weight_packed.shape[-1], weight_scale)
+
+    def _check_parts(self, name: str, elements: Tensor, k: int, scales: Tensor) -> None:
+        expected = (*elements.shape[:-1], k // self.group_size)
         if (
             elements.dtype != torch.uint8
             or scales.dtype != self.scale_dtype
-            or elements.shape[-1] % self.group_size
+            or k % self.group_size
             or tuple(scales.shape) != expected
         ):
             raise FormatError(
-                f"{self.name}: elements {list(elements.shape)} {elements.dtype} need scales {list(expected)} {self.scale_dtype}, found {list(scales.shape)} {scales.dtype}."
+                f"{self.name}: {name} {list(elements.shape)} {elements.dtype} must be uint8 with scales {list(expected)} {self.scale_dtype}, found scales {list(scales.shape)} {scales.dtype}."
             )
 
 

@@ -81,9 +81,9 @@ class HiF4(Format):
         return torch.copysign((level * quarter).reshape(x_gn.shape), x_gn) + 0.0
 
     def kernels(self, rule: str, ties: str) -> native.Kernels:
-        from ptq.scheme.native_hif4 import codes, values
+        from ptq.scheme.native_hif4 import codes, decode, values
 
-        return native.Kernels(codes, values, (self.kernel_rule(rule), ties == "even"))
+        return native.Kernels(codes, values, decode, (self.kernel_rule(rule), ties == "even"))
 
     def usual_ties(self, scale_rule: str) -> str:
         return "even" if scale_rule == "p2" else self.ties_options[0]

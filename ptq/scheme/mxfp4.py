@@ -73,9 +73,9 @@ class MXFP4(Format):
         return torch.copysign(values, x_gn) + 0.0
 
     def kernels(self, rule: str, ties: str) -> native.Kernels:
-        from ptq.scheme.native_mxfp4 import codes, values
+        from ptq.scheme.native_mxfp4 import codes, decode, values
 
-        return native.Kernels(codes, values, (_carry(rule), rule == "mse", ties == "even"))
+        return native.Kernels(codes, values, decode, (_carry(rule), rule == "mse", ties == "even"))
 
     def kernel_rule(self, scale_rule: str) -> int:
         return -1 if scale_rule == "mse" else EXPONENT_CARRY[scale_rule]

@@ -35,6 +35,7 @@ class Kernels:
     Attributes:
         codes: (x, shift, *options, out, scales), out uint8 [n, group] or, packed, [n, group / 2]; scales [n].
         values: (x, shift, *options, out), out like x.
+        decode: (elements, scales, out), elements uint8 [n, group] or, packed, [n, group / 2], out float32 [n, group].
         options: numbers that stand for the scale rule and the ties.
 
     x is [n, group]: uint32 with shift 0 (float32 bits) or uint16 with shift 16 (bfloat16 bits).
@@ -42,6 +43,7 @@ class Kernels:
 
     codes: Callable[..., None]
     values: Callable[..., None]
+    decode: Callable[..., None]
     options: tuple[int | bool, ...]
 
 
@@ -69,6 +71,22 @@ def values(kernels: Kernels, x: Tensor, group: int) -> Tensor:
     bits, shift = _rows(x, group)
     out = torch.empty_like(x, memory_format=torch.contiguous_format, requires_grad=False)
     _run(kernels.values, bits, (shift, *kernels.options), (_rows(out, group)[0],))
+    return out
+
+
+def decoded(kernels: Kernels, elements: Tensor, scales: Tensor, group: int, packed: bool) -> Tensor:
+    """Elements uint8 [..., K], or [..., K/2] packed, and scales [..., K/group] -> their exact values, float32 [..., K]."""
+    out = torch.empty(*scales.shape[:-1], scales.shape[-1] * group)
+    inputs = (
+        elements.contiguous().numpy().reshape(-1, group // (2 if packed else 1)),
+        scales.contiguous().numpy().reshape(-1),
+    )
+    values = out.numpy().reshape(-1, group)
+
+    def convert(part: slice) -> None:
+        kernels.decode(*(x[part] for x in inputs), values[part])
+
+    in_parts(kernels.decode, packed, len(values), PART_ELEMENTS // group, convert)
     return out
 
 

@@ -90,6 +90,34 @@ def values(x, shift, rule, even, out):
                 out[g, k] = u32(value | (sign if value != 0 else u32(0))) >> u32(shift)
 
 
+@kernel
+def decode(elements, scales, out):
+    """Exact values of codes; see `ptq.scheme.native.Kernels`."""
+    packed = elements.shape[1] == GROUP // 2
+    nibbles = np.empty(GROUP, np.int32)
+    steps = np.empty(GROUP, np.float32)
+    for g in range(len(scales)):
+        word = u32(scales[g])
+        byte = word & u32(0xFF)
+        if byte == NAN_SCALE:
+            out[g] = f32(np.nan)
+            continue
+        if packed:
+            for k in range(GROUP // 2):
+                nibbles[2 * k], nibbles[2 * k + 1] = elements[g, k] & 15, elements[g, k] >> 4
+        else:
+            for k in range(GROUP):
+                nibbles[k] = elements[g, k]
+        quarter = f32(_scale(i32(byte)) * f32(0.25))
+        for i in range(FOURS):
+            exponent = (word >> u32(8 + i // 2) & u32(1)) + (word >> u32(16 + i) & u32(1))
+            step = quarter * f32(1 << exponent)
+            for k in range(4 * i, 4 * i + 4):
+                steps[k] = step
+        for k in range(GROUP):  # signed as an integer: there is no -0
+            out[g, k] = f32(i32((nibbles[k] & i32(7)) * (i32(1) - i32(2) * (nibbles[k] >> i32(3))))) * steps[k]
+
+
 @njit(error_model="numpy")
 def _maxima(x, shift, magnitude, fours):
     """Bits of |x| [64] into `magnitude`, the largest of each four into `fours`; returns the largest."""

@@ -73,6 +73,28 @@ def values(x, shift, carry, mse, even, out):
             out[g, k] = u32(value | (sign[k] if value != 0 else u32(0))) >> u32(shift)
 
 
+@kernel
+def decode(elements, scales, out):
+    """Exact values of codes; see `ptq.scheme.native.Kernels`."""
+    packed = elements.shape[1] == GROUP // 2
+    signed = np.zeros(16, np.float32)  # the nibble 8 is never written, and decodes to +0
+    for k in range(1, 8):
+        signed[k] = f32(0.5 * k) if k < 4 else f32((2 + k % 2) << (k // 2 - 2))
+        signed[8 + k] = -signed[k]
+    for g in range(len(scales)):
+        if scales[g] == NAN_SCALE:
+            out[g] = f32(np.nan)
+            continue
+        step = i32(i32(0x00400000) if scales[g] == 0 else i32(i32(scales[g]) << i32(23))).view(f32)
+        if packed:
+            for k in range(GROUP // 2):
+                out[g, 2 * k] = signed[elements[g, k] & 15] * step
+                out[g, 2 * k + 1] = signed[elements[g, k] >> 4] * step
+        else:
+            for k in range(GROUP):
+                out[g, k] = signed[elements[g, k] & 15] * step
+
+
 @njit(error_model="numpy")
 def _scale(magnitude, carry, mse, even, error):
     """Magnitude bits [32] -> scale byte as int32. `error` is scratch, float32 [32]."""

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ptq.formats import FORMATS, FormatError, get
-from ptq.scheme import native
+from ptq.scheme import Codes, native
 
 OPTIONS = [(name, rule, ties) for name, f in FORMATS.items() for rule in f.scale_rules for ties in f.ties_options]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -47,6 +47,28 @@ def assert_native_equals_eager(x, name, rule, ties):
     assert torch.equal(values.isnan(), nan)
     bits, expected_bits = values.view(integers), expected_values.view(integers)  # tells -0 from 0
     assert torch.equal(bits.masked_fill(nan, 0), expected_bits.masked_fill(nan, 0))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_decoding_equals_eager(name):
+    """Every nibble under every scale byte, with random micro-exponents."""
+    fmt, generator = get(name), torch.Generator().manual_seed(0)
+    groups = 256 * 4
+    elements = torch.randint(0, 16, (8, groups // 8 * fmt.group_size), generator=generator, dtype=torch.uint8)
+    elements[:, : 16 * fmt.group_size] = torch.arange(16, dtype=torch.uint8).repeat(fmt.group_size)
+    scales = torch.randint(-(2**31), 2**31, (groups,), generator=generator)
+    scales = ((scales & ~0xFF) | torch.arange(256).repeat(4)).to(torch.int32).to(fmt.scale_dtype).view(8, -1)
+    codes = Codes(elements, scales)
+    packed = fmt.pack(codes)
+    found = (fmt.dequantize(codes), fmt.decode_packed(*packed), fmt.decode_packed(*(x[1:5] for x in packed)))
+    with eager():
+        wanted = (fmt.dequantize(codes), fmt.decode_packed(*packed), fmt.decode_packed(*(x[1:5] for x in packed)))
+    assert wanted[0].isnan().any() and (wanted[0] == 0).any()
+    for values, expected in zip(found, wanted, strict=True):
+        nan = expected.isnan()
+        assert torch.equal(values.isnan(), nan)
+        bits, expected_bits = values.view(torch.int32), expected.view(torch.int32)  # tells -0 from 0
+        assert torch.equal(bits.masked_fill(nan, 0), expected_bits.masked_fill(nan, 0))
 
 
 def random_bits(rows, k, seed=0):
