@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from ptq import ui
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import UsageError
-from ptq.quantization.block import collect_statistics, find_block_inputs, forward_stream, install, solve_block
+from ptq.quantization.block import collect_statistics, find_and_collect, forward_stream, install, solve_block
 from ptq.quantization.calls import ExpertCalls
 from ptq.quantization.hybrid import HybridExpert
 from ptq.quantization.settings import QuantizeSettings
@@ -101,16 +101,19 @@ def _sweep_expert(
     groups: list[InputGroup] = []
     for index in range(replay.num_blocks):
         block = replay.load_block(index)
-        groups = groups or find_block_inputs(block, targets, own.items[0], stream, replay.device)
-        collectors = collect_statistics(block, groups, own.items, stream, full, replay.device)
-        forward_stream(block, other.items, reference, reference, replay.device)
+        replayed = (own.batches, stream, full, replay.device)
+        if groups:
+            collectors = collect_statistics(block, groups, *replayed)
+        else:
+            groups, collectors = find_and_collect(block, targets, *replayed)
+        forward_stream(block, other.batches, reference, reference, replay.device)
         for name, settings in variants.items():
             start = time.monotonic()
             solutions = solve_block(block, groups, dict(collectors), settings)
             rows[name].seconds += time.monotonic() - start
             quantized = copy.deepcopy(block)
             install(quantized, solutions, settings.scheme)
-            forward_stream(quantized, other.items, streams[name], streams[name], replay.device)
+            forward_stream(quantized, other.batches, streams[name], streams[name], replay.device)
             statistics += [(name, solution.stats) for solution in solutions.values()]
             bar.advance(note=f"{expert} block {index}, {name}")
     for name, candidate in streams.items():

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ptq.errors import PtqError
-from ptq.quantization.calls import ReplayRecord
+from ptq.quantization.calls import ReplayBatch
 from ptq.quantization.collect import InputCollector, collecting
 from ptq.quantization.placing import solve_device
 from ptq.quantization.processes import ALONE, Processes
@@ -26,26 +26,12 @@ from ptq.wan.replay import run_block
 
 
 def forward_stream(
-    block: nn.Module, records: Sequence[ReplayRecord], source: Stream, target: Stream, device: torch.device
+    block: nn.Module, batches: Sequence[ReplayBatch], source: Stream, target: Stream, device: torch.device
 ) -> None:
     """Run every record's hidden states through the block, from one stream into another (or the same)."""
-    names = [item.record.record for item in records]
-    for name, item, hidden in zip(names, records, source.visit(names, device), strict=True):
-        target[name] = run_block(block, hidden, item.context())
-
-
-def find_block_inputs(
-    block: nn.Module, targets: Iterable[str], item: ReplayRecord, source: Stream, device: torch.device
-) -> list[InputGroup]:
-    """The distinct inputs of a block and the targets that read each, by running one record."""
-    linears = {name: block.get_submodule(name) for name in targets}
-    hidden = source[item.record.record].to(device)
-    groups, unreached = find_shared_inputs(linears, lambda: run_block(block, hidden, item.context()))
-    if unreached:
-        raise PtqError(
-            f"The recorded calls never reach {', '.join(unreached)} of a block, so nothing is known of their inputs. Record this model again with `ptq calibrate`."
-        )
-    return groups
+    names = [batch.name for batch in batches]
+    for batch, hidden in zip(batches, source.visit(names, device), strict=True):
+        target[batch.name] = run_block(block, hidden, batch.context())
 
 
 def make_collector(settings: QuantizeSettings, index: int) -> InputCollector:
@@ -62,16 +48,59 @@ def make_collector(settings: QuantizeSettings, index: int) -> InputCollector:
 def collect_statistics(
     block: nn.Module,
     groups: Sequence[InputGroup],
-    records: Sequence[ReplayRecord],
+    batches: Sequence[ReplayBatch],
     stream: Stream,
     settings: QuantizeSettings,
     device: torch.device,
 ) -> dict[str, InputCollector]:
     """Run the original block on a stream, in place, and gather the statistics of its inputs, each under its first Linear."""
     collectors = {group.names[0]: make_collector(settings, group.index) for group in groups}
-    with collecting({name: block.get_submodule(name) for name in collectors}, collectors):
-        forward_stream(block, records, stream, stream, device)
+    _collect(block, collectors, batches, stream, device)
     return collectors
+
+
+def find_and_collect(
+    block: nn.Module,
+    targets: Iterable[str],
+    batches: Sequence[ReplayBatch],
+    stream: Stream,
+    settings: QuantizeSettings,
+    device: torch.device,
+) -> tuple[list[InputGroup], dict[str, InputCollector]]:
+    """`collect_statistics` of a block whose inputs are not known yet: the first batch shows which targets read each.
+
+    Raises:
+        PtqError: a target that the records never reach.
+    """
+    linears = {name: block.get_submodule(name) for name in targets}
+    found: list[InputCollector] = []
+
+    def see(x: Tensor) -> None:
+        found.append(make_collector(settings, len(found)))
+        found[-1].update(x, batched=True)
+
+    groups, unreached = find_shared_inputs(
+        linears, lambda: forward_stream(block, batches[:1], stream, stream, device), see
+    )
+    if unreached:
+        raise PtqError(
+            f"The recorded calls never reach {', '.join(unreached)} of a block, so nothing is known of their inputs. Record this model again with `ptq calibrate`."
+        )
+    assert len(found) == len(groups)  # a forward of a block calls each Linear once
+    collectors = {group.names[0]: found[group.index] for group in groups}
+    _collect(block, collectors, batches[1:], stream, device)
+    return groups, collectors
+
+
+def _collect(
+    block: nn.Module,
+    collectors: dict[str, InputCollector],
+    batches: Sequence[ReplayBatch],
+    stream: Stream,
+    device: torch.device,
+) -> None:
+    with collecting({name: block.get_submodule(name) for name in collectors}, collectors, batched=True):
+        forward_stream(block, batches, stream, stream, device)
 
 
 def solve_block(
@@ -121,9 +150,9 @@ def install(block: nn.Module, solutions: Mapping[str, LayerSolution], scheme: Sc
         block.set_submodule(name, layer.to(linear.weight.device))
 
 
-def stream_error(records: Sequence[ReplayRecord], reference: Stream, candidate: Stream, device: torch.device) -> float:
+def stream_error(batches: Sequence[ReplayBatch], reference: Stream, candidate: Stream, device: torch.device) -> float:
     """Squared norm of the difference of two streams, relative to the reference's."""
-    names = [item.record.record for item in records]
+    names = [batch.name for batch in batches]
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for original, changed in zip(reference.visit(names, device), candidate.visit(names, device), strict=True):
         original = original.float()

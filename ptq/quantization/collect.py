@@ -41,25 +41,26 @@ class InputCollector:
         self._total = self._tokens = 0
         self._samples: list[Tensor] = []
 
-    def update(self, x: Tensor) -> None:
-        """Add the tokens of x [..., K]."""
-        x_tk = x.reshape(-1, x.shape[-1])
-        k = x_tk.shape[-1]
+    def update(self, x: Tensor, *, batched: bool = False) -> None:
+        """Add the tokens of x [..., K]; where it is `batched`, [R, ..., K], as R updates."""
+        k = x.shape[-1]
+        x_tk = x.reshape(-1, k)
         if self._absmax_k is None:
             self._absmax_k = torch.zeros(k, device=x_tk.device)
             self._h_kk = torch.zeros(k, k, device=x_tk.device) if self._hessian else None
         largest = torch.maximum(*(edge.abs() for edge in torch.aminmax(x_tk, dim=0)))
         torch.maximum(self._absmax_k, largest.float(), out=self._absmax_k)
-        self._tokens += len(x_tk) if self._h_kk is None else self._add_to_hessian(x_tk)
         self._total += len(x_tk)
-        self._samples.append(x_tk[self._pick(len(x_tk), self._sample, x_tk.device)].float())
+        for part in x_tk.chunk(len(x) if batched else 1):
+            self._tokens += len(part) if self._h_kk is None else self._add_to_hessian(part)
+            self._samples.append(self._some(part, self._sample).to(torch.float32, copy=True))
 
     def _add_to_hessian(self, x_tk: Tensor) -> int:
         """Returns how many tokens were added."""
         assert self._h_kk is not None
         total = len(x_tk)
         if self._hessian_tokens is not None and self._hessian_tokens < total:
-            x_tk = x_tk[self._pick(total, self._hessian_tokens, x_tk.device)]
+            x_tk = self._some(x_tk, self._hessian_tokens)
         # Symmetric: only blocks on and above the diagonal are computed, `stats` mirrors them.
         for start in range(0, x_tk.shape[1], COLUMNS):
             part = slice(start, start + COLUMNS)
@@ -67,9 +68,10 @@ class InputCollector:
             add_product(self._h_kk[: part.stop, part], above, x_tk[:, part], total / len(x_tk))
         return len(x_tk)
 
-    def _pick(self, total: int, count: int, device: torch.device) -> Tensor:
-        """Ascending indices of `count` of `total` tokens."""
-        return torch.randperm(total, generator=self._generator)[:count].sort().values.to(device)
+    def _some(self, x_tk: Tensor, count: int) -> Tensor:
+        """`count` of the tokens, in their order; all where there are no more."""
+        order = torch.randperm(len(x_tk), generator=self._generator)
+        return x_tk if count >= len(x_tk) else x_tk[order[:count].sort().values.to(x_tk.device)]
 
     def stats(self) -> InputStats:
         """The statistics so far.
@@ -102,12 +104,14 @@ def add_product(h_ab: Tensor, a_ta: Tensor, b_tb: Tensor, factor: float) -> Tens
 
 
 @contextlib.contextmanager
-def collecting(modules: Mapping[str, nn.Module], collectors: Mapping[str, InputCollector]) -> Iterator[None]:
-    """While the model runs, feed each module's input into its collector."""
+def collecting(
+    modules: Mapping[str, nn.Module], collectors: Mapping[str, InputCollector], *, batched: bool = False
+) -> Iterator[None]:
+    """While the model runs, feed each module's input into its collector; see `InputCollector.update` for `batched`."""
 
     def hook_for(name: str):
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
-            collectors[name].update((inputs[0] if inputs else keywords["input"]).detach())
+            collectors[name].update((inputs[0] if inputs else keywords["input"]).detach(), batched=batched)
 
         return hook
 

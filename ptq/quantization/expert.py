@@ -14,7 +14,7 @@ from ptq.checkpoint.manifest import BlockEntry, ExpertEntry, LayerEntry
 from ptq.checkpoint.safetensors_file import TensorEntry
 from ptq.quantization.block import (
     collect_statistics,
-    find_block_inputs,
+    find_and_collect,
     forward_stream,
     install,
     solve_block,
@@ -58,12 +58,13 @@ class ExpertRun:
         self._targets = job.packed(name).targets
         self._groups: list[InputGroup] = []
         self._calls = job.calls(name, self.replay)
-        self._records = self._calls.items
-        self._original, self._propagated = (self._calls.start(place, work.path / STREAMS_DIR) for _ in range(2))
+        self._batches = self._calls.batches
+        self._original = self._calls.start(place, work.path / STREAMS_DIR)
+        self._propagated = self._calls.copy(self._original, place, work.path / STREAMS_DIR)
 
     def run(self, bar: ui.Progress) -> ExpertResult:
         """Quantize every block, or take it from an earlier run, and measure the denoiser's output error."""
-        result = ExpertResult({}, [], [], ExpertEntry(expert=self.name, denoiser_error=0.0, records=len(self._records)))
+        result = ExpertResult({}, [], [], ExpertEntry(expert=self.name, denoiser_error=0.0, records=self._calls.count))
         with BlockWriter(self.work, self.name) as writer:
             for index in range(self.replay.num_blocks):
                 entries, info = self._block(index, writer)
@@ -84,17 +85,19 @@ class ExpertRun:
         reason = self.settings.high_precision.get(self.name, {}).get(index)
         finished = None if reason else self.work.load_block(self.name, index)
         if finished is not None or reason:
-            forward_stream(block, self._records, self._original, self._original, device)
+            forward_stream(block, self._batches, self._original, self._original, device)
             if finished is not None:
                 self._fill(block, index, finished[0])
-            forward_stream(block, self._records, self._propagated, self._propagated, device)
+            forward_stream(block, self._batches, self._propagated, self._propagated, device)
             entries, info = finished or ({}, {"layers": []})
             seconds = info["block"]["seconds"] if finished else time.monotonic() - start
             return entries, {**info, "block": self._row(index, seconds, reason)}
-        if not self._groups:  # the same in every block
-            self._groups = find_block_inputs(block, self._targets, self._records[0], self._original, device)
+        replayed = (self._batches, self._original, self.settings, device)
+        if self._groups:
+            collectors = collect_statistics(block, self._groups, *replayed)
+        else:  # they are the same in every block
+            self._groups, collectors = find_and_collect(block, self._targets, *replayed)
             self._say_where(block)
-        collectors = collect_statistics(block, self._groups, self._records, self._original, self.settings, device)
         solutions = solve_block(block, self._groups, collectors, self.settings, self._processes)
         layers = []
         for linear, solution in solutions.items():
@@ -102,7 +105,7 @@ class ExpertRun:
             row = {"expert": self.name, "block": index, "layer": linear, "shape": (n, k), **solution.stats}
             layers.append(LayerEntry.model_validate(row).model_dump(mode="json"))
         install(block, solutions, self.settings.scheme)
-        forward_stream(block, self._records, self._propagated, self._propagated, device)
+        forward_stream(block, self._batches, self._propagated, self._propagated, device)
         info = {"block": self._row(index, time.monotonic() - start, None), "layers": layers}
         if self._processes.first:
             writer.put(index, changed_tensors(block, block_prefix(index)), info)
@@ -123,7 +126,7 @@ class ExpertRun:
         row = BlockEntry(
             expert=self.name,
             block=index,
-            stream_error=stream_error(self._records, self._original, self._propagated, self.replay.device),
+            stream_error=stream_error(self._batches, self._original, self._propagated, self.replay.device),
             high_precision=reason is not None,
             reason=reason,
             seconds=round(seconds, 3),

@@ -43,9 +43,7 @@ class HybridExpert:
         self._reference = self._calls.start()
         for index in range(self.num_blocks):
             self._advance(self._reference, index, quantized=False)
-        self.signal = sum(
-            i.importance * float(self._calls.output(self._reference, i).square().sum()) for i in self._calls.items
-        )
+        self.signal = self._calls.output_energy(self._reference)
 
     @property
     def num_blocks(self) -> int:
@@ -54,7 +52,7 @@ class HybridExpert:
 
     def _advance(self, stream: Stream, index: int, *, quantized: bool) -> None:
         """Move a stream through block `index`, in place."""
-        forward_stream(self._block(index, quantized), self._calls.items, stream, stream, self._replays[0].device)
+        forward_stream(self._block(index, quantized), self._calls.batches, stream, stream, self._replays[0].device)
 
     def error(self, quantized: Sequence[bool]) -> float:
         """Error of the expert with block i quantized where `quantized[i]`."""

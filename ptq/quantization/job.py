@@ -18,7 +18,7 @@ from ptq.checkpoint.safetensors_file import TensorEntry
 from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet
 from ptq.config.load import validate
 from ptq.errors import UsageError
-from ptq.quantization.calls import ExpertCalls, spread
+from ptq.quantization.calls import ExpertCalls, record_size, records_together, spread
 from ptq.quantization.placing import StreamsOption
 from ptq.quantization.processes import ALONE, Processes
 from ptq.quantization.settings import QuantizeSettings
@@ -28,7 +28,7 @@ from ptq.scheme import FormatError
 from ptq.store.calibration import CalibrationSet
 from ptq.store.files import digest
 from ptq.store.lora import LoraInfo
-from ptq.wan.block import block_prefix, rows_outside, video_tokens
+from ptq.wan.block import block_prefix, rows_outside
 from ptq.wan.estimates import CallSize
 from ptq.wan.identity import base_model_identity
 from ptq.wan.layout import ModelLayout
@@ -189,15 +189,15 @@ class Job:
 
     def call_size(self, expert: str) -> CallSize:
         """Size of an expert's recorded calls, from the first of them."""
-        record = self.calibration.of_expert(expert)[0]
-        channels, times, rows, columns = self.calibration.shape(record)
-        latent = (channels, times, rows, columns)
-        text, image = self.calibration.tokens(record)
-        return CallSize(video_tokens(self.layout.experts[expert], latent), text, latent, image)
+        return record_size(self.calibration, self.calibration.of_expert(expert)[0], self.layout.experts[expert])
 
     def used_records(self, expert: str) -> int:
         """How many records of an expert are replayed."""
         return len(spread(self.calibration.of_expert(expert), self.settings.record_limit))
+
+    def together(self, expert: str) -> int:
+        """How many records of an expert are replayed at a time."""
+        return min(self.used_records(expert), records_together(self.call_size(expert)))
 
     def stream_bytes(self, expert: str) -> int:
         """Bytes of both streams of hidden states of an expert's records."""

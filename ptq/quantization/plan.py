@@ -92,7 +92,7 @@ def working_bytes(job: Job, expert: str) -> int:
     replaying = (CODES_BYTES + job.settings.scheme.format.bits_per_value / 8) * values + forward
     if job.options.device == "cpu":  # layers keep their weight decoded, and quantized inputs are float32
         largest = max(n * k for n, k in shapes)
-        wide = 6 * call.tokens * int(job.layout.experts[expert]["ffn_dim"])
+        wide = 6 * job.together(expert) * call.tokens * int(job.layout.experts[expert]["ffn_dim"])
         replaying += 4 * values + max(wide, 4 * DECODED_VALUES * largest)
     return int(_outside_bytes(job, expert) + max(collecting, solving, replaying))
 
@@ -113,11 +113,13 @@ def _solve_bytes(job: Job, rows: int, k: int) -> float:
 def _forward_bytes(job: Job, expert: str) -> float:
     """One call of a block: attention or feed-forward, whichever is larger; norms and gates are float32 whatever the dtype."""
     config, call, itemsize = job.layout.experts[expert], job.call_size(expert), job.options.dtype.itemsize
-    hidden, wide = itemsize * call.tokens * job.layout.width(expert), itemsize * call.tokens * int(config["ffn_dim"])
+    together = job.together(expert)
+    tokens = together * call.tokens
+    hidden, wide = itemsize * tokens * job.layout.width(expert), itemsize * tokens * int(config["ffn_dim"])
     attention, feed_forward = (8, 4) if itemsize == 4 else (11, 5)
     modulation = 24.0 * job.layout.width(expert) * (call.tokens if job.layout.variant.expand_timesteps else 1)
     kept = min(CACHED_CONTEXT_BYTES, job.used_records(expert) * modulation)
-    return max(attention * hidden, feed_forward * hidden + 2 * wide) + modulation + kept
+    return max(attention * hidden, feed_forward * hidden + 2 * wide) + together * modulation + kept
 
 
 def _outside_bytes(job: Job, expert: str) -> int:
@@ -134,7 +136,8 @@ def seconds(job: Job, rates: Rates | None = None) -> float:
         rate = rates or probe(job, expert)
         size, records = job.call_size(expert), job.used_records(expert)
         forward, blocks = forward_flops(config, size) / rate.forward, int(config["num_layers"])
-        total += rate.start + 2 * records * max(forward, blocks * rate.shortest)
+        calls = math.ceil(records / job.together(expert))
+        total += rate.start + 2 * max(records * forward, calls * blocks * rate.shortest)
         if job.settings.needs_hessian:
             limit = job.settings.recipe.records.hessian_tokens or size.tokens + size.text + size.image
             limited = {name: min(getattr(size, name), limit) for name in ("tokens", "text", "image")}

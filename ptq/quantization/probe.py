@@ -46,8 +46,8 @@ def probe(job: Job, expert: str) -> Rates:
     """Measure an expert's rates on the job's device."""
     begin = time.perf_counter()
     replay = job.replay(expert)
-    item = job.calls(expert, replay).items[0]
-    hidden, context = replay.head("probe", job.calibration.load(item.record))
+    batch = job.calls(expert, replay).batches[0]
+    hidden, context = replay.head("probe", *map(job.calibration.load, batch.records))
     block = replay.load_block(0)
     start = time.perf_counter() - begin
     size, config = job.call_size(expert), {**job.layout.experts[expert], "num_layers": 1}
@@ -65,7 +65,7 @@ def probe(job: Job, expert: str) -> Rates:
     panel = _timed(lambda: _round(w_nk, fmt))
     values = _timed(lambda: _prepare(w_nk, fmt, searched=job.settings.recipe.solver.clip_search))
     return Rates(
-        forward_flops(config, size) / forward,
+        len(batch.records) * forward_flops(config, size) / forward,
         2.0 * tokens * h_kk.numel() / hessian,
         float(ROWS) * width**2 / panel,
         w_nk.numel() / values,

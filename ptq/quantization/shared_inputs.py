@@ -50,25 +50,33 @@ class _Identities:
 
 
 @torch.no_grad()
-def find_shared_inputs(linears: Mapping[str, nn.Module], run: Callable[[], None]) -> tuple[list[InputGroup], list[str]]:
+def find_shared_inputs(
+    linears: Mapping[str, nn.Module], run: Callable[[], None], see: Callable[[Tensor], None] | None = None
+) -> tuple[list[InputGroup], list[str]]:
     """Run the model and group its Linears by what they received.
 
     Args:
         linears: name -> Linear, in the model's order.
         run: calls the model, once or more often.
+        see: is given every distinct tensor, when the first Linear receives it.
 
     Returns:
         The groups in order of their first call, and the Linears that no call reached.
     """
     identities = _Identities()
+    seen: set[int] = set()
     received: dict[str, list[int]] = defaultdict(list)  # keys in order of the first call
     tokens: dict[str, int] = defaultdict(int)
 
     def hook_for(name: str):
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
             x = inputs[0] if inputs else keywords["input"]
-            received[name].append(identities.of(x))
+            number = identities.of(x)
+            received[name].append(number)
             tokens[name] += x.numel() // x.shape[-1]
+            if see is not None and number not in seen:
+                seen.add(number)
+                see(x.detach())
 
         return hook
 

@@ -18,7 +18,7 @@ from ptq.quantization.placing import Place
 
 
 class Stream:
-    """One tensor [1, tokens, D] for each record name.
+    """One tensor [R, tokens, D] for each name of a record, or of R records that are replayed together.
 
     Args:
         place: where the tensors are.

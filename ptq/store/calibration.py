@@ -80,8 +80,8 @@ def read_calibration(path: Path) -> CalibrationInfo:
 class DenoiserCall(NamedTuple):
     """What the denoiser is called with, under its own argument names and with batch dimension.
 
-    hidden_states [1, C, T, H, W]; timestep [1] or [1, tokens]; encoder_hidden_states [1, L, D] of the text encoder;
-    encoder_hidden_states_image [1, L', D'] of the image encoder, for the models that take it.
+    hidden_states [R, C, T, H, W]; timestep [R] or [R, tokens]; encoder_hidden_states [R, L, D] of the text encoder;
+    encoder_hidden_states_image [R, L', D'] of the image encoder, for the models that take it. R is 1 as recorded.
     """
 
     hidden_states: Tensor
@@ -127,21 +127,22 @@ class CalibrationSet:
 
     def shape(self, record: Record) -> tuple[int, ...]:
         """Latent shape [C, T, H, W] of a record, without reading it."""
-        return self._shapes(record)[f"{record.record}.hidden_states"]
+        return self._shapes(record, record.file)[f"{record.record}.hidden_states"]
 
     def tokens(self, record: Record) -> tuple[int, int]:
         """Numbers of text and image tokens that the denoiser reads in this record."""
-        shapes = self._shapes(record)
-        return shapes[TEXT][0], shapes[IMAGE][0] if IMAGE in shapes else 0
+        shapes = self._shapes(record, record.file)
+        text = shapes if record.branch == "cond" else self._shapes(record, NEGATIVE_FILE)
+        return text[TEXT][0], shapes[IMAGE][0] if IMAGE in shapes else 0
 
-    def _shapes(self, record: Record) -> dict[str, tuple[int, ...]]:
+    def _shapes(self, record: Record, file: str) -> dict[str, tuple[int, ...]]:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(self.directory / record.file, framework="pt") as handle:
+            with safe_open(self.directory / file, framework="pt") as handle:
                 return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise self._unreadable(record, self.directory / record.file, error) from error
+            raise self._unreadable(record, self.directory / file, error) from error
 
     def verify(self) -> None:
         """Compare every file with its digest: everything made from this set is signed with those digests.

@@ -8,7 +8,7 @@ first block would receive, or injects what the last block returned.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ CACHED_CONTEXT_BYTES = 512 * 2**20
 class BlockContext:
     """What every block of a call receives besides its hidden states.
 
-    context: tokens [1, L, D] of the text, behind those of the image where the model reads them; temb: modulation [1, 6, D] or [1, tokens, 6, D]; rotary: pair of [1, tokens, 1, d].
+    context: tokens [R, L, D] of the text, behind those of the image where the model reads them; temb: modulation [R, 6, D] or [R, tokens, 6, D]; rotary: pair of [1, tokens, 1, d], the same for the R calls.
     """
 
     context: Tensor
@@ -63,7 +63,7 @@ class ExpertReplay:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.shards, self.device, self.dtype = shards, torch.device(device), dtype
+        self.shards, self.config, self.device, self.dtype = shards, config, torch.device(device), dtype
         packed = config.get("quantization_config")
         self.packed = None if packed is None else PackedConfig.parse(packed, str(shards.directory / "config.json"))
         self._model = _skeleton(config, self.packed)
@@ -119,35 +119,41 @@ class ExpertReplay:
         return self._load(block, {name: tensor for name, tensor in tensors.items() if name in known})
 
     @torch.no_grad()
-    def head(self, name: str, call: DenoiserCall) -> tuple[Tensor, BlockContext]:
-        """Inputs of block 0 for one recorded call.
+    def head(self, name: str, *calls: DenoiserCall) -> tuple[Tensor, BlockContext]:
+        """Inputs of block 0 for R recorded calls of one size.
+
+        They are computed call by call: products of one row have other last bits than those of several, which blocks do not.
 
         Args:
-            name: of the record; its context is kept under it while there is room.
+            name: of the calls; their context is kept under it while there is room.
 
         Returns:
-            hidden [1, tokens, D] and the context shared by all blocks.
+            hidden [R, tokens, D] and the context shared by all blocks.
 
         Raises:
-            PtqError: the call lacks the image tokens that this model reads.
+            PtqError: a call lacks the image tokens that this model reads.
         """
-        capture = _Capture()
-        self._forward(capture, call)
+        captured = []
+        for call in calls:
+            capture = _Capture()
+            self._forward(capture, call)
+            captured.append(capture.inputs)
+        hidden, text, temb, (rotary, *_) = zip(*captured, strict=True)
         context = self._contexts.get(name)
         if context is None:
-            context = BlockContext(capture.inputs[1], capture.inputs[2], capture.inputs[3])
+            context = BlockContext(_joined(text), _joined(temb), rotary)
             if sum(kept.nbytes for kept in self._contexts.values()) + context.nbytes <= CACHED_CONTEXT_BYTES:
                 self._contexts[name] = context
-        return capture.inputs[0], context
+        return _joined(hidden), context
 
-    def context(self, name: str, call: Callable[[], DenoiserCall]) -> BlockContext:
-        """The context of a recorded call, from the cache or computed from the call (read only then)."""
+    def context(self, name: str, calls: Callable[[], Sequence[DenoiserCall]]) -> BlockContext:
+        """The context of recorded calls, from the cache or computed from the calls (read only then)."""
         cached = self._contexts.get(name)
-        return cached if cached is not None else self.head(name, call())[1]
+        return cached if cached is not None else self.head(name, *calls())[1]
 
     @torch.no_grad()
     def tail(self, hidden: Tensor, call: DenoiserCall) -> Tensor:
-        """The denoiser's output [1, C, T, H, W] given the last block's output [1, tokens, D]."""
+        """The denoiser's output [R, C, T, H, W] given the last block's output [R, tokens, D]."""
         return self._forward(_Inject(hidden.to(self.device)), call)
 
     def _forward(self, block: nn.Module, call: DenoiserCall) -> Tensor:
@@ -170,8 +176,12 @@ class ExpertReplay:
 
 @torch.no_grad()
 def run_block(block: nn.Module, hidden: Tensor, context: BlockContext) -> Tensor:
-    """One block on hidden states [1, tokens, D] -> [1, tokens, D]."""
+    """One block on hidden states [R, tokens, D] -> [R, tokens, D]."""
     return block(hidden, context.context, context.temb, context.rotary)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def state_names(config: dict[str, Any], packed: PackedConfig | None) -> list[str]:

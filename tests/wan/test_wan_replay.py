@@ -114,10 +114,10 @@ def test_unused_tensors_of_a_release_are_left_out(random_pipelines, copy_of) -> 
 def test_contexts_are_kept_by_name(random_pipelines) -> None:
     replay = open_replay(random_pipelines["T2V-A14B"])
     a, b = call("T2V-A14B", 1), call("T2V-A14B", 2)
-    context_a, context_b = replay.context("a", lambda: a), replay.context("b", lambda: b)
+    context_a, context_b = replay.context("a", lambda: [a]), replay.context("b", lambda: [b])
     assert not torch.equal(context_a.context, context_b.context)
 
-    def not_again() -> DenoiserCall:
+    def not_again() -> list[DenoiserCall]:
         raise AssertionError("the arguments were read again")
 
     assert replay.context("a", not_again) is context_a
