@@ -17,6 +17,7 @@ from ptq.calibration.run import CalibrationPlan, calibrate
 from ptq.checkpoint.manifest import Manifest, read_manifest
 from ptq.config import load_recipe
 from ptq.prompts import Sample
+from ptq.quantization import calls
 from ptq.quantization.job import Job, QuantizeOptions
 from ptq.quantization.run import quantize
 from ptq.quantization.settings import QuantizeSettings
@@ -45,6 +46,12 @@ def make_settings(format_name: str = "mxfp4", *overrides: str, protected: dict |
     return QuantizeSettings(format_name, load_recipe("rtn", format_name, overrides), "rtn", protected or {}, **options)
 
 
+def shipped(recipe: str) -> QuantizeSettings:
+    """A recipe of the package as it is."""
+    format_name = recipe.removesuffix("-fast")
+    return QuantizeSettings(format_name, load_recipe(recipe, format_name), recipe, {})
+
+
 def run(model: Path, records: Path, out: Path, settings: QuantizeSettings, **options: Any) -> Manifest:
     torch.set_num_threads(1)
     return quantize(Job(read_layout(model), CalibrationSet(records), settings, out, QuantizeOptions(**options)))
@@ -70,6 +77,12 @@ def run_and_die(renames: int, *arguments: Any, **options: Any) -> None:
 
     os.replace = replace
     run(*arguments, **options)
+
+
+def run_in_small_batches(target: Any, *arguments: Any) -> None:
+    """Call `target` in a process that replays three records of `make_records` at a time."""
+    calls.BATCH_TOKENS = 100
+    target(*arguments)
 
 
 def run_with_small_files(limit: int, *arguments: Any) -> None:

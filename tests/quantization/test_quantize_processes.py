@@ -9,9 +9,18 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from quantization_helpers import FULL, LEARNED, file_digests, make_settings, manifest_facts, run, start_child
+from quantization_helpers import (
+    FULL,
+    file_digests,
+    make_settings,
+    manifest_facts,
+    run,
+    run_in_small_batches,
+    shipped,
+    start_child,
+)
 
-from ptq.quantization import block
+from ptq.quantization import block, calls
 from ptq.quantization.processes import Processes
 
 
@@ -36,23 +45,25 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-@pytest.mark.parametrize("recipe", [FULL, LEARNED], ids=["full", "learned"])
-def test_two_processes_give_the_codes_of_one(model, records, uninterrupted, tmp_path, recipe):
-    whole = uninterrupted["full"]
-    if recipe is LEARNED:
-        whole = tmp_path / "whole"
-        run(model, records, whole, make_settings("hif4", *LEARNED))
-    settings, port = make_settings("hif4", *recipe), free_port()
-    children = [
-        start_child(as_rank, rank, 2, port, tmp_path, model, records, tmp_path / "out", settings) for rank in range(2)
-    ]
+@pytest.mark.parametrize("recipe", ["full", "hif4", "mxfp4", "hif4-fast"])
+def test_two_processes_give_the_codes_of_one(request, tmp_path, recipe, monkeypatch):
+    names = ("model", "records", "uninterrupted") if recipe == "full" else ("single", "single_records")
+    model, records, *made = map(request.getfixturevalue, names)
+    if made:
+        whole, settings, batches, blocks = made[0]["full"], make_settings("hif4", *FULL), (), 2 * 3
+    else:
+        whole, settings, batches, blocks = tmp_path / "whole", shipped(recipe), (run_in_small_batches,), 2
+        monkeypatch.setattr(calls, "BATCH_TOKENS", 100)
+        run(model, records, whole, settings)
+    port, arguments = free_port(), (tmp_path, model, records, tmp_path / "out", settings)
+    children = [start_child(*batches, as_rank, rank, 2, port, *arguments) for rank in range(2)]
     for child in children:
         child.join(300)
     assert [child.exitcode for child in children] == [0, 0]
     assert file_digests(tmp_path / "out") == file_digests(whole)
     assert manifest_facts(tmp_path / "out") == manifest_facts(whole)
     solved = [int((tmp_path / str(rank)).read_text()) for rank in range(2)]
-    assert sum(solved) == 2 * 3 * 7 and min(solved) > 0
+    assert sum(solved) == blocks * 7 and min(solved) > 0
 
 
 @given(st.dictionaries(st.text(max_size=3), st.floats(0, 1e9), max_size=12), st.integers(1, 5))

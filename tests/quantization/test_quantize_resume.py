@@ -9,17 +9,19 @@ import pytest
 from earlier_recipes import EARLIER_RTN
 from quantization_helpers import (
     FULL,
-    LEARNED,
     file_digests,
     make_records,
     make_settings,
     manifest_facts,
     run,
     run_and_die,
+    run_in_small_batches,
+    shipped,
     start_child,
 )
 
 from ptq.errors import DamagedFileError, UsageError
+from ptq.quantization import calls
 from ptq.quantization import expert as expert_module
 from ptq.store.files import read_json, write_json
 
@@ -47,13 +49,15 @@ def test_killed_at_a_random_block(model, records, uninterrupted, recipe, tmp_pat
     assert not out.with_name("out.partial").exists()
 
 
-def test_killed_again_and_again_in_the_middle_of_writes(single, single_records, tmp_path):
-    settings = make_settings("hif4", *LEARNED)
+@pytest.mark.parametrize("recipe", ["hif4", "mxfp4", "hif4-fast"])
+def test_killed_again_and_again_in_the_middle_of_writes(single, single_records, tmp_path, recipe, monkeypatch):
+    settings = shipped(recipe)
+    monkeypatch.setattr(calls, "BATCH_TOKENS", 100)
     run(single, single_records, tmp_path / "whole", settings)
     out = tmp_path / "out"
     # Writing: statistics of block 0; tensors of block 1; statistics of block 1; the index of the shards; the manifest.
     for renames in (3, 3, 2, 4, 5):
-        child = start_child(run_and_die, renames, single, single_records, out, settings)
+        child = start_child(run_in_small_batches, run_and_die, renames, single, single_records, out, settings)
         child.join(120)
         assert child.exitcode == -9 and not out.exists()
     run(single, single_records, out, settings)
