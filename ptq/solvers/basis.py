@@ -15,12 +15,27 @@ from torch import Tensor
 from ptq.config.recipe import SolverSettings
 from ptq.scheme import Scheme
 from ptq.solvers.factor import check_hessian
-from ptq.solvers.measure import energy, relative
+from ptq.solvers.measure import relative, row_energies
 from ptq.solvers.rtn import check_weight, round_to_nearest
 from ptq.solvers.stats import InputStats, SolverError
 
 SEARCH_ROWS = 1024
 """Output rows of each Linear that the search looks at, evenly spaced: the error is a mean over rows."""
+
+
+@dataclass(frozen=True)
+class SampleOutputs:
+    """What the Linears of an input give for the sample tokens.
+
+    Attributes:
+        target: with weights and inputs as they are, float32 [T, N].
+        energy: squared sum of each row, float32 [N].
+        rtn_error: the same of the error in the chosen basis with inputs quantized and weights rounded to nearest.
+    """
+
+    target: Tensor
+    energy: Tensor
+    rtn_error: Tensor
 
 
 @dataclass(frozen=True)
@@ -31,11 +46,13 @@ class BasisChoice:
         name: of the candidate ("off", an exponent of smoothing, "learned").
         basis: what the layer stores, or None.
         errors: candidate -> relative output error, averaged over the Linears; empty where there was nothing to choose.
+        outputs: where there was, and every row was looked at.
     """
 
     name: str
     basis: Tensor | None
     errors: dict[str, float]
+    outputs: SampleOutputs | None = None
 
 
 def search_basis(weights: Sequence[Tensor], stats: InputStats, scheme: Scheme, settings: SolverSettings) -> BasisChoice:
@@ -61,16 +78,21 @@ def search_basis(weights: Sequence[Tensor], stats: InputStats, scheme: Scheme, s
     rows = [w[:: max(1, len(w) // SEARCH_ROWS)].float() for w in weights]
     sizes, stacked = [len(part) for part in rows], torch.cat(rows)  # rows are independent
     target = stats.x_tk @ stacked.T
-    figures = [[energy(part) for part in target.split(sizes, dim=1)]]
+    energies = [row_energies(target)]
     for basis in candidates.values():
         codes = round_to_nearest(transform.weight(stacked, basis), scheme.format, scale_rule=settings.weight_rule)
         output = scheme.quantize_input(stats.x_tk, basis) @ scheme.format.dequantize(codes).T
-        figures.append([energy(part) for part in output.sub_(target).split(sizes, dim=1)])
-    signals, *by_candidate = torch.stack([torch.stack(row) for row in figures]).tolist()
+        energies.append(row_energies(output.sub_(target)))
+    table = torch.stack(energies).double()
+    signals, *by_candidate = torch.stack([part.sum(1) for part in table.split(sizes, dim=1)], 1).tolist()
     # A Linear without any output (an all-zero weight) has no say.
     errors = {
         name: sum(relative(*pair) or 0.0 for pair in zip(row, signals, strict=True)) / len(rows)
         for name, row in zip(candidates, by_candidate, strict=True)
     }
     best = min(errors, key=errors.__getitem__)
-    return BasisChoice(best, candidates[best], errors)
+    outputs = None
+    if sizes == list(map(len, weights)):
+        signal, *errors_n = energies
+        outputs = SampleOutputs(target, signal, errors_n[list(errors).index(best)])
+    return BasisChoice(best, candidates[best], errors, outputs)

@@ -48,6 +48,6 @@ def relative(error: float, signal: float) -> float | None:
     return 0.0 if error == 0 else None
 
 
-def energy(x: Tensor) -> Tensor:
-    """Sum of the squares of float32 [R, C], float64 []."""
-    return x.square().sum(-1).double().sum()
+def row_energies(output: Tensor) -> Tensor:
+    """Squares of float32 [T, N], outputs of N rows for T tokens, summed over the tokens: [N]."""
+    return output.square().sum(0)

@@ -14,10 +14,10 @@ from torch import Tensor
 from ptq.config.recipe import SolverSettings
 from ptq.scheme import Codes, Format, FormatError, Scheme
 from ptq.scheme.transform import OFF
-from ptq.solvers.basis import BasisChoice, search_basis
+from ptq.solvers.basis import BasisChoice, SampleOutputs, search_basis
 from ptq.solvers.factor import Factor, factorize
 from ptq.solvers.gptq import gptq
-from ptq.solvers.measure import relative, sqnr_db, trace_errors
+from ptq.solvers.measure import relative, row_energies, sqnr_db, trace_errors
 from ptq.solvers.rtn import round_to_nearest, round_to_scales
 from ptq.solvers.scales import search_scales
 from ptq.solvers.stats import InputStats, SolverError
@@ -87,8 +87,18 @@ def _solve(
     figures = rounded.figures
     if stats is not None:
         shared |= {"tokens": stats.n_tokens, "sample_tokens": len(stats.x_tk)}
-        inputs = (scheme.transform_input(stats.x_tk, choice.basis), scheme.quantize_input(stats.x_tk, choice.basis))
-        figures |= _output_errors(stacked, rounded.values, rounded.plain, *inputs)
+        inputs = scheme.quantize_input(stats.x_tk, choice.basis)
+        outputs = choice.outputs
+        if outputs is None:
+            target = scheme.transform_input(stats.x_tk, choice.basis) @ stacked.T
+            plain = (inputs @ rounded.plain.T).sub_(target)
+            outputs = SampleOutputs(target, row_energies(target), row_energies(plain))
+        chosen = (inputs @ rounded.values.T).sub_(outputs.target)
+        figures |= {
+            "output_error_rtn": outputs.rtn_error,
+            "output_error": row_energies(chosen),
+            "output": outputs.energy,
+        }
 
     sizes = [len(weight) for weight in weights.values()]
     parts = zip(rounded.codes.elements.split(sizes), rounded.codes.scales.split(sizes), strict=True)
@@ -186,14 +196,6 @@ def _row_errors(values: Tensor, w_nk: Tensor, h_kk: Tensor) -> tuple[Tensor, Ten
     """Of each row the squared output error over the calibration tokens, and the squared error of the weight."""
     error = values - w_nk
     return trace_errors(error, h_kk), error.square_().sum(-1)
-
-
-def _output_errors(w_nk: Tensor, values_nk: Tensor, rtn_nk: Tensor, x_tk: Tensor, xq_tk: Tensor) -> dict[str, Tensor]:
-    """Of each row the squared output over sample tokens, and its squared errors under quantized inputs."""
-    target = x_tk @ w_nk.T
-    rtn, chosen = ((xq_tk @ quantized.T).sub_(target) for quantized in (rtn_nk, values_nk))
-    outputs = {"output_error_rtn": rtn, "output_error": chosen, "output": target}
-    return {name: output.square_().sum(0) for name, output in outputs.items()}
 
 
 def _totals(figures: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, float]]:
