@@ -68,7 +68,9 @@ class InputStats:
         return cls(x.T @ x, x_tk.abs().amax(0).float(), len(x_tk), len(x_tk), x_tk.float()[picked.round().long()])
 
     def to(self, device: torch.device) -> InputStats:
-        """The same on another device."""
+        """The same on another device; itself where it is there, checked already."""
+        if self.x_tk.device == device:
+            return self
         h_kk = None if self.h_kk is None else self.h_kk.to(device)
         return replace(self, h_kk=h_kk, absmax_k=self.absmax_k.to(device), x_tk=self.x_tk.to(device))
 
