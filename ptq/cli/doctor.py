@@ -9,7 +9,7 @@ import typer
 
 from ptq import ui
 from ptq.cli import options
-from ptq.cli.common import print_json, quiet_libraries
+from ptq.cli.common import default_device, print_json, quiet_libraries
 
 
 def doctor(
@@ -32,8 +32,9 @@ def doctor(
     quiet_libraries()
 
     from ptq.runtime.diagnosis import gpu_memory, machine_facts
+    from ptq.wan.attention import attention_facts
 
-    facts = machine_facts()
+    facts = machine_facts() | attention_facts(default_device())
     if layout is not None:
         from ptq.wan.check import check_model
         from ptq.wan.estimates import memory_facts

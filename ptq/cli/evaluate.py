@@ -36,7 +36,8 @@ def evaluate(
         bool, typer.Option("--allow-missing", help="Use the units both runs have, and list the others.")
     ] = False,
     allow_difference: Annotated[
-        list[str] | None, typer.Option("--allow-difference", help="Pair runs that differ in this setting: cache.")
+        list[str] | None,
+        typer.Option("--allow-difference", help="Pair runs that differ in this option: cache, attention-backend."),
     ] = None,
     stride: Annotated[int, typer.Option(min=1, help="Take SSIM, sharpness and saturation on every N-th frame.")] = 1,
     bootstrap: Annotated[

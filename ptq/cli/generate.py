@@ -73,7 +73,7 @@ def generate(
     ] = None,
     offload: options.Offload = "none",
     attention_backend: Annotated[
-        str | None, typer.Option("--attention-backend", help="Attention backend of diffusers.")
+        str | None, typer.Option("--attention-backend", help="fa3, fa3-fp8, or one of diffusers.")
     ] = None,
     cache: Annotated[
         str | None, typer.Option("--cache", help="Skip steps that hardly change: first-block or first-block:THRESHOLD.")
@@ -91,6 +91,7 @@ def generate(
     """
     from ptq import generation
     from ptq.generation.directory import GenerationDirectory
+    from ptq.wan.attention import check_attention
     from ptq.wan.loading import find_model
     from ptq.wan.lora import choose_loras
     from ptq.wan.pipeline import check_offload
@@ -124,6 +125,7 @@ def generate(
         compile=compile_blocks,
     )
     generation.check_compile(settings, device, offload)
+    check_attention(attention_backend, dtype, context_parallel, device)
     reading = {"prompt_format": prompt_format, "limit": num_prompts, "exclude": exclude, "media_root": media_root or ()}
     samples, source = generation.read_samples(
         prompt, prompts, image, from_image=from_image, skip_missing=skip_missing, **reading
@@ -141,6 +143,7 @@ def generate(
     check_offload(device, offload)
     generation.check_compile(settings, device, offload)
     settings = settings if dtype else generation.for_device(settings, device)
+    check_attention(attention_backend, settings.dtype, context_parallel, device)
     identity = generation.identify_model(model, layout.path)
     if merged:
         identity = dataclasses.replace(identity, loras=merged)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from ptq.evaluation import statistics
-from ptq.evaluation.runs import NAMED_DIFFERENCES, Run
+from ptq.evaluation.runs import Run, named_differences
 from ptq.evaluation.suites import Suite
 from ptq.store.evaluation import ROLES, Estimate
 from ptq.store.evaluation_units import UnitLine
@@ -19,7 +19,7 @@ FEW_PROMPTS = 20
 BLUR_LOSS = 0.02
 """Sharpness falling by this share while temporal flickering "improves" is reported as blur."""
 NAMED_SETTINGS = ("dtype", "attention_backend", "compile")
-"""Settings that may differ between paired runs, and are then named."""
+"""Settings that may differ between paired runs, and are then named (where `allowed_differences` has not)."""
 
 
 def pairing_warnings(excluded: Mapping[str, str], same_checkpoint: bool) -> list[str]:
@@ -36,16 +36,17 @@ def pairing_warnings(excluded: Mapping[str, str], same_checkpoint: bool) -> list
 def allowed_differences(reference: RunInfo, candidate: RunInfo) -> list[str]:
     """Settings that change videos by themselves and differ because the user let them: what a report says first."""
     return [
-        f"The runs differ in {name}, which --allow-difference let pass: {reference.settings.get(name) or 'none'} for the reference, {candidate.settings.get(name) or 'none'} for the candidate. The loss is of this and of the weights together."
-        for name in NAMED_DIFFERENCES
-        if reference.settings.get(name) != candidate.settings.get(name)
+        f"The runs differ in {name}, which --allow-difference let pass: {one or 'none'} for the reference, {other or 'none'} for the candidate. The loss is of this and of the weights together."
+        for name, (one, other) in named_differences(reference.settings, candidate.settings).items()
     ]
 
 
 def condition_warnings(reference: RunInfo, candidate: RunInfo) -> list[str]:
     """Differences of two run.json that pairing allows but a reader should know: number type, device code, versions."""
     versions = sorted({*reference.versions, *candidate.versions})
-    pairs = [(name, reference.settings.get(name), candidate.settings.get(name)) for name in NAMED_SETTINGS]
+    named = named_differences(reference.settings, candidate.settings)
+    settings = [name for name in NAMED_SETTINGS if name.replace("_", "-") not in named]
+    pairs = [(name, reference.settings.get(name), candidate.settings.get(name)) for name in settings]
     pairs += [(name, reference.versions.get(name), candidate.versions.get(name)) for name in versions]
     return [
         f"The runs differ in {name}: {ours} for the reference, {theirs} for the candidate."

@@ -13,13 +13,14 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.store.evaluation import RunSide
 from ptq.store.lora import describe_loras, lora_identity
 from ptq.store.run_info import RunInfo, read_run_info
 from ptq.store.run_manifest import FILE_KEYS, ManifestLine, read_lines
+from ptq.wan.attention import rounds_more
 
 PAIRED_KEYS: Mapping[str, str] = {
     "seed": "the seed",
@@ -39,8 +40,8 @@ PAIRED_KEYS: Mapping[str, str] = {
 """Fields of a manifest line that must be equal in both runs for a unit to be a pair, with the words of the message."""
 PAIRED_SETTINGS = ("negative_prompt", "max_sequence_length")
 """Settings of run.json that are no part of a manifest line and must be equal too."""
-NAMED_DIFFERENCES = ("cache",)
-"""Settings of run.json that may differ only where they are named: they change videos by themselves."""
+NAMED_DIFFERENCES = ("cache", "attention-backend")
+"""Options of `ptq generate` that may differ only where they are named: they change videos by themselves."""
 _SHOWN = 3
 
 
@@ -179,6 +180,16 @@ def check_differences(names: Collection[str]) -> None:
             )
 
 
+def named_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Which of `NAMED_DIFFERENCES` two runs' settings have: name -> both values. An attention counts where one of the two
+    multiplies in 8 bits; others differ in their last bits only."""
+    values = {name: [settings.get(name.replace("-", "_")) for settings in (ours, theirs)] for name in NAMED_DIFFERENCES}
+    found = {name: (one, other) for name, (one, other) in values.items() if one != other}
+    if not any(map(rounds_more, values["attention-backend"])):
+        found.pop("attention-backend", None)
+    return found
+
+
 def pair_runs(
     reference: Run, candidate: Run, *, allow_missing: bool = False, allow_differences: Collection[str] = ()
 ) -> Pairing:
@@ -221,10 +232,10 @@ def pair_runs(
             raise PtqError(
                 f"The runs are not paired: {key} is {ours.get(key)!r} in {reference.directory} and {theirs.get(key)!r} in {candidate.directory}. Only the weights may differ: generate both runs with the same settings."
             )
-    for key in NAMED_DIFFERENCES:
-        if ours.get(key) != theirs.get(key) and key not in allow_differences:
+    for name, (one, other) in named_differences(ours, theirs).items():
+        if name not in allow_differences:
             raise PtqError(
-                f"The runs are not paired: {key} is {ours.get(key)!r} in {reference.directory} and {theirs.get(key)!r} in {candidate.directory}, and the loss would be of this and of the weights together. Generate both runs with the same --{key}, or pass --allow-difference {key} to compare them all the same; the report then says so first."
+                f"The runs are not paired: {name} is {one!r} in {reference.directory} and {other!r} in {candidate.directory}, and the loss would be of this and of the weights together. Generate both runs with the same --{name}, or pass --allow-difference {name} to compare them all the same; the report then says so first."
             )
     _refuse_other_conditions(reference, candidate, common)
     return Pairing([(reference.units[name], candidate.units[name]) for name in common], excluded)

@@ -24,6 +24,7 @@ from ptq.store.run_info import FILE, CheckpointInfo, RunInfo, RunPlan, read_run_
 from ptq.store.run_manifest import FILE_KEYS, PATTERN, manifest_name, read_lines
 from ptq.store.sharding import Shard
 from ptq.version import __version__
+from ptq.wan.attention import PACKAGE, SLOTS
 from ptq.wan.identity import ModelIdentity
 
 SUFFIXES = {"videos": ".mp4", "latents": ".safetensors", "frames": ".npz"}
@@ -36,7 +37,8 @@ def describe_run(settings: Settings, model: ModelIdentity, dataset: str, plan: R
 
     The model's name and path are left out of the digest: a moved checkpoint is the same checkpoint.
     """
-    versions = {"ptq": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+    packages = (*_PACKAGES, PACKAGE) if settings.attention_backend in SLOTS else _PACKAGES
+    versions = {"ptq": __version__, **{name: importlib.metadata.version(name) for name in packages}}
     decisive = {
         "checkpoint_digest": model.digest,
         "dataset": dataset,

@@ -17,6 +17,7 @@ import torch
 from ptq.errors import PtqError, UsageError
 from ptq.generation.nonfinite import Call, find_nonfinite, recorded_calls
 from ptq.generation.settings import Settings
+from ptq.wan.attention import SLOTS, check_attention, use_flash_3
 from ptq.wan.block import video_tokens
 from ptq.wan.caching import enable_cache, forget_cached
 from ptq.wan.pipeline import (
@@ -85,7 +86,7 @@ class Sampler:
         set_flow_shift(self.pipe, settings.flow_shift)
         self._experts = experts_of(self.pipe)
         for module in self._experts.values():
-            _set_attention(module, settings.attention_backend)
+            _set_attention(module, settings, device)
         enable_cache(self._experts, settings.cache)
         place_pipeline(self.pipe, device, offload)
         if settings.compile:
@@ -207,8 +208,13 @@ def _check_fit(pipe: Any, settings: Settings) -> None:
         raise UsageError("This model has one expert; leave out --guidance-scale-2.")
 
 
-def _set_attention(module: Any, backend: str | None) -> None:
+def _set_attention(module: Any, settings: Settings, device: str) -> None:
+    backend = settings.attention_backend
     if backend is None:
+        return
+    if backend in SLOTS:
+        check_attention(backend, settings.dtype, settings.context_parallel, device)
+        use_flash_3(module, backend)
         return
     try:
         module.set_attention_backend(backend)

@@ -24,7 +24,7 @@ class Settings:
     height, width: pixels. fps: frames a second of the video file. guidance_scale: of the high-noise expert (or the only
     one); guidance_scale_2: of the low-noise expert, None with one expert. seed: base of the unit seeds. dtype: of the
     loaded weights ("float32" or "bfloat16"). image_to_video: units start from their sample's image.
-    attention_backend: name for diffusers' `set_attention_backend`, None for its default. context_parallel: processes that
+    attention_backend: one of `ptq.wan.attention.SLOTS` or of diffusers, None for its default. context_parallel: processes that
     make each video together. cache: as `ptq.wan.caching.normal_cache` gives it, None for none. compile: blocks through
     torch.compile, whose rounding differs in the last bits.
     """

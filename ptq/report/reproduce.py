@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ptq.checkpoint.manifest import Manifest
-from ptq.evaluation.runs import NAMED_DIFFERENCES
+from ptq.evaluation.runs import named_differences
 from ptq.evaluation.suites import get_suite
 from ptq.report.facts import Facts
 from ptq.store.files import read_json
@@ -187,8 +187,7 @@ def _evaluate(facts: Facts) -> str:
     runs = "--reference", REFERENCE_OUT, "--candidate", CANDIDATE_OUT
     switches = ["--allow-missing"] if evaluation.excluded else []
     ours, theirs = evaluation.reference.settings or {}, evaluation.candidate.settings or {}
-    differing = [name for name in NAMED_DIFFERENCES if ours.get(name) != theirs.get(name)]
-    switches += [part for name in differing for part in ("--allow-difference", name)]
+    switches += [part for name in named_differences(ours, theirs) for part in ("--allow-difference", name)]
     command = join("ptq", "evaluate", *runs, *_listed(options), *switches)
     imported = [file["path"] for file in (evaluation.vbench or {}).get("files", ())]
     if imported:

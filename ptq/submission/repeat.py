@@ -26,6 +26,7 @@ from ptq.submission.check import NotCheckedError
 from ptq.submission.contents import Contents
 from ptq.submission.origin import embedded_original
 from ptq.submission.runs import bounded_settings
+from ptq.wan.attention import SLOTS, obstacle
 from ptq.wan.identity import ModelIdentity
 from ptq.wan.loading import load_pipeline
 
@@ -153,6 +154,10 @@ def _device(contents: Contents) -> str:
         raise NotCheckedError(
             f"recorded on {', '.join(devices)}, and here is no GPU; bits are equal on the same hardware only"
         )
+    for settings in map(bounded_settings, contents.infos.values()):
+        problem = obstacle("cuda") if settings.attention_backend in SLOTS else None
+        if problem:
+            raise NotCheckedError(f"made with --attention-backend {settings.attention_backend}, which {problem}")
     return "cuda"
 
 

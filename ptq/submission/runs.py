@@ -202,7 +202,7 @@ def check_settings(contents: Contents) -> str:
     """
     original = embedded_original(contents)
     layout = contents.layout if original is None else read_layout(original[0])
-    own = {**layout.preset.sampling(), **LATER}
+    own = {**layout.preset.sampling(), **LATER, "attention_backend": None}
     found = departures(bounded_settings(contents.infos["candidate"]), own, "the model's own")
     if found:
         raise NotCheckedError(f"both runs have {', '.join(found)}; judge whether the loss may be measured so")

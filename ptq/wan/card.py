@@ -134,9 +134,10 @@ def _measured(judged: Evaluation | None) -> str:
     if judged is None:
         return "Not yet: `ptq generate` with the original and with this checkpoint, `ptq evaluate`, then `ptq report` writes the verdict here."
     loss, lines = judged.deciding, []
-    caches = [(side.settings or {}).get("cache") for side in (judged.reference, judged.candidate)]
-    if caches[0] != caches[1]:
-        lines.append(f"The two runs differ in cache ({caches[0] or 'none'}, {caches[1] or 'none'}).")
+    for name in ("cache", "attention_backend"):
+        one, other = [(side.settings or {}).get(name) for side in (judged.reference, judged.candidate)]
+        if one != other:
+            lines.append(f"The two runs differ in {name} ({one or 'none'}, {other or 'none'}).")
     if loss is not None:
         interval = (
             "" if loss.low is None or loss.high is None else f" (95 % interval {loss.low:+.2%} to {loss.high:+.2%})"

@@ -9,6 +9,7 @@ import pytest
 from evaluation_runs import edit_manifest, evaluate_runs, make_run, tiny_clips
 
 from ptq.errors import DamagedFileError, PtqError, UsageError
+from ptq.evaluation.findings import allowed_differences, condition_warnings
 from ptq.evaluation.runs import PAIRED_KEYS, pair_runs, read_run, verify_video
 from ptq.report.facts import gather
 from ptq.report.html import content
@@ -73,7 +74,7 @@ def test_runs_pair_only_with_the_same_cache_unless_the_difference_is_named(tmp_p
             pair(runs, allow_missing=True)
         assert "\n" not in str(raised.value)
         assert len(pair(runs, allow_differences=["cache"]).pairs) == 4
-    with pytest.raises(UsageError, match="takes cache, found 'dtype'"):
+    with pytest.raises(UsageError, match="takes cache, attention-backend, found 'dtype'"):
         pair((plain, one), allow_differences=["dtype"])
 
 
@@ -91,6 +92,28 @@ def test_a_difference_that_was_let_pass_is_said_first(tmp_path):
     evaluate_runs(ours, make_run(tmp_path / "same", clips), out=tmp_path / "plain", resamples=1000)
     facts = gather(Sources(tmp_path / "plain"))
     assert not any("cache" in text for text in facts.evaluation.warnings) and "cache" not in _measured(facts.evaluation)
+
+
+def attention(tmp_path, name):
+    info = {"settings": {"attention_backend": name}}
+    return make_run(tmp_path / str(name), CLIPS, info=info)
+
+
+def test_attention_in_eight_bits_pairs_with_another_only_where_the_difference_is_named(tmp_path):
+    runs = {name: attention(tmp_path, name) for name in (None, "fa3", "_native_cudnn", "fa3-fp8", "sage")}
+    for name in ("fa3", "_native_cudnn"):
+        assert len(pair((runs[None], runs[name])).pairs) == 4
+        assert condition_warnings(*(read_run(runs[key]).info for key in (None, name))) == [
+            f"The runs differ in attention_backend: None for the reference, {name} for the candidate."
+        ]
+    for names in ((None, "fa3-fp8"), ("fa3-fp8", "fa3"), ("sage", None), ("fa3-fp8", "sage")):
+        both = [runs[name] for name in names]
+        with pytest.raises(PtqError, match=r"attention-backend is .*--allow-difference attention-backend"):
+            pair(both, allow_differences=["cache"])
+        assert len(pair(both, allow_differences=["attention-backend"]).pairs) == 4
+        infos = [read_run(run).info for run in both]
+        assert len(allowed_differences(*infos)) == 1 and condition_warnings(*infos) == []
+        assert f"{names[0] or 'none'} for the reference, {names[1] or 'none'} for" in allowed_differences(*infos)[0]
 
 
 @pytest.mark.parametrize("side", [0, 1])
