@@ -73,6 +73,18 @@ def test_denoiser_step_quantizes_ten_linears_a_block():
     assert 0 < (after - before).norm() / before.norm() < 0.3
 
 
+def test_steps_with_attention_in_fp8_where_the_package_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "generation" / "stand_in"))
+    monkeypatch.setattr(gpu_measure, "obstacle", lambda device: None)
+    monkeypatch.setattr(gpu_measure, "recipe_schemes", dict)
+    rows = {row["candidate"]: row for row in gpu_measure.denoiser_step(gpu_measure.SMALL, CPU, 1, "eager")}
+    assert list(rows) == ["bf16, compiled", "bf16", "bf16, compiled, fa3-fp8"]
+    assert rows["bf16, compiled, fa3-fp8"]["attention"] == "fa3-fp8"
+    from fa3_fwd_interface import calls
+
+    assert torch.float8_e4m3fn in {dtype for dtype, _ in calls}
+
+
 def test_one_model_at_a_time_is_in_memory(monkeypatch):
     alive, build = [], gpu_measure._denoiser
 
