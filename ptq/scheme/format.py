@@ -138,6 +138,14 @@ class Format(ABC):
         values = self.fake_quantize_columns(to_columns(x, self.group_size), rule, ties)
         return into(x.dtype, values).T.contiguous().view(x.shape)
 
+    def fake_quantize_(self, x: Tensor, *, scale_rule: str | None = None) -> Tensor:
+        """`fake_quantize` of a float32 tensor that nobody else holds: a compiled kernel writes into it."""
+        rule, ties = self.check(x, scale_rule, None)
+        kernels = self._compiled(x, rule, ties)
+        if kernels is None:
+            return self.fake_quantize(x, scale_rule=rule)
+        return native.values(kernels, x, self.group_size, in_place=True)
+
     def pack(self, codes: Codes) -> tuple[Tensor, Tensor]:
         """Codes -> (weight_packed uint8 [..., K/2] even k in the low nibble, weight_scale [..., K/group_size])."""
         self._check_codes(codes)

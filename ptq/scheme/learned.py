@@ -48,6 +48,7 @@ class Learned(Transform):
     needs_hessian = True
     smooths = TRANSFORMS[LEARNED].smooths
     decodes = True
+    makes_tensor = True
     kernel = "blocks"
     description = "Input and weight change their basis in blocks of {block} channels, by the matrix for which quantization noise costs the layer least, in closed form from the second moments of input and weight (WUSH, arXiv 2512.00956); its last factor is a Hadamard matrix, which spreads outliers. Blocks are stored with 8 bits an entry and applied to the input at run time. Tried for each input beside the Hadamard matrix alone (off)."
 

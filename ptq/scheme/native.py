@@ -34,7 +34,7 @@ class Kernels:
 
     Attributes:
         codes: (x, shift, *options, out, scales), out uint8 [n, group] or, packed, [n, group / 2]; scales [n].
-        values: (x, shift, *options, out), out like x.
+        values: (x, shift, *options, out), out like x, or x itself.
         decode: (elements, scales, out), elements uint8 [n, group] or, packed, [n, group / 2], out float32 [n, group].
         options: numbers that stand for the scale rule and the ties.
 
@@ -66,9 +66,15 @@ def codes(kernels: Kernels, x: Tensor, group: int, scale_dtype: torch.dtype, pac
     return elements, scales
 
 
-def values(kernels: Kernels, x: Tensor, group: int) -> Tensor:
-    """x float32 or bfloat16 [..., K] -> its values on the grid of the format, same shape and dtype."""
+def values(kernels: Kernels, x: Tensor, group: int, in_place: bool = False) -> Tensor:
+    """x float32 or bfloat16 [..., K] -> its values on the grid of the format, same shape and dtype.
+
+    With `in_place` a contiguous x takes them itself, and is the result.
+    """
     bits, shift = _rows(x, group)
+    if in_place and x.is_contiguous():
+        _run(kernels.values, bits, (shift, *kernels.options), (bits,))
+        return x.detach()
     out = torch.empty_like(x, memory_format=torch.contiguous_format, requires_grad=False)
     _run(kernels.values, bits, (shift, *kernels.options), (_rows(out, group)[0],))
     return out
@@ -116,7 +122,7 @@ def _run(
 ) -> None:
     """Run a kernel on rows x, over several threads where that pays."""
     part = PART_ELEMENTS // x.shape[1]
-    if len(x) <= part and (kernel, x.dtype) in _compiled:
+    if len(x) <= part and is_compiled(kernel, x.dtype):
         kernel(x, *options, *outputs)
         return
 
@@ -126,13 +132,18 @@ def _run(
     in_parts(kernel, x.dtype, len(x), part, convert)
 
 
+def is_compiled(kernel: Callable[..., None], kind: Any) -> bool:
+    """Whether `in_parts` has had this variant of a kernel compiled: with one part it may then be called directly."""
+    return (kernel, kind) in _compiled
+
+
 def in_parts(kernel: Callable[..., None], kind: Any, rows: int, part: int, run: Callable[[slice], None]) -> None:
     """Call `run` with slices of `rows`, over several threads where there is more than one part.
 
     Args:
         kernel, kind: what `run` calls, and which of its variants; compiled first where it is not yet.
     """
-    if (kernel, kind) not in _compiled:
+    if not is_compiled(kernel, kind):
         with _compile_lock, _process_lock(kernel), contextlib.suppress(OSError):  # the cache may be full
             run(slice(0, 0))
         _compiled.add((kernel, kind))

@@ -37,7 +37,12 @@ def change(x: Tensor, blocks_gbb: Tensor) -> Tensor:
     out = torch.empty_like(x)
     k, blocks = x.shape[-1], blocks_gbb.detach().contiguous().numpy()
     rows, changed = x.numpy().reshape(-1, k), out.numpy().reshape(-1, k)
-    native.in_parts(multiply, x.dtype, len(rows), len(rows), lambda part: multiply(rows[part], blocks, changed[part]))
+    if native.is_compiled(multiply, x.dtype):
+        multiply(rows, blocks, changed)
+    else:
+        native.in_parts(
+            multiply, x.dtype, len(rows), len(rows), lambda part: multiply(rows[part], blocks, changed[part])
+        )
     return out
 
 

@@ -25,6 +25,10 @@ MSE_BYTES, MSE_LARGEST = 3, f32(128.0)
 MSE, P2 = 1, 2
 """Positions in `HiF4.scale_rules`."""
 P2_MIN_EXPONENT, P2_MAX_EXPONENT = i32(-48), i32(15)
+Y, ERRORS, LEAST, BEST, POWERS, RAISED, WORK = 0, 128, 256, 320, 448, 480, 512
+"""Where the search keeps what, in one array of WORK float32: between arrays LLVM would check for overlap, and give up."""
+ROW = 2 * FOURS
+"""Errors of fours under one step, twice in a row: a load 8 further finds the other four of an eight in every lane."""
 
 
 @kernel
@@ -34,14 +38,13 @@ def codes(x, shift, rule, even, out, scales):
     levels = np.empty(GROUP, np.int32)
     fours = np.empty(FOURS, np.int32)
     factors = np.empty(FOURS, np.float32)
-    errors = np.empty((MSE_BYTES, 3, FOURS), np.float32)
-    y = np.empty((4, FOURS), np.float32)
+    lanes, work = np.empty(GROUP, np.uint32), np.empty(WORK, np.float32)
     elements = np.empty(GROUP, np.uint8)
     pairs = elements.view(np.uint16)
     packed = out.shape[1] == GROUP // 2
     for g in range(len(x)):
         if rule == MSE:
-            word = _search(x[g], shift, even, magnitude, factors, y, errors, levels)
+            word = _searched_word(x, g, shift, even, magnitude, factors, lanes, work, levels)
         elif rule == P2:
             word = _power_of_two_scale(x[g], shift, even, magnitude, fours, factors, levels)
         else:
@@ -63,17 +66,17 @@ def codes(x, shift, rule, even, out, scales):
 
 @kernel
 def values(x, shift, rule, even, out):
-    """Values on the grid; see `ptq.scheme.native.Kernels`."""
+    """Values on the grid; see `ptq.scheme.native.Kernels`. `out` may be x itself."""
     magnitude = np.empty(GROUP, np.int32)
     levels = np.empty(GROUP, np.int32)
     fours = np.empty(FOURS, np.int32)
     factors = np.empty(FOURS, np.float32)
-    errors = np.empty((MSE_BYTES, 3, FOURS), np.float32)
-    y = np.empty((4, FOURS), np.float32)
+    lanes, work = np.empty(GROUP, np.uint32), np.empty(WORK, np.float32)
     for g in range(len(x)):
         if rule == MSE:
-            word = _search(x[g], shift, even, magnitude, factors, y, errors, levels)
-        elif rule == P2:
+            _searched_values(x, g, shift, even, lanes, work, out)
+            continue
+        if rule == P2:
             word = _power_of_two_scale(x[g], shift, even, magnitude, fours, factors, levels)
         else:
             word = _reference(x[g], shift, even, magnitude, fours, factors, levels)
@@ -174,40 +177,147 @@ def _power_of_two_scale(x, shift, even, magnitude, fours, factors, levels):
 
 
 @njit(error_model="numpy")
-def _search(x, shift, even, magnitude, factors, y, errors, levels):
-    """`_reference` with the scales of the smallest squared error. Scratch: errors [3, 3, 16] by byte and e8 + e16, and y.
+def _to_lanes(x, g, shift, lanes):
+    """Bits of a group in the order of the search: element j of four h of eight i goes to 16 j + 8 h + i.
 
-    y [4, 16] holds the elements of a four in its rows, so that the loops over fours become vector instructions.
+    The elements of a four are then 16 apart and the two fours of an eight 8, so every loop over fours is vector instructions.
+    """
+    for i in range(EIGHTS):
+        for h in range(2):
+            for j in range(4):
+                lanes[FOURS * j + EIGHTS * h + i] = u32(u32(x[g, 8 * i + 4 * h + j]) << u32(shift))
+
+
+@njit(error_model="numpy")
+def _search(lanes, work):
+    """`_reference` with the scales of the smallest squared error: bits of a group in lanes -> its byte, 0xFF where not finite.
+
+    Fills work[POWERS + lane] with 2^(e8 + e16) of each four and work[RAISED + lane] with its e8; the rest of it is scratch.
     """
     largest = i32(0)
     for k in range(GROUP):
-        magnitude[k] = i32(u32(u32(x[k]) << u32(shift)) & ~SIGN)
-        largest = max(largest, magnitude[k])
+        largest = max(largest, i32(lanes[k] & ~SIGN))
     if largest >= INFINITY:
-        return NAN_SCALE
+        return i32(NAN_SCALE)
     first = _scale_byte(largest)
     exponent = i32(i32(first >> i32(2)) - i32(48))
     unit = i32(i32(i32(129) - exponent) << i32(23)).view(f32)  # 4 / 2^exponent
-    for i in range(FOURS):
-        for j in range(4):
-            y[j, i] = min(i32(magnitude[4 * i + j]).view(f32) * unit, MSE_LARGEST)
+    for k in range(GROUP):
+        work[Y + k] = min(i32(lanes[k] & ~SIGN).view(f32) * unit, MSE_LARGEST)
     best, chosen = f32(np.inf), 0
     for offset in range(MSE_BYTES):
         if first + offset >= NAN_SCALE:
             break
         step = f32(_scale(i32(first + offset)) * f32(unit * f32(0.25)))
-        r = f32(1.0) / step
-        for j in range(3):
-            power = f32(1 << j)
-            _squared_errors(y, r / power, step * power, errors[offset, j])
+        _errors(f32(1.0) / step, step, work)
+        for p in range(FOURS):
+            low, high = _errors_of_eight(work, ERRORS, p)
+            work[LEAST + p] = min(low, high)
         # Neighbours are added first, as in `ptq.scheme.hif4`.
-        half = _least_of_two_eights(errors[offset], 0) + _least_of_two_eights(errors[offset], 2)
-        error = half + (_least_of_two_eights(errors[offset], 4) + _least_of_two_eights(errors[offset], 6))
+        half = (work[LEAST] + work[LEAST + 1]) + (work[LEAST + 2] + work[LEAST + 3])
+        error = half + ((work[LEAST + 4] + work[LEAST + 5]) + (work[LEAST + 6] + work[LEAST + 7]))
         if error < best:
             best, chosen = error, offset
-    word = _exponents(i32(first + chosen), errors[chosen], factors)
+            for p in range(3 * ROW):
+                work[BEST + p] = work[ERRORS + p]
+    for p in range(FOURS):
+        low, high = _errors_of_eight(work, BEST, p)
+        lower = f32(2.0) if work[BEST + ROW + p] < work[BEST + p] else f32(1.0)
+        upper = f32(4.0) if work[BEST + 2 * ROW + p] < work[BEST + ROW + p] else f32(2.0)
+        work[RAISED + p] = f32(1.0) if high < low else f32(0.0)
+        work[POWERS + p] = upper if high < low else lower
+    return i32(first + chosen)
+
+
+@njit(error_model="numpy")
+def _errors(r, step, work):
+    """Squared errors of fours under a step with the rounded reciprocal r and under its doubles, twice each, from work[ERRORS]."""
+    r2, step2 = r * f32(0.5), step * f32(2.0)
+    r4, step4 = r * f32(0.25), step * f32(4.0)
+    for p in range(FOURS):
+        a, b, c, d = work[Y + p], work[Y + p + FOURS], work[Y + p + 2 * FOURS], work[Y + p + 3 * FOURS]
+        none = (_square(a, r, step) + _square(b, r, step)) + (_square(c, r, step) + _square(d, r, step))
+        once = (_square(a, r2, step2) + _square(b, r2, step2)) + (_square(c, r2, step2) + _square(d, r2, step2))
+        twice = (_square(a, r4, step4) + _square(b, r4, step4)) + (_square(c, r4, step4) + _square(d, r4, step4))
+        work[ERRORS + p] = none
+        work[ERRORS + p + FOURS] = none
+        work[ERRORS + ROW + p] = once
+        work[ERRORS + ROW + p + FOURS] = once
+        work[ERRORS + 2 * ROW + p] = twice
+        work[ERRORS + 2 * ROW + p + FOURS] = twice
+
+
+@njit(error_model="numpy")
+def _square(y, r, step):
+    level = min(f32(f32(y * r + ROUND_TO_INTEGER) - ROUND_TO_INTEGER), f32(7.0))
+    difference = f32(level * step) - y
+    return f32(difference * difference)
+
+
+@njit(error_model="numpy")
+def _errors_of_eight(work, start, p):
+    """Squared errors of the eight that the four p is of, with e8 = 0 and with e8 = 1."""
+    a, b = start + p, start + p + EIGHTS
+    low = min(work[a], work[a + ROW]) + min(work[b], work[b + ROW])
+    high = min(work[a + ROW], work[a + 2 * ROW]) + min(work[b + ROW], work[b + 2 * ROW])
+    return low, high
+
+
+@njit(error_model="numpy")
+def _searched_word(x, g, shift, even, magnitude, factors, lanes, work, levels):
+    """`_reference` under the rule `mse`."""
+    _to_lanes(x, g, shift, lanes)
+    byte = _search(lanes, work)
+    if byte == i32(NAN_SCALE):
+        return NAN_SCALE
+    word, r = u32(byte), f32(4.0) / _scale(byte)
+    for i in range(EIGHTS):
+        e8 = work[RAISED + i]
+        word |= u32(e8) << u32(8 + i)
+        for h in range(2):
+            power = work[POWERS + EIGHTS * h + i]
+            e16 = 1 if power > e8 + f32(1.0) else 0
+            word |= u32(e16) << u32(16 + 2 * i + h)
+            factors[2 * i + h] = r / power
+    for k in range(GROUP):
+        magnitude[k] = i32(u32(u32(x[g, k]) << u32(shift)) & ~SIGN)
     _round(magnitude, factors, even, levels)
     return word
+
+
+@njit(error_model="numpy")
+def _searched_values(x, g, shift, even, lanes, work, out):
+    """Values of a group on the grid under the rule `mse`."""
+    _to_lanes(x, g, shift, lanes)
+    byte = _search(lanes, work)
+    if byte == i32(NAN_SCALE):
+        for k in range(GROUP):
+            out[g, k] = NAN >> u32(shift)
+        return
+    quarter, r = f32(_scale(byte) * f32(0.25)), f32(4.0) / _scale(byte)
+    for p in range(FOURS):
+        power = work[POWERS + p]
+        step, factor = quarter * power, r * (f32(1.0) / power)
+        lanes[p] = _value(lanes[p], factor, step, even)
+        lanes[p + FOURS] = _value(lanes[p + FOURS], factor, step, even)
+        lanes[p + 2 * FOURS] = _value(lanes[p + 2 * FOURS], factor, step, even)
+        lanes[p + 3 * FOURS] = _value(lanes[p + 3 * FOURS], factor, step, even)
+    for i in range(EIGHTS):
+        for h in range(2):
+            for j in range(4):
+                out[g, 8 * i + 4 * h + j] = lanes[FOURS * j + EIGHTS * h + i] >> u32(shift)
+
+
+@njit(error_model="numpy")
+def _value(bits, factor, step, even):
+    """Bits of an element -> those of its value on the grid."""
+    scaled = i32(bits & ~SIGN).view(f32) * factor
+    if even:
+        level = f32(f32(min(scaled, f32(7.0)) + ROUND_TO_INTEGER) - ROUND_TO_INTEGER)
+    else:
+        level = f32(i32(min(scaled + f32(0.5), f32(7.0))))
+    value = f32(level * step).view(u32)
+    return u32(value | ((bits & SIGN) if value != u32(0) else u32(0)))
 
 
 @njit(error_model="numpy")
@@ -220,54 +330,6 @@ def _round(magnitude, factors, even, levels):
                 levels[k] = i32(f32(min(scaled, f32(7.0)) + ROUND_TO_INTEGER) - ROUND_TO_INTEGER)
             else:
                 levels[k] = i32(min(scaled + f32(0.5), f32(7.0)))
-
-
-@njit(error_model="numpy")
-def _squared_errors(y, r, step, out):
-    """Squared error of each four elements under a step with the rounded reciprocal r."""
-    for i in range(FOURS):
-        first = _square(y[0, i], r, step) + _square(y[1, i], r, step)
-        second = _square(y[2, i], r, step) + _square(y[3, i], r, step)
-        out[i] = first + second
-
-
-@njit(error_model="numpy")
-def _square(y, r, step):
-    level = min(f32(f32(y * r + ROUND_TO_INTEGER) - ROUND_TO_INTEGER), f32(7.0))
-    difference = f32(level * step) - y
-    return f32(difference * difference)
-
-
-@njit(error_model="numpy")
-def _error_of_eight(errors, i):
-    """Squared errors [3, 16] of fours, by e8 + e16 -> those of the eight elements i with e8 = 0 and with e8 = 1."""
-    a, b = 2 * i, 2 * i + 1
-    low = min(errors[0, a], errors[1, a]) + min(errors[0, b], errors[1, b])
-    high = min(errors[1, a], errors[2, a]) + min(errors[1, b], errors[2, b])
-    return low, high
-
-
-@njit(error_model="numpy")
-def _least_of_two_eights(errors, i):
-    low, high = _error_of_eight(errors, i)
-    next_low, next_high = _error_of_eight(errors, i + 1)
-    return min(low, high) + min(next_low, next_high)
-
-
-@njit(error_model="numpy")
-def _exponents(byte, errors, factors):
-    """Scale word of a byte with the best exponents for its errors [3, 16]; fills `factors`."""
-    word = u32(byte)
-    r = f32(4.0) / _scale(byte)
-    for i in range(EIGHTS):
-        low, high = _error_of_eight(errors, i)
-        e8 = 1 if high < low else 0
-        word |= u32(e8) << u32(8 + i)
-        for j in range(2 * i, 2 * i + 2):
-            e16 = 1 if errors[e8 + 1, j] < errors[e8, j] else 0
-            word |= u32(e16) << u32(16 + j)
-            factors[j] = r / f32(1 << (e8 + e16))
-    return word
 
 
 @njit(error_model="numpy")

@@ -88,7 +88,10 @@ class Scheme:
 
     def quantize_input(self, x: Tensor, basis: Tensor | None) -> Tensor:
         """Input [..., K] of any float dtype -> float32 values on the format's grid: change of basis, then quantize."""
-        return self.format.fake_quantize(self.transform_input(x, basis), scale_rule=self.input_rule)
+        changed = self.transform_input(x, basis)
+        if self.transform.makes_tensor:
+            return self.format.fake_quantize_(changed, scale_rule=self.input_rule)
+        return self.format.fake_quantize(changed, scale_rule=self.input_rule)
 
     # Other forms.
 

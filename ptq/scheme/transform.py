@@ -55,6 +55,8 @@ class Transform:
     """Whether exponents of smoothing are among what it tries."""
     decodes: ClassVar[bool] = False
     """Whether `decode` is worth keeping: what it returns may stand for the basis in every method."""
+    makes_tensor: ClassVar[bool] = False
+    """Whether `input` always returns a new tensor, which may be written to. A class that changes `input` says it anew."""
     kernel: ClassVar[Kernel | None] = None
     """How the GPU quantizer does it; None: it cannot. A class that changes `input` says it anew."""
 
@@ -63,6 +65,8 @@ class Transform:
     def __init_subclass__(cls) -> None:
         if "input" in cls.__dict__ and "kernel" not in cls.__dict__:
             cls.kernel = None
+        if "input" in cls.__dict__ and "makes_tensor" not in cls.__dict__:
+            cls.makes_tensor = False
 
     def check(self, group_size: int) -> None:
         """Raise FormatError where the blocks do not fit a format with groups of this size."""

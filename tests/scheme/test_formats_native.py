@@ -221,3 +221,19 @@ def test_quantize_and_pack_refuses_what_quantize_refuses():
         get("hif4").quantize_and_pack(torch.ones(2, 32))
     with pytest.raises(FormatError, match="no scale rule"):
         get("mxfp4").quantize_and_pack(torch.ones(2, 32), scale_rule="best")
+
+
+@pytest.mark.parametrize(("name", "rule", "ties"), OPTIONS)
+def test_values_in_place_are_those_beside(name, rule, ties):
+    """Compiled, for tensors that are not contiguous, and by the eager functions."""
+    fmt, x = get(name), random_bits(40, 192)
+    if ties != fmt.usual_ties(rule):
+        return
+    wanted, own = fmt.fake_quantize(x, scale_rule=rule).view(torch.int32), x.clone()
+    found = fmt.fake_quantize_(own, scale_rule=rule)
+    assert torch.equal(found.view(torch.int32), wanted) and found.data_ptr() == own.data_ptr()
+    across = x.T.contiguous().T
+    assert torch.equal(fmt.fake_quantize_(across, scale_rule=rule).view(torch.int32), wanted)
+    with eager():
+        finite = ~fmt.fake_quantize(x, scale_rule=rule).isnan()
+        assert torch.equal(fmt.fake_quantize_(x, scale_rule=rule)[finite], found[finite])

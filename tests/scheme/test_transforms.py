@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.linalg import hadamard
 
-from ptq.scheme import FormatError, Hadamard, Learned, Smoothed
+from ptq.scheme import FormatError, Hadamard, Learned, Scheme, Smoothed, get_format
 from ptq.scheme.hadamard import BLOCK_SIZES, hadamard_matrix, rotation_factors
 from ptq.scheme.learned import encode_blocks
 from ptq.scheme.transform import UNCHANGED, settle
@@ -219,3 +219,29 @@ def test_a_hessian_of_few_tokens_keeps_a_diagonal_that_is_not_negative():
     for transform, basis in EVERY.values():
         diagonal = transform.hessian(constant.T @ constant, basis).diagonal()
         assert (diagonal >= 0).all() and diagonal.sum() > 0
+
+
+@pytest.mark.parametrize("rows", [7, 48, 300])
+@every
+def test_an_input_is_quantized_beside_itself(transform, basis, rows):
+    """Values may be written over the changed input, never over the input: by every product of learned blocks."""
+    scheme = Scheme(get_format("mxfp4"), transform)
+    x = torch.randn(rows, K, generator=torch.Generator().manual_seed(2))
+    before = x.clone()
+    wanted = scheme.format.fake_quantize(scheme.transform_input(x, basis), scale_rule=scheme.input_rule)
+    found = scheme.quantize_input(x, basis)
+    assert torch.equal(found, wanted) and torch.equal(x, before)
+    assert found.data_ptr() != x.data_ptr() and not scheme.quantize_input(x.requires_grad_(), basis).requires_grad
+
+
+def test_a_class_with_an_input_of_its_own_makes_no_new_tensor_unless_it_says_so():
+    class Viewed(Learned):
+        kind = "viewed"
+
+        def input(self, x, basis):
+            return x
+
+    x = torch.randn(16, K)
+    before = x.clone()
+    scheme = Scheme(get_format("mxfp4"), Viewed(64))
+    assert not torch.equal(scheme.quantize_input(x, None), x) and torch.equal(x, before)
