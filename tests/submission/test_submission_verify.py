@@ -20,6 +20,7 @@ from ptq.errors import DamagedFileError, PtqError
 from ptq.store.files import digest
 from ptq.submission import repeat
 from ptq.submission.check import Claim, NotCheckedError
+from ptq.submission.repeat import _device
 from ptq.submission.runs import check_pairing, check_settings
 from ptq.submission.verify import verify
 from ptq.wan.identity import identify_model
@@ -549,17 +550,29 @@ def test_other_settings_of_one_run(tampered) -> None:
     assert "negative_prompt is 'ugly'" in tampered.problems()[PAIRED]
 
 
-def test_a_cache_of_one_run_and_of_both(tampered) -> None:
-    def cached(value: dict[str, Any]) -> None:
-        value["settings"]["cache"] = "first-block:0.05"
+@pytest.mark.parametrize(
+    ("name", "value"), [("cache", "first-block:0.05"), ("attention_backend", "fa3-fp8")], ids=["cache", "attention"]
+)
+def test_a_cache_or_attention_of_one_run_and_of_both(tampered, name: str, value: str) -> None:
+    def changed(info: dict[str, Any]) -> None:
+        info["settings"][name] = value
 
-    tampered.edit("runs/candidate/run.json", cached)
-    with pytest.raises(PtqError, match=r"not paired: cache is None in .* and 'first-block:0\.05'"):
+    tampered.edit("runs/candidate/run.json", changed)
+    with pytest.raises(PtqError, match=rf"not paired: {name.replace('_', '-')} is None in .* and '{value}'"):
         check_pairing(tampered.contents())
-    tampered.edit("runs/reference/run.json", cached)
+    tampered.edit("runs/reference/run.json", changed)
     check_pairing(tampered.contents())
-    with pytest.raises(NotCheckedError, match=r"cache 'first-block:0\.05' \(the model's own None\)"):
+    with pytest.raises(NotCheckedError, match=rf"{name} '{value}' \(the model's own None\)"):
         check_settings(tampered.contents())
+
+
+def test_attention_that_is_not_here_is_not_repeated(tampered, monkeypatch) -> None:
+    for role in ("reference", "candidate"):
+        tampered.edit(f"runs/{role}/run.json", lambda info: info["settings"].update(attention_backend="fa3"))
+        tampered.edit_lines(f"runs/{role}/{LINES}", lambda lines: [line.update(device="cuda") for line in lines])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(NotCheckedError, match="made with --attention-backend fa3, which needs the package fa3-fwd"):
+        _device(tampered.contents())
 
 
 def test_settings_changed_without_their_digest(tampered) -> None:
