@@ -60,7 +60,7 @@ def check_attention(backend: str | None, dtype: str | None, context_parallel: in
 def obstacle(device: str | None) -> str | None:
     """Why the package cannot run on a device (None: on one that is not known yet), after the word "it"; None where it can."""
     if device is not None and not device.startswith("cuda"):
-        return f"needs a Hopper GPU (compute capability 9.0), and this run is on the device {device}"
+        return f"needs a Hopper GPU (compute capability 9.0), and the device is {device}"
     if package_version() is None:
         return f"needs the package {PACKAGE}: pip install 'wan-ptq[attention]' (Linux, CUDA 13, torch 2.10 or later)"
     if device is not None:
@@ -75,7 +75,8 @@ def obstacle(device: str | None) -> str | None:
 def attention_facts(device: str) -> dict[str, str]:
     """For `ptq doctor`: the backends, and the package that they run or why they cannot."""
     problem = obstacle(device)
-    return {f"attention {', '.join(SLOTS)}": f"{PACKAGE} {package_version()}" if problem is None else f"it {problem}"}
+    said = f"{PACKAGE} {package_version()}" if problem is None else f"not here: it {problem}"
+    return {f"attention {', '.join(SLOTS)}": said}
 
 
 def use_flash_3(module: Any, backend: str) -> None:
