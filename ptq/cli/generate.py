@@ -49,7 +49,18 @@ def generate(
     max_sequence_length: Annotated[
         int | None, typer.Option("--max-sequence-length", min=1, max=100_000, help="Tokens of the prompt.")
     ] = None,
-    seed: options.SampleSeed = 0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=options.MAX_SEED, help=f"{options.SEED_HELP} Default: 0.")
+    ] = None,
+    seed_scheme: Annotated[
+        str | None,
+        typer.Option(
+            "--seed-scheme", help="Seeds: unit (each its own number, the default), vbench (100000 i + j) or same."
+        ),
+    ] = None,
+    fixed_latent: Annotated[
+        Path | None, typer.Option("--fixed-latent", help="Safetensors file: the noise that every video starts from.")
+    ] = None,
     save_frames: Annotated[
         bool, typer.Option("--save-frames", help="Also keep frames as npz, before encoding.")
     ] = False,
@@ -117,6 +128,7 @@ def generate(
         given,
         dtype=dtype,
         seed=seed,
+        seed_scheme=seed_scheme,
         image_to_video=from_image,
         save_frames=save_frames,
         attention_backend=attention_backend,
@@ -124,6 +136,8 @@ def generate(
         cache=cache,
         compile=compile_blocks,
     )
+    settings, fixed = generation.start_from(fixed_latent, layout, settings)
+    settings.check_samples(samples_per_prompt)
     generation.check_compile(settings, device, offload)
     check_attention(attention_backend, dtype, context_parallel, device)
     reading = {"prompt_format": prompt_format, "limit": num_prompts, "exclude": exclude, "media_root": media_root or ()}
@@ -165,6 +179,7 @@ def generate(
         disk=plan.bytes_needed if check and plan.to_make else None,
         device=device,
         offload=offload,
+        fixed=fixed,
         model=identity,
         shard=part,
         samples_per_prompt=samples_per_prompt,
@@ -200,6 +215,7 @@ def _show_plan(
     memory: tuple[str, SamplingMemory],
     as_json: bool,
 ) -> None:
+    from ptq.generation.units import SEED_SCHEMES
 
     if as_json:
         sizes = {"weight_bytes": weight_bytes, "memory": vars(memory[1])}
@@ -214,6 +230,8 @@ def _show_plan(
         ("to make", plan.to_make),
         ("video", f"{settings.width}x{settings.height}, {settings.num_frames} frames, {settings.steps} steps"),
         *([("cache", settings.cache)] if settings.cache else []),
+        *([("seeds", SEED_SCHEMES[settings.seed_scheme])] if settings.seed_scheme != "unit" else []),
+        *([("fixed latent, SHA-256", settings.fixed_latent)] if settings.fixed_latent else []),
         ("disk, estimated", f"{ui.format_bytes(plan.bytes_needed)} ({ui.format_bytes(plan.free_bytes)} free)"),
         ("weights on disk", ui.format_bytes(weight_bytes)),
         (memory[0], memory[1].describe()),

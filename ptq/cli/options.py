@@ -82,7 +82,7 @@ Exclude = Annotated[
 SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="Leave out prompts without their image.")]
 
 Preset = Annotated[
-    str | None, typer.Option("--preset", help="lightning: 4 steps, guidance 1, shift 5. Single options go before it.")
+    str | None, typer.Option("--preset", help="lightning, icme2026 or mlperf-t2v. Single options go before it.")
 ]
 Lora = Annotated[
     str | None,
@@ -101,9 +101,8 @@ GuidanceScale = Annotated[
 ]
 GuidanceScale2 = Annotated[float | None, number("--guidance-scale-2", 0.0, 1e3, "Guidance of the low-noise expert.")]
 NegativePrompt = Annotated[str | None, typer.Option("--negative-prompt", help="Default: the model's.")]
-SampleSeed = Annotated[
-    int, typer.Option("--seed", min=0, max=MAX_SEED, help="Base seed; each video adds its own number.")
-]
+SEED_HELP = "Base seed; each video adds its own number."
+SampleSeed = Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help=SEED_HELP)]
 
 Shard = Annotated[
     str | None,

@@ -12,6 +12,7 @@ from ptq.generation.prepare import (
     make_videos,
     read_samples,
     resolve_settings,
+    start_from,
 )
 from ptq.generation.run import Summary, run_generation
 from ptq.generation.settings import Settings, departures
@@ -36,4 +37,5 @@ __all__ = [
     "read_status",
     "resolve_settings",
     "run_generation",
+    "start_from",
 ]

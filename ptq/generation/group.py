@@ -24,6 +24,7 @@ from ptq.generation.sampling import BrokenOutputError, Sampled, Sampler, StepCal
 from ptq.generation.settings import Settings
 
 if TYPE_CHECKING:
+    from ptq.generation.latent import FixedLatent
     from ptq.wan.encoding import TextEncoding
 
 TIMEOUT = timedelta(hours=12)
@@ -64,10 +65,15 @@ class LeadingSampler(Sampler):
     """Makes units together with the followers."""
 
     def __init__(
-        self, load: Callable[[], Any], settings: Settings, device: str, encoding: TextEncoding | None = None
+        self,
+        load: Callable[[], Any],
+        settings: Settings,
+        device: str,
+        encoding: TextEncoding | None = None,
+        fixed: FixedLatent | None = None,
     ) -> None:
         _send((_LOAD,))
-        super().__init__(load(), settings, device, encoding=encoding)
+        super().__init__(load(), settings, device, encoding=encoding, fixed=fixed)
 
     def sample(self, texts: Mapping[str, Any], seed: int, image: np.ndarray | None, on_step: StepCallback) -> Sampled:
         """See `Sampler.sample`.

@@ -30,17 +30,18 @@ def find_damage(root: Path, line: ManifestLine, keys: Sequence[str] = FILE_KEYS)
     return None
 
 
-def refuse_other_sample(root: Path, line: ManifestLine, unit: Unit, image_to_video: bool) -> None:
-    """A finished unit must come from the same prompt and image.
+def refuse_other_sample(root: Path, line: ManifestLine, unit: Unit, settings: Settings) -> None:
+    """A finished unit must come from the same prompt, image and seed, which by scheme vbench is the prompt's place.
 
     Raises:
         PtqError: the prompt file says something else for this id now.
     """
-    media = unit.sample.media if image_to_video else None
+    media = unit.sample.media if settings.image_to_video else None
     wanted = {
         "prompt": unit.sample.prompt,
         "score_prompt": unit.sample.score_prompt,
         "image": media.path if media is not None else None,
+        "seed": unit.seed(settings.seed, settings.seed_scheme),
     }
     for key, value in wanted.items():
         if getattr(line, key) != value:
@@ -55,14 +56,14 @@ def select_pending(root: Path, manifests: Manifests, units: Sequence[Unit], sett
     Every file that a finished unit has under these settings is read once and compared with its digest in the manifest.
 
     Raises:
-        PtqError: a finished unit comes from another prompt or image.
+        PtqError: a finished unit comes from another prompt, image or seed.
     """
     finished = [(unit, line) for unit in units if (line := manifests.get(unit.name)) and line.is_done]
     keys = [key for key in FILE_KEYS if key != "saved_frames" or settings.save_frames]
     whole: set[str] = set()
     with ui.progress("Checking finished videos", len(finished)) if finished else nullcontext() as bar:
         for unit, line in finished:
-            refuse_other_sample(root, line, unit, settings.image_to_video)
+            refuse_other_sample(root, line, unit, settings)
             problem = find_damage(root, line, keys)
             if problem is None:
                 whole.add(unit.name)

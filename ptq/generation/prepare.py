@@ -16,6 +16,7 @@ from ptq import ui
 from ptq.checkpoint.manifest import MANIFEST_FILE
 from ptq.errors import UsageError
 from ptq.generation.directory import GenerationDirectory
+from ptq.generation.latent import FixedLatent, read_latent
 from ptq.generation.run import Summary, run_generation
 from ptq.generation.settings import Settings, departures
 from ptq.prompts import Sample, make_sample, read_prompts, require_media
@@ -26,7 +27,7 @@ from ptq.wan.caching import check_cache, normal_cache
 from ptq.wan.encoding import TextEncoding, load_denoiser
 from ptq.wan.identity import ModelIdentity
 from ptq.wan.layout import ModelLayout
-from ptq.wan.presets import SAMPLING, ModelPreset
+from ptq.wan.presets import SAMPLING, ModelPreset, run_settings
 
 if TYPE_CHECKING:
     from ptq.wan.estimates import SamplingMemory
@@ -40,6 +41,8 @@ def resolve_settings(
     *,
     dtype: str | None = None,
     cache: str | None = None,
+    seed: int | None = None,
+    seed_scheme: str | None = None,
     **others: Any,
 ) -> Settings:
     """The preset's values, each replaced where `given` has its own (None: the preset's).
@@ -47,6 +50,7 @@ def resolve_settings(
     Args:
         dtype: None is float32, until `for_device`.
         cache: as a user types it.
+        seed, seed_scheme: None is what the named preset says, or else the default of `Settings`.
         others: fields of `Settings` that no preset has.
 
     Raises:
@@ -55,12 +59,26 @@ def resolve_settings(
     if dtype not in (None, *DTYPES):
         raise UsageError(f"--dtype must be {' or '.join(DTYPES)}, found {dtype!r}.")
     values = layout.resolve_preset(**(given or {})).model_dump(exclude={"variant", "hub_id"})
-    settings = Settings(**values, dtype=dtype or DTYPES[0], cache=normal_cache(cache), **others)
+    seeds: dict[str, Any] = {"seed": seed, "seed_scheme": seed_scheme}
+    seeds = run_settings((given or {}).get("named")) | {key: value for key, value in seeds.items() if value is not None}
+    settings = Settings(**values, dtype=dtype or DTYPES[0], cache=normal_cache(cache), **seeds, **others)
     check_cache(settings.cache, settings.steps, settings.context_parallel, min(map(layout.num_blocks, layout.experts)))
     differing = departures(settings, calibrated_with(layout), "calibrated with") if layout.is_packed else []
     if differing:
         ui.info(f"Other settings than the checkpoint was calibrated with: {', '.join(differing)}.")
     return settings
+
+
+def start_from(latent: Path | None, layout: ModelLayout, settings: Settings) -> tuple[Settings, FixedLatent | None]:
+    """The settings of a run whose every unit starts from the latent of this file, and that latent; None: as they are.
+
+    Raises:
+        UsageError, DamagedFileError: as `read_latent`.
+    """
+    if latent is None:
+        return settings, None
+    fixed = read_latent(latent, layout.latent_shape(settings.height, settings.width, settings.num_frames))
+    return replace(settings, fixed_latent=fixed.digest), fixed
 
 
 def for_device(settings: Settings, device: str) -> Settings:
@@ -140,6 +158,7 @@ def make_videos(
     disk: int | None = None,
     device: str = "cpu",
     offload: str = "none",
+    fixed: FixedLatent | None = None,
     **run: Any,
 ) -> Summary | None:
     """Check the machine and make this shard's videos; with context parallelism as one of the group that makes them.
@@ -147,6 +166,7 @@ def make_videos(
     Args:
         model: which weights these are; its LoRAs are merged where the layout's are the original ones.
         disk: bytes that will be written; None skips the checks.
+        fixed: the initial latent of every unit, where the settings name one.
         run: as `run_generation` takes it.
 
     Returns:
@@ -176,10 +196,10 @@ def make_videos(
     if disk is not None:
         _check_machine(layout, settings, disk, out, device, offload)
     if grouped and join_group(device) != 0:
-        follow(lambda: Sampler(load(), settings, device))
+        follow(lambda: Sampler(load(), settings, device, fixed=fixed))
         return None
     summary = run_generation(
-        load, samples, settings, out, model=model, device=device, offload=offload, encoding=encoding, **run
+        load, samples, settings, out, model=model, device=device, offload=offload, encoding=encoding, fixed=fixed, **run
     )
     if grouped:
         dismiss_group()

@@ -28,6 +28,7 @@ from ptq.ui.progress import Progress, format_seconds
 from ptq.wan.identity import ModelIdentity
 
 if TYPE_CHECKING:
+    from ptq.generation.latent import FixedLatent
     from ptq.generation.sampling import Sampler
     from ptq.generation.worker import Result, Worker
     from ptq.wan.encoding import TextEncoding
@@ -92,6 +93,7 @@ def run_generation(
     device: str = "cpu",
     offload: str = "none",
     encoding: TextEncoding | None = None,
+    fixed: FixedLatent | None = None,
 ) -> Summary:
     """Make this shard's units of a run, or what is left of them.
 
@@ -107,6 +109,7 @@ def run_generation(
         stale_minutes: a claim without a sign of life for so long is dead.
         device, offload: where to compute; offload is one of `ptq.wan.pipeline.OFFLOAD_MODES`.
         encoding: encodes the prompts before `pipe_loader` gives a pipeline without text encoder; None: it has its own.
+        fixed: the initial latent of every unit, where the settings name one.
 
     Raises:
         UsageError: contradictory request, or settings that do not fit the model.
@@ -114,9 +117,13 @@ def run_generation(
     """
 
     shard, started = shard or Shard(), time.monotonic()
+    settings.check_samples(samples_per_prompt)
     units = make_units(samples, samples_per_prompt)
     own = shard.select(units)
-    plan = RunPlan(units=len(units), samples_per_prompt=samples_per_prompt, shards=shard.count, prompts=prompts)
+    planned = {"fixed_latent": str(fixed.path)} if fixed else {}
+    plan = RunPlan(
+        units=len(units), samples_per_prompt=samples_per_prompt, shards=shard.count, prompts=prompts, **planned
+    )
     info = describe_run(settings, model, units[0].sample.dataset, plan)
     directory, manifests = GenerationDirectory(out, info, shard, own), Manifests(Path(out), shard)
     summary = Summary(shard)
@@ -139,10 +146,10 @@ def run_generation(
             if settings.context_parallel > 1:
                 from ptq.generation.group import LeadingSampler
 
-                return LeadingSampler(pipe_loader, settings, device, encoding)
+                return LeadingSampler(pipe_loader, settings, device, encoding, fixed)
             from ptq.generation.sampling import Sampler
 
-            return Sampler(pipe_loader(), settings, device, offload, encoding)
+            return Sampler(pipe_loader(), settings, device, offload, encoding, fixed)
 
         if pending or others:
             from ptq.generation.worker import Worker

@@ -35,6 +35,7 @@ from ptq.wan.pipeline import (
 )
 
 if TYPE_CHECKING:
+    from ptq.generation.latent import FixedLatent
     from ptq.wan.encoding import TextEncoding
 
 BLACK_LEVEL = 4
@@ -66,9 +67,10 @@ class Sampler:
 
     Args:
         encoding: gives the embeddings of prompts to a pipeline without text encoder; None: the pipeline has its own.
+        fixed: the initial latent of every unit, where the settings name one.
 
     Raises (on construction):
-        UsageError: the settings do not fit the pipeline (size, number of frames, guidance, image, backend).
+        UsageError: the settings do not fit the pipeline (size, number of frames, guidance, image, backend) or `fixed`.
     """
 
     def __init__(
@@ -78,8 +80,12 @@ class Sampler:
         device: str = "cpu",
         offload: str = "none",
         encoding: TextEncoding | None = None,
+        fixed: FixedLatent | None = None,
     ) -> None:
         self.settings, self._encoding = settings, encoding
+        if (fixed.digest if fixed else None) != settings.fixed_latent:
+            raise UsageError("The fixed latent is not the one that the settings name. Give both, or none.")
+        self._fixed = None if fixed is None else torch.from_numpy(fixed.values)[None]
         self.pipe = with_image_input(pipe) if settings.image_to_video else pipe
         _check_fit(self.pipe, settings)
         self._shape = latent_shape(self.pipe, settings.height, settings.width, settings.num_frames)
@@ -98,7 +104,9 @@ class Sampler:
         self.pipe.set_progress_bar_config(disable=True)
 
     def initial_latents(self, seed: int) -> torch.Tensor:
-        """The noise that the pipeline itself would draw from a CPU generator: float32 [1, C, T, H, W]."""
+        """The noise that the pipeline itself would draw from a CPU generator, or the fixed one: float32 [1, C, T, H, W]."""
+        if self._fixed is not None:
+            return self._fixed.clone()
         return torch.randn(self._shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
 
     def make(self, prompt: str, seed: int, image: np.ndarray | None, on_step: StepCallback) -> Sampled:

@@ -5,16 +5,19 @@ Plain values only; nothing here loads a model. The digest of a run (`directory.p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ptq import ui
 from ptq.errors import DamagedFileError, UsageError
+from ptq.generation.units import SEED_SCHEMES, VBENCH_SAMPLES
 from ptq.wan.caching import normal_cache
 
-LATER: Mapping[str, Any] = {"cache": None, "compile": False}
+LATER: Mapping[str, Any] = {"cache": None, "compile": False, "seed_scheme": "unit", "fixed_latent": None}
 """Settings that runs of earlier versions lack -> what those had."""
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Settings:
     loaded weights ("float32" or "bfloat16"). image_to_video: units start from their sample's image.
     attention_backend: one of `ptq.wan.attention.SLOTS` or of diffusers, None for its default. context_parallel: processes that
     make each video together. cache: as `ptq.wan.caching.normal_cache` gives it, None for none. compile: blocks through
-    torch.compile, whose rounding differs in the last bits.
+    torch.compile, whose rounding differs in the last bits. seed_scheme: a key of `SEED_SCHEMES`. fixed_latent: SHA-256 of the
+    initial latent that every unit starts from (over its float32 bytes [C, T, H, W]), None where each draws its own.
     """
 
     height: int
@@ -47,6 +51,8 @@ class Settings:
     context_parallel: int = 1
     cache: str | None = None
     compile: bool = False
+    seed_scheme: str = "unit"
+    fixed_latent: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "num_frames", "fps", "steps", "max_sequence_length", "context_parallel"):
@@ -56,10 +62,43 @@ class Settings:
             raise UsageError(f"flow_shift must be positive, found {self.flow_shift}.")
         if self.seed < 0:
             raise UsageError(f"seed must not be negative, found {self.seed}.")
+        if self.seed_scheme not in SEED_SCHEMES:
+            raise UsageError(
+                f"--seed-scheme takes {', '.join(SEED_SCHEMES)}, found {ui.shorten(repr(self.seed_scheme))}."
+            )
+        if self.seed_scheme == "vbench" and self.seed:
+            raise UsageError(
+                f"--seed-scheme vbench says every seed itself: {SEED_SCHEMES['vbench']}. Leave out --seed, found {self.seed}."
+            )
+        if self.fixed_latent is not None and not _DIGEST.fullmatch(str(self.fixed_latent)):
+            raise UsageError(
+                f"fixed_latent must be a SHA-256 in hex digits, found {ui.shorten(repr(self.fixed_latent))}."
+            )
         if normal_cache(self.cache) != self.cache:
             raise UsageError(f"cache must be {normal_cache(self.cache)}, found {self.cache}.")
         if self.height % 2 or self.width % 2:
             raise UsageError(f"The video must have an even height and width, found {self.height} x {self.width}.")
+
+    @property
+    def one_noise(self) -> bool:
+        """Every unit starts from the same noise."""
+        return self.seed_scheme == "same" or self.fixed_latent is not None
+
+    def check_samples(self, samples_per_prompt: int) -> None:
+        """Refuse more samples of a prompt than the seeds tell apart.
+
+        Raises:
+            UsageError: says which option allows how many.
+        """
+        if self.one_noise and samples_per_prompt > 1:
+            option = "--fixed-latent" if self.fixed_latent else "--seed-scheme same"
+            raise UsageError(
+                f"With {option} every video starts from the same noise, so all {samples_per_prompt} samples of a prompt would be one video. Leave out --samples-per-prompt."
+            )
+        if self.seed_scheme == "vbench" and samples_per_prompt > VBENCH_SAMPLES:
+            raise UsageError(
+                f"--seed-scheme vbench has seeds for {VBENCH_SAMPLES} samples of a prompt, found --samples-per-prompt {samples_per_prompt}. Ask for fewer."
+            )
 
     def as_json(self) -> dict[str, Any]:
         """The fields as a JSON object; those that earlier versions lacked only where they are set: such runs are the same."""

@@ -79,7 +79,7 @@ class Worker:
 
     def _attempt(self, unit: Unit, sampler: Sampler, on_step: StepCallback) -> Result:
         started = time.monotonic()
-        seed = unit.seed(sampler.settings.seed)
+        seed = unit.seed(sampler.settings.seed, sampler.settings.seed_scheme)
         line = self._describe(unit, sampler, seed)
         cuda = torch.device(self.device).type == "cuda"
         if cuda:

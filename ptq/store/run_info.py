@@ -25,13 +25,14 @@ class CheckpointInfo(Schema):
 class RunPlan(Schema):
     """What the run was last started for, for `ptq status`; no part of the digest.
 
-    prompts: where the samples come from (file, format, sha256, samples).
+    prompts: where the samples come from (file, format, sha256, samples). fixed_latent: file of the one initial latent.
     """
 
     units: Count = 0
     samples_per_prompt: Positive = 1
     shards: Positive = 1
     prompts: dict[str, Any] | None = None
+    fixed_latent: str | None = None
 
 
 class RunInfo(Schema):

@@ -17,7 +17,7 @@ from ptq.store.files import read_json
 from ptq.store.schema import parse
 from ptq.wan.block import BlockInput, block_inputs, check_size, width
 from ptq.wan.foreign import refuse_method, refuse_no_pipeline, refuse_relative
-from ptq.wan.presets import PRESET_FILE, ModelPreset, load_preset, named_settings
+from ptq.wan.presets import BOUNDARY, PRESET_FILE, RUN_SETTINGS, ModelPreset, load_preset, named_settings
 from ptq.wan.schema import PARTS, ExpertConfig, PipelineIndex, SchedulerConfig, VaeConfig
 from ptq.wan.variants import (
     EXPERTS,
@@ -107,8 +107,7 @@ class ModelLayout:
             UsageError: a value that a preset or this model cannot have.
         """
         if named is not None:
-            settings = named_settings(named, self.boundary_ratio is not None)
-            given = settings | {name: value for name, value in given.items() if value is not None}
+            given = self._named(named) | {name: value for name, value in given.items() if value is not None}
         if given.get("guidance_scale_2") is not None and self.boundary_ratio is None:
             raise UsageError("This model has one expert; leave out --guidance-scale-2.")
         preset = self.preset.with_overrides(**given)
@@ -129,14 +128,34 @@ class ModelLayout:
         )
         return preset.model_copy(update={"flow_shift": shift})
 
+    def _named(self, name: str) -> dict[str, Any]:
+        """The settings of that name that a preset of this model can have."""
+        settings = {key: value for key, value in named_settings(name).items() if key not in RUN_SETTINGS}
+        boundary = settings.pop(BOUNDARY, self.boundary_ratio)
+        if boundary != self.boundary_ratio:
+            ui.warn(
+                f"Preset {name} is for models that change experts at {boundary:g}; this one {'has one expert' if self.boundary_ratio is None else f'does at {self.boundary_ratio:g}'}. Scores are not comparable with published ones."
+            )
+        if self.boundary_ratio is None:
+            settings.pop("guidance_scale_2", None)
+        return settings
+
+    def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
+        """Shape [C, T, H, W] of the latents of a video that the model can make."""
+        stride, period = self._strides()
+        channels = next(iter(self.experts.values()))["out_channels"]
+        return channels, (num_frames - 1) // period + 1, height // stride, width // stride
+
+    def _strides(self) -> tuple[int, int]:
+        """Of the VAE, in space and in time."""
+        vae = self.path / "vae" / "config.json"
+        found = parse(VaeConfig, read_json(vae), vae, ADVICE) if vae.is_file() else None
+        return (found and found.scale_factor_spatial) or 8, (found and found.scale_factor_temporal) or 4
+
     def _check_size(self, preset: ModelPreset) -> None:
-        vae, config = self.path / "vae" / "config.json", next(iter(self.experts.values()))
-        strides = parse(VaeConfig, read_json(vae), vae, ADVICE) if vae.is_file() else None
-        stride, period = (
-            (strides and strides.scale_factor_spatial) or 8,
-            (strides and strides.scale_factor_temporal) or 4,
-        )
-        check_size(preset.height, preset.width, preset.num_frames, stride, period, config["patch_size"])
+        stride, period = self._strides()
+        patch = next(iter(self.experts.values()))["patch_size"]
+        check_size(preset.height, preset.width, preset.num_frames, stride, period, patch)
 
 
 def read_layout(path: str | Path) -> ModelLayout:

@@ -80,16 +80,27 @@ class ModelPreset(BaseModel):
         return validate(ModelPreset, self.model_dump() | given, "The settings on the command line")
 
 
-def named_settings(name: str, two_experts: bool) -> dict[str, Any]:
-    """Settings that are known under a name (`configs/presets/*.yaml`), for models of any variant.
+BOUNDARY = "boundary_ratio"
+RUN_SETTINGS = ("seed", "seed_scheme")
+"""What a named preset may say besides fields of `ModelPreset`: of the seeds of `ptq generate`."""
+
+
+def named_settings(name: str) -> dict[str, Any]:
+    """Settings that are known under a name (`configs/presets/*.yaml`), for models of any variant: fields of `ModelPreset`,
+    `RUN_SETTINGS`, and the `BOUNDARY` of the models that they are for.
 
     Raises:
         UsageError: no such name.
     """
     if name not in list_configs("presets"):
         raise UsageError(f"There is no preset {shown(name)}; choose one of {', '.join(list_configs('presets'))}.")
-    settings = load_yaml(CONFIGS / "presets" / f"{name}.yaml")
-    return settings if two_experts else {key: value for key, value in settings.items() if key != "guidance_scale_2"}
+    return dict(load_yaml(CONFIGS / "presets" / f"{name}.yaml"))
+
+
+def run_settings(name: str | None) -> dict[str, Any]:
+    """Those of `RUN_SETTINGS` that a named preset has; {} without one. Errors as `named_settings`."""
+    settings = {} if name is None else named_settings(name)
+    return {key: settings[key] for key in RUN_SETTINGS if key in settings}
 
 
 def load_preset(variant: str) -> ModelPreset:

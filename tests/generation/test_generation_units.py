@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,28 @@ def test_a_plain_id_is_its_own_name_and_no_other_id_can_take_it():
     assert safe_name("a/b") != safe_name("a_b") and safe_name("..") != ".."
     shortened = safe_name("a/b")
     assert safe_name(shortened) != shortened
+
+
+def test_seeds_of_scheme_vbench_are_pinned():
+    samples = [Sample("vb", name, name, name) for name in ("z", "a", "m")]
+    seeds = {unit.name: unit.seed(0, "vbench") for unit in make_units(samples, 5)}
+    assert [seeds[f"vb/z/{j}"] for j in range(5)] == [0, 1, 2, 3, 4]
+    assert [seeds[f"vb/a/{j}"] for j in (0, 4)] == [100000, 100004] and seeds["vb/m/2"] == 200002
+    assert {unit.seed(42, "same") for unit in make_units(samples)} == {42}
+    assert [unit.seed(3) for unit in make_units(samples)] == [reference_seed(3, "vb", name, 0) for name in "zam"]
+
+
+def test_samples_that_a_scheme_cannot_tell_apart_are_refused():
+    for change, limit, words in (
+        ({"seed_scheme": "vbench", "seed": 0}, 5, "has seeds for 5 samples of a prompt, found --samples-per-prompt 6"),
+        ({"seed_scheme": "same"}, 1, "With --seed-scheme same every video starts from the same noise, so all 2"),
+        ({"fixed_latent": "a" * 64}, 1, "With --fixed-latent every video starts from the same noise"),
+    ):
+        settings = replace(SETTINGS, **change)
+        settings.check_samples(limit)
+        with pytest.raises(UsageError, match=words):
+            settings.check_samples(limit + 1)
+    SETTINGS.check_samples(10_000)
 
 
 def test_units_are_in_order_and_refuse_what_would_collide():
@@ -168,7 +191,13 @@ def test_a_launcher_without_a_usable_rank_is_refused():
     assert local_rank({"LOCAL_RANK": "3"}) == 3 and local_rank({"SLURM_LOCALID": "1"}) == 1 and local_rank({}) == 0
 
 
-@pytest.mark.parametrize("change", [{"height": 33}, {"steps": 0}, {"seed": -1}, {"flow_shift": 0.0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"height": 33}, {"steps": 0}, {"seed": -1}, {"flow_shift": 0.0}, {"fixed_latent": "latent.safetensors"}),
+        *({"seed_scheme": "VBench"}, {"seed_scheme": None}, {"seed_scheme": "vbench", "seed": 7}),
+    ],
+)
 def test_impossible_settings_are_refused(change):
     with pytest.raises(UsageError):
         type(SETTINGS)(**{**SETTINGS.as_json(), **change})
