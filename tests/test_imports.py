@@ -46,10 +46,13 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 TOP = {"cli", "__init__"}
 SEAMS = {
-    "report": {f"ptq.evaluation.{name}" for name in ("frames", "runs", "statistics", "suites")}
+    "report": {f"ptq.evaluation.{name}" for name in ("frames", "overlap", "runs", "statistics", "suites")}
     | {"ptq.generation.video"},
     "submission": {"ptq.generation"}
-    | {f"ptq.evaluation.{name}" for name in ("conclude", "findings", "pairs", "runs", "scores", "statistics", "suites")}
+    | {
+        f"ptq.evaluation.{name}"
+        for name in ("conclude", "findings", "overlap", "pairs", "runs", "scores", "statistics", "suites")
+    }
     | {"ptq.evaluation.vbench.totals"},
 }
 """Modules of the stages whose meaning (not whose files: those have schemas in store) is shared: the report shows videos and

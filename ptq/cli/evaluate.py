@@ -25,7 +25,9 @@ def evaluate(
     ] = None,
     candidate: Annotated[Path | None, typer.Option(help="Generation directory of the quantized model.")] = None,
     out: Annotated[Path | None, options.OUT] = None,
-    suite: Annotated[str, typer.Option(help="core (no verdict), tiny, icme2026, vbench-i2v or vbench.")] = "core",
+    suite: Annotated[
+        str, typer.Option(help="core (no verdict), tiny, icme2026, mlperf-t2v, vbench or vbench-i2v.")
+    ] = "core",
     format: Annotated[
         str | None, options.format_option(f"{LIMITS_IN_WORDS}; by default what the candidate was made with.")
     ] = None,
@@ -39,11 +41,17 @@ def evaluate(
         list[str] | None,
         typer.Option("--allow-difference", help="Pair runs that differ in this option: cache, attention-backend."),
     ] = None,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Judge on prompts that the checkpoint was calibrated with.")
+    ] = False,
     stride: Annotated[int, typer.Option(min=1, help="Take SSIM, sharpness and saturation on every N-th frame.")] = 1,
     bootstrap: Annotated[
         int, typer.Option(min=1000, max=1_000_000, help="Bootstrap resamples of the intervals.")
     ] = 10_000,
     seed: Annotated[int, typer.Option(min=0, max=options.MAX_SEED, help="Seed of the bootstrap.")] = 0,
+    yardstick: Annotated[
+        Path | None, typer.Option(help="Generation directory of another model, shown beside the candidate.")
+    ] = None,
     dimensions: Annotated[
         str | None, typer.Option(help="Only these dimensions of a VBench suite, separated by commas.")
     ] = None,
@@ -83,10 +91,13 @@ def evaluate(
     if vbench_root is not None and vbench_python is None:
         raise UsageError("--vbench-root needs --vbench-python, the interpreter that has VBench's dependencies.")
     without_runs = reference is None and candidate is None and import_vbench is not None
+    if without_runs and yardstick is not None:
+        raise UsageError("--yardstick is measured against the run of --reference; give --reference and --candidate.")
     if not without_runs and (reference is None or candidate is None):
         raise UsageError("Give both --reference and --candidate, or --import-vbench with two result files.")
     if dry_run:
-        _show_plan(reference, candidate, as_json, allow_missing=allow_missing, allow_differences=differences)
+        pairing = {"allow_missing": allow_missing, "allow_differences": differences, "allow_overlap": allow_overlap}
+        _show_plan(reference, candidate, as_json, **pairing)
         return
     if out is None:
         raise UsageError("Give --out, the directory for evaluation.json and units.jsonl.")
@@ -109,7 +120,8 @@ def evaluate(
         vbench = VBenchSettings(vbench_python, vbench_root, vbench_device) if vbench_python else None
         evaluation = evaluate_runs(
             reference, candidate, out, suite=suite, stride=stride, fresh=fresh,
-            import_vbench=import_vbench, vbench=vbench, allow_differences=differences, **common,
+            import_vbench=import_vbench, vbench=vbench, allow_differences=differences, allow_overlap=allow_overlap,
+            yardstick=yardstick, **common,
         )  # fmt: skip
     _show(evaluation, out, as_json)
 

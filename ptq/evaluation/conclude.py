@@ -10,10 +10,10 @@ import numpy as np
 from ptq.errors import UsageError
 from ptq.evaluation import findings, statistics
 from ptq.evaluation.scores import Scores, scores_from_units
-from ptq.evaluation.suites import DRIFT_NOTE, HITS, PAIRED_MEASURES, RUN_DIMENSIONS, Suite
-from ptq.evaluation.vbench.totals import published_totals
+from ptq.evaluation.suites import DRIFT_NOTE, HITS, PAIRED_MEASURES, RUN_DIMENSIONS, Suite, get_suite
+from ptq.evaluation.vbench.totals import judge_mark, published_totals
 from ptq.rules import GATE, MIN_RESAMPLES, RESAMPLES, loss_limit
-from ptq.store.evaluation import ROLES, Bootstrap, Evaluation, Summary
+from ptq.store.evaluation import ROLES, Bootstrap, Dimension, Evaluation, RunSide, Summary, Yardstick
 from ptq.store.evaluation_units import UnitLine
 from ptq.version import __version__
 
@@ -70,26 +70,59 @@ def conclude(
         extra: warnings that do not follow from the scores.
     """
     warnings = [*extra, *scores.warnings]
-    gated = informative = None
     content = dict(content)
     content.update(dimensions={}, aggregates={}, verdict=None, prompts=len(set(scores.clusters.values())))
-    if suite.gate and judgement.format:
-        gated = scores.compare(scores.reference, resamples=judgement.resamples, seed=judgement.seed)
+    gated, informative = _compare(suite, judgement, scores, lines)
+    content["informative"] = informative
+    if gated is not None:
         limit, deciding = content["limit"], gated.aggregates.get(judgement.gate)
         verdict = None if limit is None else statistics.verdict(deciding, limit)
         content.update(dimensions=gated.dimensions, aggregates=gated.aggregates, prompts=gated.prompts, verdict=verdict)
         warnings += findings.gate_warnings(gated, limit, verdict, judgement.gate)
+        warnings += findings.beside_warnings(suite, scores.reference)
         if suite.is_vbench:
-            content["vbench"] = {**scores.details, "totals": published_totals(suite, scores)}
+            totals = published_totals(suite, scores)
+            mark = {"mark": judge_mark(suite, totals)} if get_suite(suite.name).mark else {}
+            content["vbench"] = {**scores.details, "totals": totals, **mark}
+            warnings += findings.mark_warnings(suite, totals)
     if lines is not None:
-        own = scores_from_units(lines, [*RUN_DIMENSIONS, *(HITS if suite.name == "tiny" else ())])
-        informative = own.compare(own.reference, resamples=judgement.resamples, seed=judgement.seed)
-        content["informative"] = informative.dimensions
         content["paired"] = _summarize_paired(lines)
         content["duplicates"] = {role: findings.duplicates(lines, role) for role in ROLES}
         content["notes"] = [DRIFT_NOTE]
         warnings += findings.integrity_warnings(lines) + findings.blur_warnings(gated, informative)
     return Evaluation(**content, warnings=warnings)
+
+
+def measure_yardstick(
+    run: RunSide, suite: Suite, judgement: Judgement, scores: Scores, lines: list[UnitLine], extra: list[str]
+) -> Yardstick:
+    """What another run comes to against the same reference: no limit, no verdict. Arguments as `conclude`."""
+    gated, informative = _compare(suite, judgement, scores, lines)
+    return Yardstick(
+        run=run,
+        units=len(lines),
+        dimensions=gated.dimensions if gated else {},
+        aggregates=gated.aggregates if gated else {},
+        informative=informative,
+        paired=_summarize_paired(lines),
+        warnings=[*extra, *scores.warnings, *findings.integrity_warnings(lines, {"candidate": "yardstick"})],
+    )
+
+
+def _compare(
+    suite: Suite, judgement: Judgement, scores: Scores, lines: list[UnitLine] | None
+) -> tuple[statistics.Comparison | None, dict[str, Dimension]]:
+    """The comparison over the gate's dimensions (None: no gate, or no format), and the dimensions beside it."""
+    gated, beside = None, {}
+    options = {"resamples": judgement.resamples, "seed": judgement.seed}
+    if suite.gate and judgement.format:
+        gated = scores.compare([name for name in suite.gate if name in scores.reference], **options)
+        further = [name for name in suite.beside if name in scores.reference]
+        beside = scores.compare(further, **options).dimensions if further else {}
+    if lines is not None:
+        own = scores_from_units(lines, [*RUN_DIMENSIONS, *(HITS if suite.name == "tiny" else ())])
+        beside |= own.compare(own.reference, **options).dimensions
+    return gated, beside
 
 
 def _summarize_paired(lines: list[UnitLine]) -> dict[str, Summary]:

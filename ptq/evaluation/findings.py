@@ -5,12 +5,12 @@ evaluation.json.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from ptq.evaluation import statistics
 from ptq.evaluation.runs import Run, named_differences
-from ptq.evaluation.suites import Suite
-from ptq.store.evaluation import ROLES, Estimate
+from ptq.evaluation.suites import Suite, get_suite
+from ptq.store.evaluation import ROLES, Dimension, Estimate
 from ptq.store.evaluation_units import UnitLine
 from ptq.store.run_info import RunInfo
 
@@ -18,6 +18,11 @@ FEW_PROMPTS = 20
 """Below this many prompts, percentile intervals are known to be too narrow."""
 BLUR_LOSS = 0.02
 """Sharpness falling by this share while temporal flickering "improves" is reported as blur."""
+VICLIP, VICLIP_TOKENS = ("overall_consistency", "temporal_style"), 32
+"""Dimensions of VBench that compare the video with its prompt by ViCLIP, and how many tokens of the prompt that reads, the marks of
+start and end among them."""
+SELF_NAMED = dict(zip(ROLES, ROLES, strict=True))
+"""Role -> what texts call it."""
 NAMED_SETTINGS = ("dtype", "attention_backend", "compile")
 """Settings that may differ between paired runs, and are then named (where `allowed_differences` has not)."""
 
@@ -33,15 +38,15 @@ def pairing_warnings(excluded: Mapping[str, str], same_checkpoint: bool) -> list
     return found
 
 
-def allowed_differences(reference: RunInfo, candidate: RunInfo) -> list[str]:
+def allowed_differences(reference: RunInfo, candidate: RunInfo, called: str = "candidate") -> list[str]:
     """Settings that change videos by themselves and differ because the user let them: what a report says first."""
     return [
-        f"The runs differ in {name}, which --allow-difference let pass: {one or 'none'} for the reference, {other or 'none'} for the candidate. The loss is of this and of the weights together."
+        f"The runs differ in {name}, which --allow-difference let pass: {one or 'none'} for the reference, {other or 'none'} for the {called}. The loss is of this and of the weights together."
         for name, (one, other) in named_differences(reference.settings, candidate.settings).items()
     ]
 
 
-def condition_warnings(reference: RunInfo, candidate: RunInfo) -> list[str]:
+def condition_warnings(reference: RunInfo, candidate: RunInfo, called: str = "candidate") -> list[str]:
     """Differences of two run.json that pairing allows but a reader should know: number type, device code, versions."""
     versions = sorted({*reference.versions, *candidate.versions})
     named = named_differences(reference.settings, candidate.settings)
@@ -49,23 +54,35 @@ def condition_warnings(reference: RunInfo, candidate: RunInfo) -> list[str]:
     pairs = [(name, reference.settings.get(name), candidate.settings.get(name)) for name in settings]
     pairs += [(name, reference.versions.get(name), candidate.versions.get(name)) for name in versions]
     return [
-        f"The runs differ in {name}: {ours} for the reference, {theirs} for the candidate."
+        f"The runs differ in {name}: {ours} for the reference, {theirs} for the {called}."
         for name, ours, theirs in pairs
         if ours != theirs
     ]
 
 
-def geometry_warnings(suite: Suite, candidate: RunInfo) -> list[str]:
-    """Videos of another geometry than the suite's: their scores stand for themselves only."""
+def settings_warnings(suite: Suite, candidate: RunInfo) -> list[str]:
+    """Videos of another geometry, or made otherwise, than the suite's: their scores stand for themselves only."""
+    found = {name: candidate.settings.get(name) for name in suite.settings}
     other = [
-        f"{name} {candidate.settings.get(name)} (there {wanted})"
-        for name, wanted in suite.geometry.items()
-        if candidate.settings.get(name) != wanted
+        f"{name} {'not given' if found[name] is None else found[name]} (there {'given' if wanted is True else wanted})"
+        for name, wanted in suite.settings.items()
+        if found[name] != wanted and not (wanted is True and found[name])
     ]
     if not other:
         return []
     return [
-        f"The videos do not have the geometry of suite {suite.name}: {', '.join(other)}. Losses are not comparable with results of that geometry."
+        f"The videos were not made with the settings of suite {suite.name}: {', '.join(other)}. Scores are not comparable with results of those settings."
+    ]
+
+
+def prompt_warnings(suite: Suite, prompts: Iterable[str]) -> list[str]:
+    """Prompts of which a dimension reads only the beginning; a word is one token or more, so none is named wrongly."""
+    names, texts = [name for name in VICLIP if name in suite.gate], set(prompts)
+    long = sum(len(text.split()) > VICLIP_TOKENS - 2 for text in texts)
+    if not names or not long:
+        return []
+    return [
+        f"{long} of {len(texts)} prompts have more than {VICLIP_TOKENS - 2} words, and {' and '.join(names)} reads {VICLIP_TOKENS} tokens of a prompt, start and end among them: what a video shows of the rest is not scored."
     ]
 
 
@@ -79,30 +96,34 @@ def digest_warnings(reference: Run, candidate: Run) -> list[str]:
     ]
 
 
-def integrity_warnings(lines: Sequence[UnitLine]) -> list[str]:
-    """Black, frozen, duplicate or pasted videos, and a candidate that equals the reference."""
+def integrity_warnings(lines: Sequence[UnitLine], roles: Mapping[str, str] = SELF_NAMED) -> list[str]:
+    """Black, frozen, duplicate or pasted videos, and a candidate that equals the reference.
+
+    Args:
+        roles: role -> what it is called; those that are not here are passed over.
+    """
     found = []
     for measure, words in (("black_frames", "black"), ("frozen_frames", "frozen")):
-        for role in ROLES:
+        for role, name in roles.items():
             counts = {line.unit: line.of(role).get(measure) or 0 for line in lines}
             hit = [unit for unit, count in counts.items() if count]
             if hit:
                 frames = int(sum(counts.values()))
-                found.append(f"The {role} has {frames} {words} frames in {len(hit)} videos, for example {hit[0]}.")
-    for role in ROLES:
+                found.append(f"The {name} has {frames} {words} frames in {len(hit)} videos, for example {hit[0]}.")
+    for role, name in roles.items():
         repeated = duplicates(lines, role)
         if repeated:
             found.append(
-                f"The {role} shows the same pixels for different units: {', '.join(repeated[0][:3])}{f' and {len(repeated) - 1} more groups' if len(repeated) > 1 else ''}."
+                f"The {name} shows the same pixels for different units: {', '.join(repeated[0][:3])}{f' and {len(repeated) - 1} more groups' if len(repeated) > 1 else ''}."
             )
         copied = [line.unit for line in lines if line.of(role).get("first_frame_copied")]
         if copied:
             found.append(
-                f"The first frame of {len(copied)} {role} videos is a copy of the input image (for example {copied[0]}): it was pasted, not generated."
+                f"The first frame of {len(copied)} {name} videos is a copy of the input image (for example {copied[0]}): it was pasted, not generated."
             )
     equal = sum(line.hashes is not None and line.hashes.reference == line.hashes.candidate for line in lines)
     if equal:
-        found.append(f"{equal} of {len(lines)} candidate videos equal the reference's pixel for pixel.")
+        found.append(f"{equal} of {len(lines)} {roles['candidate']} videos equal the reference's pixel for pixel.")
     return found
 
 
@@ -148,11 +169,31 @@ def _what_would_decide(estimate: Estimate, limit: float, prompts: int) -> str:
     return f"The 95 % interval of the loss contains the limit, so these {prompts} prompts decide nothing. If the loss stays where it is, about {needed} prompts would."
 
 
-def blur_warnings(gated: statistics.Comparison | None, informative: statistics.Comparison | None) -> list[str]:
-    """temporal_flickering that improves while the picture loses sharpness: VBench rewards blur."""
-    if gated is None or informative is None:
+def beside_warnings(suite: Suite, scored: Collection[str]) -> list[str]:
+    """Dimensions that belong beside a suite's verdict, whichever were asked for, and were not scored."""
+    absent = [name for name in get_suite(suite.name).beside if name not in scored]
+    if not absent:
         return []
-    flicker, sharp = gated.dimensions.get("temporal_flickering"), informative.dimensions.get("sharpness")
+    return [
+        f"{', '.join(absent)} was not scored: no dimension of suite {suite.name} falls when motion freezes, so the verdict says nothing about that."
+    ]
+
+
+def mark_warnings(suite: Suite, totals: Mapping[str, object] | None) -> list[str]:
+    """A suite with a published mark whose scores are not those that the mark is of."""
+    mark = get_suite(suite.name).mark
+    if mark is None or totals is not None:
+        return []
+    return [
+        f"The mark of suite {suite.name} ({mark.needed:g}, {mark.share:.0%} of {mark.published:g}) is of all its dimensions on all their prompts, with {suite.videos_per_prompt} video each: these scores are not, so they are not held against it."
+    ]
+
+
+def blur_warnings(gated: statistics.Comparison | None, informative: Mapping[str, Dimension]) -> list[str]:
+    """temporal_flickering that improves while the picture loses sharpness: VBench rewards blur."""
+    if gated is None:
+        return []
+    flicker, sharp = gated.dimensions.get("temporal_flickering"), informative.get("sharpness")
     if not (flicker and sharp and flicker.relative_loss and sharp.relative_loss):
         return []
     if flicker.relative_loss.value < 0 and sharp.relative_loss.value > BLUR_LOSS:

@@ -17,6 +17,7 @@ from ptq import ui
 from ptq.errors import DamagedFileError, PtqError
 from ptq.evaluation import measures
 from ptq.evaluation.frames import SAVED, VIDEO, choose_source, first_frame_measures, frames_of, input_image
+from ptq.evaluation.overlap import check_overlap
 from ptq.evaluation.runs import Unit, pair_runs, read_run
 from ptq.evaluation.streaming import measure_clips
 from ptq.evaluation.suites import ADHERENCE, FIRST_FRAME, HITS, RUN_DIMENSIONS, Suite
@@ -34,13 +35,15 @@ FILM_SQUARE = 4
 """Pixels; over fewer, the halved colour of a video is a larger difference than another picture."""
 
 
-def plan(reference: Path, candidate: Path, **pairing_options: Any) -> dict[str, Any]:
+def plan(reference: Path, candidate: Path, *, allow_overlap: bool = False, **pairing_options: Any) -> dict[str, Any]:
     """Units that would be measured and an estimate: {units, excluded, seconds, memory_bytes, disk_bytes}; options as `pair_runs`.
 
     Raises:
-        PtqError: as `evaluate_runs` would, for unpaired or incomplete runs.
+        PtqError: as `evaluate_runs` would, for unpaired or incomplete runs, and for prompts seen in calibration.
     """
-    pairing = pair_runs(read_run(reference), read_run(candidate), **pairing_options)
+    runs = read_run(reference), read_run(candidate)
+    pairing = pair_runs(*runs, **pairing_options)
+    check_overlap(runs[1], (unit.name for _, unit in pairing.pairs), allow=allow_overlap)
     lines = [unit.line for unit, _ in pairing.pairs]
     pixels = [(line.width or 0) * (line.height or 0) for line in lines]
     pixels_of_all = sum(size * (line.frames or 0) for size, line in zip(pixels, lines, strict=True))

@@ -5,7 +5,8 @@ A dimension enters a gate only when a higher value is better without reservation
 noise sharpens, a frozen clip flickers least. They are shown beside the gate. PSNR and SSIM between two samples measure
 how far the trajectories drifted apart, which they do even at FP8; they are never counted.
 
-Suites: `core` (no gate), `tiny` (the embedded world), and the VBench presets, which are data files in `presets/`.
+Suites: `core` (no gate), `tiny` (the embedded world), and the VBench presets, which are data files in `presets/`; the settings
+that videos are made with for one are those of `ptq generate --preset` of that name.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from importlib import resources
 from typing import Any
 
 from ptq.errors import UsageError
+from ptq.wan.presets import BOUNDARY, named_settings
 
 RUN_DIMENSIONS: Mapping[str, str] = {
     "temporal_flickering": "temporal flickering (VBench; blur raises it)",
@@ -68,14 +70,27 @@ DRIFT_NOTE = "PSNR, SSIM and latent errors between two samples measure drift: sa
 
 
 @dataclass(frozen=True)
+class Mark:
+    """published: 100 x the plain mean of the original's scores. share: of it that is asked for."""
+
+    published: float
+    share: float
+
+    @property
+    def needed(self) -> float:
+        return round(self.published * self.share, 6)
+
+
+@dataclass(frozen=True)
 class Suite:
-    """`gate`: dimensions whose losses are averaged (empty: no verdict). `vbench`: its Python package, "" for
-    built-in suites.
+    """`gate`: dimensions whose losses are averaged (empty: no verdict). `beside`: dimensions of VBench that are scored too and
+    stand beside the verdict. `vbench`: its Python package, "" for built-in suites.
 
     `mode` is VBench's: custom_input scores any videos with a prompt map; vbench_standard scores its own prompt list.
     `totals` maps group names to weights for VBench's published totals, `normalization` holds (min, max, weight, group),
-    `prompts` how many prompts the full benchmark has in each dimension, with `videos_per_prompt` videos each. `geometry`:
-    settings of a run (names as in run.json) with which scores are comparable to others of this suite.
+    `prompts` how many prompts the full benchmark has in each dimension, with `videos_per_prompt` videos each. `settings`: of a
+    run (names as in run.json) with which scores are comparable to others of this suite; True: any that is given. `mark`: a
+    published score that the plain mean of the gate's dimensions has to reach a share of; no part of the verdict.
     """
 
     name: str
@@ -86,27 +101,40 @@ class Suite:
     totals: Mapping[str, float] | None = None
     normalization: Mapping[str, tuple[float, float, float, str]] | None = None
     prompts: Mapping[str, int] | None = None
-    geometry: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    mark: Mark | None = None
+    beside: tuple[str, ...] = ()
 
     @property
     def is_vbench(self) -> bool:
         return bool(self.vbench)
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Every dimension that the suite takes scores of."""
+        return (*self.gate, *self.beside)
+
     def narrowed(self, dimensions: Sequence[str] | None) -> Suite:
-        """The same suite with only these gate dimensions (None: all); published totals no longer apply.
+        """The same suite with only these dimensions (None: all); published totals are those of the whole gate.
 
         Raises:
             UsageError: not dimensions of this suite, or it is none of VBench's.
         """
         if not dimensions:
             return self
-        unknown = [name for name in dimensions if name not in self.gate]
+        unknown = [name for name in dimensions if name not in self.scored]
         if unknown or not self.is_vbench:
             raise UsageError(
-                f"Suite {self.name} has no dimension {', '.join(unknown or dimensions)}; it has {', '.join(self.gate) or 'no gate dimensions'}."
+                f"Suite {self.name} has no dimension {', '.join(unknown or dimensions)}; it has {', '.join(self.scored) or 'no gate dimensions'}."
             )
-        kept = tuple(name for name in self.gate if name in dimensions)
-        return self if kept == self.gate else replace(self, gate=kept, totals=None)
+        gate, beside = (tuple(name for name in names if name in dimensions) for names in (self.gate, self.beside))
+        if not gate:
+            raise UsageError(
+                f"{', '.join(beside)} stands beside the verdict of suite {self.name} and is no part of it. Name at least one of {', '.join(self.gate)} too."
+            )
+        if gate == self.gate:
+            return replace(self, beside=beside)
+        return replace(self, gate=gate, beside=beside, totals=None, mark=None)
 
 
 def score_range(name: str, suite: Suite) -> tuple[float, float]:
@@ -115,7 +143,7 @@ def score_range(name: str, suite: Suite) -> tuple[float, float]:
     Raises:
         UsageError: no measure of this package, and no dimension of the suite.
     """
-    if name not in {*RUN_DIMENSIONS, *PAIRED_MEASURES, *ADHERENCE, *HITS, *FIRST_FRAME, *suite.gate}:
+    if name not in {*RUN_DIMENSIONS, *PAIRED_MEASURES, *ADHERENCE, *HITS, *FIRST_FRAME, *suite.scored}:
         raise UsageError(
             f"{name} is no measure of suite {suite.name}, whose dimensions are {', '.join(suite.gate) or 'none'}."
         )
@@ -132,6 +160,18 @@ def suite_names() -> list[str]:
     """Names that `get_suite` knows."""
     folder = resources.files("ptq.evaluation") / "presets"
     return [*_BUILT_IN, *sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".json"))]
+
+
+def vbench_suites() -> str:
+    """Names of the suites of VBench, for messages."""
+    return ", ".join(name for name in suite_names() if name not in _BUILT_IN)
+
+
+def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the preset that the suite names, and its own."""
+    named = named_settings(data["preset"]) if "preset" in data else {}
+    named.pop(BOUNDARY, None)
+    return named | data.get("settings", {})
 
 
 def get_suite(name: str) -> Suite:
@@ -153,7 +193,9 @@ def get_suite(name: str) -> Suite:
         videos_per_prompt=data.get("videos_per_prompt", 0),
         totals=data.get("totals"),
         prompts=data.get("prompts"),
-        geometry=data.get("geometry", {}),
+        settings=_settings(data),
+        mark=Mark(**data["mark"]) if "mark" in data else None,
+        beside=tuple(data.get("beside", ())),
         normalization={key: tuple(value) for key, value in data["normalization"].items()}
         if "normalization" in data
         else None,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ptq.checkpoint.manifest import Manifest, read_manifest
 from ptq.errors import PtqError
+from ptq.evaluation.overlap import seen_in_calibration
 from ptq.evaluation.runs import Run, Unit, read_run
 from ptq.prompts import caption_digest
 from ptq.report.locate import Sources, find_calibration, find_checkpoint, find_run
@@ -20,7 +21,6 @@ from ptq.store.evaluation import ROLES, Evaluation, RunSide, read_evaluation
 from ptq.store.evaluation_units import FILE as UNITS_FILE
 from ptq.store.evaluation_units import UnitLine, read_units
 from ptq.store.files import read_json
-from ptq.store.run_manifest import ManifestLine
 from ptq.store.schema import Schema, parse
 from ptq.store.sensitivity import SENSITIVITY_FILE, SensitivityTable, read_sensitivity
 
@@ -82,14 +82,6 @@ class Facts:
         evaluated = {line.unit: run.units[line.unit].line for line in self.units if line.unit in run.units}
         seen = seen_in_calibration(self.manifest, evaluated) or ()
         return len({caption_digest(str(evaluated[name].prompt)) for name in seen})
-
-
-def seen_in_calibration(manifest: Manifest, lines: Mapping[str, ManifestLine]) -> list[str] | None:
-    """Units of prompts that the weights were calibrated with, compared by caption; None where the manifest has no calibration."""
-    if manifest.calibration is None:
-        return None
-    known = {sample["caption_digest"] for sample in manifest.calibration["samples"]}
-    return sorted(name for name, line in lines.items() if caption_digest(str(line.prompt)) in known)
 
 
 def gather(sources: Sources) -> Facts:

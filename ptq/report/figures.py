@@ -73,6 +73,10 @@ def _loss(evaluation: Evaluation) -> Figure:
     if evaluation.deciding is not None and evaluation.gate is not None:
         rows.append((AGGREGATES[evaluation.gate], evaluation.deciding))
     limit = 100 * (evaluation.limit or 0.0)
+    beside = evaluation.yardstick
+    others = {name.replace("_", " "): d.relative_loss for name, d in beside.dimensions.items()} if beside else {}
+    if beside and evaluation.gate in beside.aggregates:
+        others[AGGREGATES[evaluation.gate]] = beside.aggregates[evaluation.gate]
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.subplots()
@@ -85,13 +89,22 @@ def _loss(evaluation: Evaluation) -> Figure:
             axes.plot(
                 [100 * loss.value], [y], marker="D" if decides else "o", color=BLUE, markersize=8 if decides else 6
             )
+        for y, (name, _) in enumerate(reversed(rows)):
+            other = others.get(name)
+            if other is not None:
+                if other.low is not None and other.high is not None:
+                    axes.plot([100 * other.low, 100 * other.high], [y - 0.25] * 2, color=GREY, linewidth=1.5)
+                axes.plot([100 * other.value], [y - 0.25], marker="s", color=GREY, markersize=4)
         axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
         axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.set_xlabel(f"loss in percent (dashed: the limit, {limit:g} %)")
+        axes.set_xlabel(
+            f"loss in percent (dashed: the limit, {limit:g} %{'; grey squares: the yardstick' if others else ''})"
+        )
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
 
     alt = f"Loss of each dimension with its interval, and the deciding average, against the limit of {limit:g} percent."
+    alt += " In grey below: the yardstick." if others else ""
     return Figure("loss", "Loss by dimension with 95 % intervals", _svg("loss", 0.9 + 0.34 * len(rows), draw), alt)
 
 

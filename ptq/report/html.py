@@ -14,7 +14,8 @@ import jinja2
 from markupsafe import Markup
 
 from ptq import ui
-from ptq.report.cells import Table
+from ptq.evaluation.suites import get_suite, suite_names
+from ptq.report.cells import Table, plain
 from ptq.report.facts import Facts
 from ptq.report.figures import Figure, draw_figures
 from ptq.report.method import describe_method
@@ -116,6 +117,12 @@ def group_figures(figures: list[Figure]) -> dict[str, list[Figure]]:
 def key_facts(facts: Facts) -> list[tuple[str, str]]:
     """The few facts of the first screen."""
     found = [("videos of each model", str(facts.evaluation.units)), ("prompts", str(facts.evaluation.prompts))]
+    suite = get_suite(facts.evaluation.suite) if facts.evaluation.suite in suite_names() else None
+    for name in suite.beside if suite else ():
+        if name in facts.evaluation.informative:
+            both = facts.evaluation.informative[name]
+            change = f"{plain(both.reference, 3)} \u2192 {plain(both.candidate, 3)}"
+            found.append((f"{name.replace('_', ' ')}, beside the verdict", change))
     if facts.manifest is not None:
         coverage, codes = facts.manifest.coverage, facts.manifest.coverage.bits_per_quantized_value
         found += [

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ptq.checkpoint.manifest import MANIFEST_FILE
 from ptq.errors import DamagedFileError, PtqError, UsageError
+from ptq.evaluation.overlap import find_weights
 from ptq.store.calibration import FILE as CALIBRATION_FILE
 from ptq.store.calibration import CalibrationInfo, read_calibration
 from ptq.store.evaluation import FILE as EVALUATION_FILE
@@ -71,10 +72,7 @@ def find_checkpoint(sources: Sources, evaluation: Evaluation) -> Path | None:
     guesses = [Path(evaluation.candidate.model)] if evaluation.candidate.model else []
     if evaluation.format:
         guesses.append(sources.evaluation.resolve().parent.parent / evaluation.format)
-    for guess in guesses:
-        if (guess / MANIFEST_FILE).is_file() and identify_model(str(guess), guess).digest == recorded:
-            return guess
-    return None
+    return find_weights(recorded, guesses)
 
 
 def find_run(sources: Sources, info: RunSide, role: str) -> Path | None:

@@ -236,6 +236,12 @@ def _hashes(facts: Facts) -> Table:
             rows.append((f"weights of the {_ROLE_NAMES[role]} run", info.checkpoint_digest))
         if info.run_digest:
             rows.append((f"settings of the {_ROLE_NAMES[role]} run", info.run_digest))
+    if facts.evaluation.yardstick is not None:
+        info = facts.evaluation.yardstick.run
+        rows += [
+            ("weights of the yardstick run", str(info.checkpoint_digest)),
+            ("settings of the yardstick run", str(info.run_digest)),
+        ]
     if facts.manifest is not None:
         rows.append(("checkpoint, all files", facts.manifest.digest))
         rows.append(("quantization run (model, records, recipe, versions)", facts.manifest.signature))

@@ -27,7 +27,7 @@ RECIPE_FILE = "recipe.yaml"
 REFERENCE_OUT, CANDIDATE_OUT = "runs/original", "runs/quantized"
 _GENERATE_OPTIONS = (
     *("steps", "height", "width", "num_frames", "fps", "flow_shift", "guidance_scale", "guidance_scale_2"),
-    *("max_sequence_length", "seed", "dtype", "negative_prompt", "attention_backend", "cache"),
+    *("max_sequence_length", "seed", "dtype", "negative_prompt", "attention_backend", "cache", "seed_scheme"),
 )
 """Settings of a generation run that are options of `ptq generate` of the same name."""
 
@@ -147,6 +147,7 @@ def _generate(
         "negative_prompt": _unless(_default_negative_prompt(facts), settings.get("negative_prompt")),
         "samples_per_prompt": _unless(1, plan.samples_per_prompt),
         "num_prompts": (plan.prompts or {}).get("samples"),
+        "fixed_latent": Path(plan.fixed_latent).name if plan.fixed_latent else None,
         **_loras(loras),
     }
     switches = [
@@ -170,14 +171,16 @@ def _default_negative_prompt(facts: Facts) -> str | None:
 
 def _evaluate(facts: Facts) -> str:
     evaluation = facts.evaluation
-    narrowed = evaluation.vbench is not None and set(evaluation.dimensions) != set(get_suite(evaluation.suite).gate)
+    suite = get_suite(evaluation.suite)
+    scored = [*evaluation.dimensions, *(name for name in suite.beside if name in evaluation.informative)]
+    narrowed = evaluation.vbench is not None and set(scored) != set(suite.scored)
     options = {
         "suite": evaluation.suite,
         "out": "evaluation",
         "format": evaluation.format,
         "gate": _unless("mean_signed", evaluation.gate),
         "stride": _unless(1, evaluation.stride),
-        "dimensions": ",".join(evaluation.dimensions) if narrowed else None,
+        "dimensions": ",".join(scored) if narrowed else None,
         "bootstrap": evaluation.bootstrap.resamples,
         "seed": evaluation.bootstrap.seed,
     }
@@ -186,6 +189,7 @@ def _evaluate(facts: Facts) -> str:
         return join("ptq", "evaluate", "--import-vbench", *files, *_listed(options))
     runs = "--reference", REFERENCE_OUT, "--candidate", CANDIDATE_OUT
     switches = ["--allow-missing"] if evaluation.excluded else []
+    switches += ["--allow-overlap"] if evaluation.overlap else []
     ours, theirs = evaluation.reference.settings or {}, evaluation.candidate.settings or {}
     switches += [part for name in named_differences(ours, theirs) for part in ("--allow-difference", name)]
     command = join("ptq", "evaluate", *runs, *_listed(options), *switches)

@@ -9,7 +9,7 @@ from ptq.evaluation.statistics import AGGREGATES
 from ptq.evaluation.suites import DRIFT_NOTE, PAIRED_MEASURES, RUN_DIMENSIONS
 from ptq.report.cells import Cell, Table, count, number, percent, signed
 from ptq.report.facts import Facts
-from ptq.store.evaluation import Estimate, Evaluation
+from ptq.store.evaluation import Estimate, Evaluation, Yardstick
 from ptq.ui import shorten
 
 SHOWN_UNITS = 12
@@ -21,9 +21,11 @@ def evaluation_tables(evaluation: Evaluation) -> Iterable[Table]:
     if evaluation.dimensions:
         yield _gate(evaluation)
         yield _averages(evaluation)
+    if evaluation.yardstick is not None:
+        yield _yardstick(evaluation, evaluation.yardstick)
     totals = (evaluation.vbench or {}).get("totals")
     if totals:
-        yield _totals(totals)
+        yield _totals(totals, (evaluation.vbench or {}).get("mark"))
     if evaluation.informative:
         yield _measures(evaluation)
     if evaluation.paired:
@@ -63,9 +65,40 @@ def _averages(evaluation: Evaluation) -> Table:
     return Table.of("averages", "Averages over the dimensions", ("average", "loss, 95 % interval"), rows, note)
 
 
-def _totals(totals: dict[str, Any]) -> Table:
+def yardstick_name(yardstick: Yardstick) -> str:
+    """What the yardstick is called: its model as it was named, else the directory of its run."""
+    return shorten(yardstick.run.model or str(yardstick.run.directory), 60)
+
+
+def _yardstick(evaluation: Evaluation, yardstick: Yardstick) -> Table:
+    """Losses of both models against the same original, and their drift."""
+    rows = [
+        (name.replace("_", " "), percent(value.relative_loss), percent(yardstick.dimensions[name].relative_loss))
+        for name, value in evaluation.dimensions.items()
+        if name in yardstick.dimensions
+    ]
+    rows += [
+        (AGGREGATES[key], percent(value), percent(yardstick.aggregates[key]))
+        for key, value in evaluation.aggregates.items()
+        if key in yardstick.aggregates
+    ]
+    rows += [
+        (PAIRED_MEASURES[key], number(evaluation.paired[key].mean), number(yardstick.paired[key].mean))
+        for key in ("psnr", "ssim")
+        if key in evaluation.paired and key in yardstick.paired
+    ]
+    title = f"Beside a yardstick: {yardstick_name(yardstick)}"
+    note = f"Both against the same original, the yardstick on {yardstick.units} videos; it has no part in the verdict."
+    return Table.of("yardstick", title, ("loss, 95 % interval, or mean", "quantized", "yardstick"), rows, note)
+
+
+def _totals(totals: dict[str, Any], mark: dict[str, Any] | None) -> Table:
     rows = [(name, number(value), number(totals["candidate"][name])) for name, value in totals["reference"].items()]
-    return Table.of("totals", "VBench totals", ("score", "original", "quantized"), rows)
+    note = ""
+    if mark:
+        what = f"{mark['needed']:g}, {mark['share']:.0%} of the published {mark['published']:g}"
+        note = f"The quantized model {'reaches' if mark['reached'] else 'does not reach'} the suite's mark ({what}). The verdict is of the paired loss."
+    return Table.of("totals", "VBench totals", ("score", "original", "quantized"), rows, note)
 
 
 def _measures(evaluation: Evaluation) -> Table:

@@ -93,6 +93,8 @@ def limitations(facts: Facts) -> list[str]:
     """What limits the claim, the evaluation's own warnings first."""
     evaluation = facts.evaluation
     found = list(evaluation.warnings)
+    if evaluation.yardstick is not None:
+        found += [f"Of the yardstick: {text}" for text in evaluation.yardstick.warnings]
     scope = SUITE_SCOPE.get(evaluation.suite)
     if scope:
         found.append(scope)

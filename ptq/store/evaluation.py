@@ -75,12 +75,28 @@ class Bootstrap(Schema):
     method: str
 
 
+class Yardstick(Schema):
+    """Another model's run against the same reference, on units of the comparison; no part of the verdict.
+
+    run: that run. Its scores are the `candidate` of every dimension; the rest is as in `Evaluation`.
+    """
+
+    run: RunSide
+    units: Count
+    dimensions: dict[str, Dimension] = {}
+    aggregates: dict[str, Estimate] = {}
+    informative: dict[str, Dimension] = {}
+    paired: dict[str, Summary] = {}
+    warnings: list[str] = []
+
+
 class Evaluation(Schema):
     """The whole file. `verdict`, `limit` and `gate` are None for suites without a gate and formats without a limit.
 
-    excluded: unit -> why it is not in the comparison. sources: what was measured -> units. dimensions, aggregates: of the
+    excluded: unit -> why it is not in the comparison. overlap: evaluated prompts that the candidate was calibrated with, None
+    where its checkpoint was not at hand. sources: what was measured -> units. dimensions, aggregates: of the
     gate. Beside it, where videos were measured: informative, paired, duplicates (role -> groups of equal videos), notes.
-    vbench: versions, files and totals of VBench. units_sha256: of units.jsonl beside it (absent in earlier versions).
+    vbench: versions, files and totals of VBench. yardstick: with --yardstick. units_sha256: of units.jsonl beside it (absent in earlier versions).
     """
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
@@ -94,6 +110,7 @@ class Evaluation(Schema):
     candidate: RunSide
     units: Count
     excluded: dict[str, str] = {}
+    overlap: Count | None = None
     stride: Positive | None = None
     sources: dict[str, Count] = {}
     dimensions: dict[str, Dimension]
@@ -106,6 +123,7 @@ class Evaluation(Schema):
     duplicates: dict[str, list[list[str]]] = {}
     notes: list[str] = []
     warnings: list[str] = []
+    yardstick: Yardstick | None = None
     units_sha256: str | None = None
 
     @model_validator(mode="after")

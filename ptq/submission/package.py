@@ -15,12 +15,12 @@ from pathlib import Path, PurePosixPath
 from ptq import limits
 from ptq.checkpoint.manifest import Manifest, verify_files
 from ptq.errors import DamagedFileError, PtqError, UsageError
+from ptq.evaluation.overlap import seen_in_calibration
 from ptq.evaluation.pairs import is_measured_on
 from ptq.evaluation.runs import Run, read_run
 from ptq.evaluation.statistics import CONFIDENCE
 from ptq.evaluation.suites import get_suite
 from ptq.report import Report
-from ptq.report.facts import seen_in_calibration
 from ptq.report.locate import find_calibration
 from ptq.rules import BUDGET_SCOPE, GATE, MIN_RESAMPLES, check_budget, loss_limit
 from ptq.store.evaluation import FILE as EVALUATION_FILE
@@ -218,6 +218,8 @@ def broken_rule(judged: Evaluation, format_name: str) -> str | None:
         return f"the seed of the intervals is {judged.bootstrap.seed}"
     if judged.excluded:
         return f"{len(judged.excluded)} units are left out, for example {next(iter(judged.excluded))}"
+    if judged.yardstick is not None:
+        return "it has a yardstick, whose run is no part of a submission (evaluate without --yardstick; what was measured is kept)"
     odd = sorted(set(judged.dimensions) ^ set(suite.gate))
     if odd:
         return f"suite {suite.name} counts {', '.join(suite.gate) or 'no dimension'}, the evaluation has {', '.join(judged.dimensions) or 'none'}"

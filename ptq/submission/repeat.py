@@ -17,7 +17,6 @@ from ptq.evaluation.pairs import film_psnr, measure_unit
 from ptq.evaluation.runs import Run, Unit, read_run
 from ptq.evaluation.suites import FIRST_FRAME, get_suite
 from ptq.generation import run_generation
-from ptq.prompts import Sample
 from ptq.store.evaluation import ROLES
 from ptq.store.evaluation_units import UnitLine
 from ptq.store.run_manifest import ManifestLine
@@ -25,7 +24,7 @@ from ptq.store.sharding import Shard
 from ptq.submission.check import NotCheckedError
 from ptq.submission.contents import Contents
 from ptq.submission.origin import embedded_original
-from ptq.submission.runs import bounded_settings
+from ptq.submission.runs import bounded_settings, units_of
 from ptq.wan.attention import SLOTS, obstacle
 from ptq.wan.identity import ModelIdentity
 from ptq.wan.loading import load_pipeline
@@ -80,7 +79,7 @@ def _compare(contents: Contents, runs: dict[str, Run], line: UnitLine) -> None:
     ):
         if not {"paired": len(runs) == len(ROLES)}.get(table, table in runs):
             continue
-        elsewhere = {*FIRST_FRAME, *(suite.gate if suite.is_vbench else ())} - set(measured)
+        elsewhere = {*FIRST_FRAME, *(suite.scored if suite.is_vbench else ())} - set(measured)
         for name in {**recorded, **measured}.keys() - elsewhere:
             if not _equal(recorded.get(name), measured.get(name)):
                 raise DamagedFileError(
@@ -122,6 +121,8 @@ def check_unit(contents: Contents) -> str:
     if not free:
         raise NotCheckedError("every unit starts from an image, and the images are not in the archive")
     device = _device(contents)
+    if contents.infos["candidate"].settings.get("fixed_latent") is not None:
+        raise NotCheckedError("every unit starts from one latent, and its file is not in the archive")
     name = _draw.choice(free)
     models = {"candidate": (contents.weights, contents.identity)}
     original = embedded_original(contents)
@@ -168,16 +169,19 @@ def _generate(contents: Contents, role: str, name: str, device: str, directory: 
         DamagedFileError: other bits.
     """
     info, line = contents.infos[role], contents.lines[role][name]
-    sample = Sample(str(line.dataset), str(line.sample_id), str(line.prompt), str(line.score_prompt))
-    k, out, settings = int(line.k or 0), contents.root / "again" / role, bounded_settings(info)
+    units = units_of([line for line in contents.lines[role].values() if line.is_done])
+    unit, out, settings = units[name], contents.root / "again" / role, bounded_settings(info)
+    before = {one.position: one.sample for one in units.values() if one.position <= unit.position}
     run_generation(
         lambda: load_pipeline(directory),
-        [sample],
+        [
+            before[position] for position in sorted(before)
+        ],  # whose number decides the seed, where the scheme counts them
         settings,
         out,
         model=model,
-        samples_per_prompt=k + 1,
-        shard=Shard(k, k + 1),
+        samples_per_prompt=unit.k + 1,
+        shard=Shard(unit.position * (unit.k + 1) + unit.k, (unit.position + 1) * (unit.k + 1)),
         device=device,
     )
     run = read_run(out)

@@ -6,13 +6,16 @@ compared with the manifests.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from ptq import limits
 from ptq.errors import DamagedFileError
+from ptq.evaluation.overlap import seen_in_calibration
 from ptq.evaluation.runs import pair_runs
 from ptq.generation import Settings, departures
 from ptq.generation.settings import LATER
-from ptq.prompts import unit_seed
-from ptq.report.facts import seen_in_calibration
+from ptq.generation.units import Unit
+from ptq.prompts import Sample
 from ptq.store.evaluation import ROLES
 from ptq.store.files import digest, sha256_file
 from ptq.store.lora import describe_loras, lora_identity
@@ -87,13 +90,16 @@ def check_pairing(contents: Contents) -> str:
         settings = bounded_settings(contents.infos[role])
         if contents.layout.starts_from_image(settings.image_to_video) != settings.image_to_video:
             raise DamagedFileError(f"runs/{role} started from no image, which {contents.layout.variant.name} needs")
-        for line in lines.values():
-            if line.is_done:
-                _check_line(role, line, contents.infos[role], settings)
+        settings.check_samples(contents.infos[role].plan.samples_per_prompt)
+        done = [line for line in lines.values() if line.is_done]
+        units = units_of(done)
+        for line in done:
+            _check_line(role, line, units[line.unit], contents.infos[role], settings)
     runs = contents.runs
     pairs = pair_runs(runs["reference"], runs["candidate"]).pairs
     for role in ROLES:
-        _check_distinct(role, [line for line in contents.lines[role].values() if line.is_done])
+        done = [line for line in contents.lines[role].values() if line.is_done]
+        _check_noise(role, done, bounded_settings(contents.infos[role]))
         plan = contents.infos[role].plan
         if plan.units != len(pairs):
             raise DamagedFileError(f"runs/{role} was planned for {plan.units} units and has {len(pairs)}")
@@ -125,7 +131,31 @@ def check_pairing(contents: Contents) -> str:
         raise DamagedFileError(
             f"both runs have the same result in {len(set(same))} of {len(pairs)} units, for example {same[0]}: quantized weights never give the original's bits, so one run stands for both"
         )
-    return f"{len(pairs)} units, seeds computed again, conditions equal"
+    found = f"{len(pairs)} units, seeds computed again, conditions equal"
+    if bounded_settings(contents.infos["candidate"]).seed_scheme == "vbench":
+        found += "; by scheme vbench, so compare the order of the prompts (seed // 100000 in prompts.jsonl) with the list that you know"
+    return found
+
+
+def units_of(lines: Collection[ManifestLine]) -> dict[str, Unit]:
+    """Name -> unit of the finished lines of a run.
+
+    No line says which prompt is the first: the prompts are in the order of their seeds, so that by scheme vbench they have to
+    be numbered from 0 without a gap. By other schemes no seed depends on it.
+    """
+    first: dict[tuple[str, str], int] = {}
+    for line in lines:
+        key = str(line.dataset), str(line.sample_id)
+        first[key] = min(first.get(key, int(line.seed or 0)), int(line.seed or 0))
+    position = {key: number for number, key in enumerate(sorted(first, key=lambda key: (first[key], key)))}
+    return {
+        line.unit: Unit(
+            Sample(str(line.dataset), str(line.sample_id), str(line.prompt), str(line.score_prompt)),
+            int(line.k or 0),
+            position[str(line.dataset), str(line.sample_id)],
+        )
+        for line in lines
+    }
 
 
 def bounded_settings(info: RunInfo) -> Settings:
@@ -143,12 +173,11 @@ def bounded_settings(info: RunInfo) -> Settings:
     return settings
 
 
-def _check_line(role: str, line: ManifestLine, info: RunInfo, settings: Settings) -> None:
-    dataset, sample = str(line.dataset), str(line.sample_id)
+def _check_line(role: str, line: ManifestLine, unit: Unit, info: RunInfo, settings: Settings) -> None:
     wanted = {
-        "unit": f"{dataset}/{sample}/{line.k}",
+        "unit": unit.name,
         "dataset": info.dataset,
-        "seed": unit_seed(settings.seed, dataset, sample, int(line.k or 0)),
+        "seed": unit.seed(settings.seed, settings.seed_scheme),
         "checkpoint_digest": info.checkpoint.digest,
         **{key: getattr(settings, name) for key, name in _FROM_SETTINGS.items()},
     }
@@ -164,11 +193,18 @@ def _check_line(role: str, line: ManifestLine, info: RunInfo, settings: Settings
         )
 
 
-def _check_distinct(role: str, lines: list[ManifestLine]) -> None:
-    """Every unit has files of its own, and latents that no other has: no two start from the same noise."""
+def _check_noise(role: str, lines: list[ManifestLine], settings: Settings) -> None:
+    """Every unit has files of its own, and final latents that no other has; the noise that it starts from too, where the run's
+    settings do not say that all have one."""
     seen: dict[str, str] = {}
+    noise = settings.fixed_latent or (lines[0].latent_sha256 if lines else None)
     for line in lines:
-        own = [getattr(line, key) for key in FILE_KEYS] + [line.latent_sha256, line.final_latents_sha256]
+        if settings.one_noise and line.latent_sha256 != noise:
+            raise DamagedFileError(
+                f"runs/{role}: unit {line.unit} does not start from the noise that all units should have"
+            )
+        own = [getattr(line, key) for key in FILE_KEYS] + [line.final_latents_sha256]
+        own += [] if settings.one_noise else [line.latent_sha256]
         for value in filter(None, own):
             if value in seen:
                 raise DamagedFileError(
@@ -190,6 +226,10 @@ def check_held_out(contents: Contents) -> str:
     if seen:
         raise DamagedFileError(
             f"{len(seen)} of {len(lines)} units are of prompts that the weights were calibrated with, for example {seen[0]}"
+        )
+    if contents.evaluation.overlap:
+        raise DamagedFileError(
+            f"evaluation.json says that {contents.evaluation.overlap} prompts were seen in calibration"
         )
     return f"{len(lines)} units compared by caption"
 

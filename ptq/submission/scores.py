@@ -13,7 +13,7 @@ from typing import Any
 
 from ptq.errors import DamagedFileError
 from ptq.evaluation.conclude import Judgement, conclude, header
-from ptq.evaluation.findings import condition_warnings, digest_warnings, geometry_warnings
+from ptq.evaluation.findings import condition_warnings, digest_warnings, prompt_warnings, settings_warnings
 from ptq.evaluation.pairs import inputs_digest
 from ptq.evaluation.scores import Scores, scores_from_units
 from ptq.evaluation.suites import Suite, get_suite, score_range
@@ -27,7 +27,7 @@ from ptq.submission.package import broken_rule
 
 TOLERANCE = 1e-9
 """Relative: the same sums by another version of a library."""
-_NOT_DERIVED = ("ptq_version", "vbench", "warnings", "units_sha256")
+_NOT_DERIVED = ("ptq_version", "vbench", "warnings", "units_sha256", "overlap")
 """Fields of evaluation.json that its units do not give, at least not wholly (the digest is compared by its reader)."""
 
 
@@ -85,8 +85,10 @@ def check_units(contents: Contents) -> str:
 
 def _check_complete(suite: Suite, lines: list[UnitLine]) -> None:
     whole = suite.mode != "vbench_standard"  # whose dimensions have prompts of their own
-    for name in suite.gate:
+    for name in suite.scored:
         scored = {role: {line.unit for line in lines if line.of(role).get(name) is not None} for role in ROLES}
+        if name in suite.beside and not any(scored.values()):
+            continue
         wanted = {line.unit for line in lines} if whole else set.union(*scored.values())
         planned = (suite.prompts or {}).get(name, 0) * suite.videos_per_prompt
         if not whole and name not in UNCOUNTED and len(wanted) != planned:
@@ -113,11 +115,12 @@ def check_numbers(contents: Contents) -> str:
     recorded, derived = (value.model_dump(mode="json", exclude=set(_NOT_DERIVED)) for value in (judged, again))
     for where, found, wanted in differences(recorded, derived):
         raise DamagedFileError(f"evaluation.json says {where} = {_short(found)}, its units give {_short(wanted)}")
-    totals, wanted = ((value.vbench or {}).get("totals") for value in (judged, again))
-    for where, found, value in differences(totals, wanted):
-        raise DamagedFileError(
-            f"evaluation.json says vbench.totals{where} = {_short(found)}, its units give {_short(value)}"
-        )
+    for key in ("totals", "mark"):
+        totals, wanted = ((value.vbench or {}).get(key) for value in (judged, again))
+        for where, found, value in differences(totals, wanted):
+            raise DamagedFileError(
+                f"evaluation.json says vbench.{key}{where} = {_short(found)}, its units give {_short(value)}"
+            )
     if judged.vbench is not None and not get_suite(judged.suite).is_vbench:
         raise DamagedFileError(f"evaluation.json has results of VBench, which suite {judged.suite} does not use")
     hidden = [text for text in again.warnings if text not in judged.warnings]
@@ -168,14 +171,16 @@ def _compute(contents: Contents, resamples: int, seed: int) -> Evaluation:
         "sources": dict(Counter(line.source for line in lines)),
     }
     extra = condition_warnings(runs["reference"].info, runs["candidate"].info)
-    extra += geometry_warnings(suite, runs["candidate"].info)
+    extra += settings_warnings(suite, runs["candidate"].info)
+    extra += prompt_warnings(suite, (unit.score_prompt for unit in runs["reference"].units.values()))
     return conclude(content, suite, judgement, _scores(suite, lines), lines, extra)
 
 
 def _scores(suite: Suite, lines: list[UnitLine]) -> Scores:
     """As `scores_from_units`; dimensions with prompts of their own have the units that have them."""
     if suite.mode != "vbench_standard":
-        return scores_from_units(lines, suite.gate)
+        beside = [name for name in suite.beside if any(name in line.of(role) for line in lines for role in ROLES)]
+        return scores_from_units(lines, [*suite.gate, *beside])
     tables = {
         role: {
             name: {line.unit: value for line in lines if (value := line.of(role).get(name)) is not None}

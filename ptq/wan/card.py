@@ -138,6 +138,8 @@ def _measured(judged: Evaluation | None) -> str:
         one, other = [(side.settings or {}).get(name) for side in (judged.reference, judged.candidate)]
         if one != other:
             lines.append(f"The two runs differ in {name} ({one or 'none'}, {other or 'none'}).")
+    if judged.overlap:
+        lines.append(f"{judged.overlap} of the prompts were calibration prompts: this is not held out.")
     if loss is not None:
         interval = (
             "" if loss.low is None or loss.high is None else f" (95 % interval {loss.low:+.2%} to {loss.high:+.2%})"

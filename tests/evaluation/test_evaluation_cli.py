@@ -116,7 +116,7 @@ def test_weights_are_listed(tmp_path, monkeypatch):
     result = runner.invoke(app, ["evaluate", "--vbench-check", "--suite", "icme2026", "--json"])
     weights = {row["path"]: row["present"] for row in json.loads(result.stdout)["weights"]}
     assert [path for path, present in weights.items() if present] == [str(tmp_path / "amt_model" / "amt-s.pth")]
-    assert len(weights) == 8
+    assert len(weights) == 9
     shown = runner.invoke(app, ["evaluate", "--vbench-check", "--suite", "icme2026"])
     assert f"motion_smoothness: {tmp_path}/amt_model/amt-s.pth present" in shown.stdout
 

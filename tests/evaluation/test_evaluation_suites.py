@@ -66,6 +66,39 @@ def test_a_format_without_a_rule_is_measured_and_not_judged(tiny, tmp_path):
         evaluate_runs(tiny["original"], tiny["again"], tmp_path / "out", suite="tiny", format="int4")
 
 
+def test_a_yardstick_stands_beside_and_changes_nothing(tiny, tmp_path):
+    alone = evaluate_runs(tiny["original"], tiny["again"], tmp_path / "a", suite="tiny", format="hif4", resamples=1000)
+    options = {"suite": "tiny", "format": "hif4", "resamples": 1000, "yardstick": tiny["shuffled"]}
+    content = evaluate_runs(tiny["original"], tiny["again"], tmp_path / "b", **options)
+    beside = content.pop("yardstick")
+    assert content == alone
+    judged = evaluate_runs(tiny["original"], tiny["shuffled"], tmp_path / "c", suite="tiny", resamples=1000)
+    for key in ("dimensions", "aggregates", "informative", "paired", "units"):
+        assert beside[key] == judged[key], key
+    assert beside["run"] == judged["candidate"] and "verdict" not in beside and beside["warnings"] == []
+    assert read_evaluation(tmp_path / "b").yardstick.as_json() == beside
+    ours, theirs = (read_jsonl(tmp_path / name / "units.jsonl") for name in ("b/yardstick", "c"))
+    assert ours == theirs
+
+
+def test_a_yardstick_is_paired_as_strictly_and_on_the_same_units(tiny, tmp_path):
+    clips, prompts = tiny_clips(COUNT)
+    names = list(clips)
+    short = make_run(tmp_path / "short", {n: clips[n] for n in names[:-2]}, prompts=prompts)
+    other = make_run(tmp_path / "other", clips, prompts=prompts, extra={"seed": 99})
+    both = tiny["original"], tiny["again"]
+    for yardstick, words in ((short, "--allow-missing"), (other, "the seed differ"), (tmp_path, "no run.json")):
+        with pytest.raises(PtqError, match=words):
+            evaluate_runs(*both, tmp_path / "out", yardstick=yardstick)
+    with pytest.raises(UsageError, match="is one of the runs"):
+        evaluate_runs(*both, tiny["shuffled"], yardstick=tiny["shuffled"])
+    content = evaluate_runs(*both, tmp_path / "out", yardstick=short, allow_missing=True)
+    assert content["units"] == COUNT and content["yardstick"]["units"] == COUNT - 2
+    assert content["yardstick"]["warnings"] == [
+        f"{COUNT - 2} of {COUNT - 2} yardstick videos equal the reference's pixel for pixel."
+    ]
+
+
 def test_a_removed_video_is_refused_or_left_out_on_request(tiny, tmp_path):
     clips, prompts = tiny_clips(COUNT)
     short = make_run(tmp_path / "short", clips, prompts=prompts)
@@ -200,7 +233,7 @@ def test_a_looser_limit_than_the_checkpoints_is_refused(tiny, tmp_path):
 
 def test_out_may_not_be_a_run_or_hold_other_files(tiny, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    for out, message in ((tiny["again"], "is one of the two runs"), (tmp_path, "holds other files")):
+    for out, message in ((tiny["again"], "is one of the runs"), (tmp_path, "holds other files")):
         with pytest.raises(UsageError, match=message):
             evaluate_runs(tiny["original"], tiny["again"], out)
     assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -12,7 +12,7 @@ import pytest
 from evaluation_runs import evaluate_imported, evaluate_runs, make_run, moving_noise
 
 from ptq.errors import DamagedFileError, PtqError, UsageError
-from ptq.evaluation.findings import geometry_warnings
+from ptq.evaluation.findings import settings_warnings
 from ptq.evaluation.runs import read_run
 from ptq.evaluation.scores import Scores
 from ptq.evaluation.suites import get_suite
@@ -169,8 +169,8 @@ def test_rows_are_matched_to_the_runs_and_must_be_complete(tmp_path, runs):
     content = evaluate_runs(*runs, tmp_path / "out", suite="icme2026", format="hif4", import_vbench=(full, full))
     assert content["dimensions"]["motion_smoothness"]["units"] == 3 and "ssim" in content["paired"]
     assert read_jsonl(tmp_path / "out" / "units.jsonl")[0]["reference"]["imaging_quality"] == 0.5
-    told = [text for text in content["warnings"] if "geometry of suite icme2026" in text]
-    assert len(told) == 1 and "width None (there 1280)" in told[0]
+    told = [text for text in content["warnings"] if "settings of suite icme2026" in text]
+    assert len(told) == 1 and "width not given (there 1280)" in told[0]
     # Missing in both files: only the manifest knows.
     short = write(tmp_path / "short.json", run_rows(names[:2]))
     with pytest.raises(PtqError, match="set/p2/0"):
@@ -182,11 +182,71 @@ def test_rows_are_matched_to_the_runs_and_must_be_complete(tmp_path, runs):
 
 def test_a_run_of_the_challenges_geometry_needs_no_word(tmp_path, runs):
     suite, info = get_suite("icme2026"), read_run(runs[1]).info
-    assert suite.geometry == {"image_to_video": True, "width": 1280, "height": 720, "num_frames": 61, "fps": 16}
-    same = info.model_copy(update={"settings": dict(suite.geometry)})
-    assert geometry_warnings(suite, same) == [] == geometry_warnings(get_suite("vbench"), info)
-    other = info.model_copy(update={"settings": {**suite.geometry, "num_frames": 81}})
-    assert "icme2026: num_frames 81 (there 61)." in geometry_warnings(suite, other)[0]
+    assert suite.settings == {"image_to_video": True, "width": 1280, "height": 720, "num_frames": 61, "fps": 16}
+    same = info.model_copy(update={"settings": dict(suite.settings)})
+    assert settings_warnings(suite, same) == [] == settings_warnings(get_suite("vbench"), info)
+    other = info.model_copy(update={"settings": {**suite.settings, "num_frames": 81}})
+    assert "icme2026: num_frames 81 (there 61)." in settings_warnings(suite, other)[0]
+
+
+def test_the_settings_of_mlperf(runs):
+    suite, info = get_suite("mlperf-t2v"), read_run(runs[1]).info
+    wanted = {
+        **{"width": 1280, "height": 720, "num_frames": 81, "fps": 16, "steps": 20, "image_to_video": False},
+        **{"guidance_scale": 4.0, "guidance_scale_2": 3.0, "seed": 42, "seed_scheme": "same"},
+    }
+    assert suite.settings == {**wanted, "fixed_latent": True} and suite.mark.needed == 69.7752
+    same = info.model_copy(update={"settings": {**wanted, "fixed_latent": "a" * 64}})
+    assert settings_warnings(suite, same) == []
+    (told,) = settings_warnings(suite, info.model_copy(update={"settings": {**wanted, "seed_scheme": "vbench"}}))
+    assert "seed_scheme vbench (there same), fixed_latent not given (there given)." in told
+
+
+def test_dynamic_degree_stands_beside_the_verdict(tmp_path):
+    """A candidate that freezes passes, and the evaluation shows what became of its motion."""
+    still = results()
+    for row in (moving := results(dimensions=[*ICME, "dynamic_degree"]))["dynamic_degree"][1]:
+        row["video_results"] = True
+    moving["dynamic_degree"][0] = 1.0
+    still["dynamic_degree"] = [
+        0.5,
+        [{**row, "video_results": i % 2 == 0} for i, row in enumerate(moving["dynamic_degree"][1])],
+    ]
+    ref, cand = write(tmp_path / "r.json", moving), write(tmp_path / "c.json", still)
+    content = evaluate_imported(ref, cand, tmp_path / "out", format="hif4")
+    assert content["verdict"] == "PASS" and list(content["dimensions"]) == list(ICME)
+    beside = content["informative"]["dynamic_degree"]
+    assert (beside["reference"], beside["candidate"], beside["relative_loss"]["value"]) == (1.0, 0.5, 0.5)
+    assert read_jsonl(tmp_path / "out" / "units.jsonl")[0]["candidate"]["dynamic_degree"] in (0.0, 1.0)
+    assert not any("dynamic_degree" in text for text in content["warnings"])
+    named = [*ICME, "dynamic_degree"]
+    assert (
+        evaluate_imported(ref, cand, tmp_path / "named", format="hif4", dimensions=named)["informative"]
+        == content["informative"]
+    )
+    for options, files in (
+        ({}, (write(tmp_path / "old.json", results()),) * 2),
+        ({"dimensions": list(ICME)}, (ref, cand)),
+    ):
+        without = evaluate_imported(*files, tmp_path / "without", format="hif4", **options)
+        assert without["informative"] == {} and without["aggregates"].keys() == content["aggregates"].keys()
+        assert any("dynamic_degree was not scored" in text for text in without["warnings"])
+    with pytest.raises(UsageError, match="dynamic_degree stands beside the verdict of suite icme2026"):
+        evaluate_imported(ref, cand, tmp_path / "none", format="hif4", dimensions=["dynamic_degree"])
+
+
+def test_prompts_longer_than_viclip_reads_are_counted(tmp_path):
+    short, long = " ".join(["word"] * 30), " ".join(["word"] * 31)
+    table = {
+        name: [0.5, [{"video_path": f"{text}-0.mp4", "video_results": 0.5} for text in (short, long)]] for name in ICME
+    }
+    file = write(tmp_path / "r.json", table)
+    (told,) = [
+        text for text in evaluate_imported(file, file, tmp_path / "a", format="hif4")["warnings"] if "32 tokens" in text
+    ]
+    assert told.startswith("1 of 2 prompts have more than 30 words, and overall_consistency reads 32 tokens")
+    left = evaluate_imported(file, file, tmp_path / "b", format="hif4", dimensions=ICME[:2])["warnings"]
+    assert not any("tokens" in text for text in left)
 
 
 def test_totals_of_extreme_rows():
@@ -229,3 +289,58 @@ def test_totals_need_the_full_benchmark():
     assert published_totals(suite, scores) is None
     assert published_totals(suite.narrowed(["scene"]), scores) is None
     assert published_totals(get_suite("icme2026"), scores) is None
+
+
+def test_the_mark_of_mlperf_is_the_plain_mean_over_all_its_prompts(tmp_path):
+    """248 prompts of one video: every dimension on its own prompts, 99 % of 70.48 is enough."""
+    suite = get_suite("mlperf-t2v")
+    groups = {
+        "subject_consistency": "s",
+        "motion_smoothness": "s",
+        "dynamic_degree": "s",
+        "background_consistency": "b",
+        "scene": "b",
+        "appearance_style": "a",
+    }
+    assert (
+        set(groups) == set(suite.gate)
+        and sum(suite.prompts[n] for n in ("subject_consistency", "scene", "appearance_style")) == 248
+    )
+
+    def table(score: float) -> dict:
+        return {
+            name: [
+                score,
+                [
+                    {"video_path": f"{groups[name]}{i}-0.mp4", "video_results": score}
+                    for i in range(suite.prompts[name])
+                ],
+            ]
+            for name in suite.gate
+        }
+
+    ref = write(tmp_path / "r.json", table(0.7048))
+    for score, reached in ((0.697753, True), (0.69775, False)):
+        cand = write(tmp_path / "c.json", table(score))
+        content = evaluate_imported(ref, cand, tmp_path / "out", suite="mlperf-t2v", format="mxfp4")
+        totals, mark = content["vbench"]["totals"], content["vbench"]["mark"]
+        assert totals["reference"]["plain mean, percent"] == pytest.approx(70.48)
+        assert mark == {
+            "published": 70.48,
+            "share": 0.99,
+            "needed": 69.7752,
+            "score": pytest.approx(100 * score),
+            "reached": reached,
+        }
+        assert (
+            content["verdict"] == ("PASS" if reached else "FAIL") and content["prompts"] == 248
+        )  # of the limit of 1 %
+    fewer = table(0.7)
+    fewer["scene"][1].pop()
+    content = evaluate_imported(
+        *[write(tmp_path / "f.json", fewer)] * 2, tmp_path / "f", suite="mlperf-t2v", format="mxfp4"
+    )
+    assert content["vbench"]["totals"] is content["vbench"]["mark"] is None
+    assert any(
+        "(69.7752, 99% of 70.48) is of all its dimensions on all their prompts" in text for text in content["warnings"]
+    )

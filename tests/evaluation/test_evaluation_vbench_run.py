@@ -104,7 +104,8 @@ def calls(vbench) -> list[str]:
 def test_every_dimension_runs_in_its_own_process_with_prompts(tmp_path, vbench, runs):
     content = evaluate(runs, vbench, tmp_path / "out")
     dimensions = get_suite("icme2026").gate
-    assert sorted(calls(vbench)) == sorted([*dimensions, *dimensions])
+    assert sorted(calls(vbench)) == sorted([*dimensions, "dynamic_degree"] * 2)
+    assert "dynamic_degree" in content["informative"] and "dynamic_degree" not in content["dimensions"]
     assert content["verdict"] == "PASS" and list(content["dimensions"]) == list(dimensions)
     assert content["vbench"]["installation"]["package"] == str(vbench) and content["vbench"]["totals"] is None
     line = read_jsonl(tmp_path / "out" / "units.jsonl")[0]
@@ -138,6 +139,21 @@ def test_a_failing_dimension_is_named_and_the_others_are_kept(tmp_path, vbench, 
     assert calls(vbench) == ["imaging_quality", "imaging_quality"]
 
 
+def test_a_yardstick_is_scored_and_the_reference_is_not_again(tmp_path, vbench, runs):
+    clips = {f"set/p{i}/{k}": moving_noise(2, 32, 32, seed=50 + 10 * i + k) for i in range(3) for k in range(2)}
+    other = make_run(tmp_path / "fp8", clips, prompts={name: f"a prompt of {name.split('/')[1]}" for name in clips})
+    chosen = {"dimensions": ["imaging_quality", "aesthetic_quality"]}
+    alone = evaluate(runs, vbench, tmp_path / "alone", **chosen)
+    (vbench / "calls.txt").unlink()
+    content = evaluate(runs, vbench, tmp_path / "out", yardstick=other, **chosen)
+    assert sorted(calls(vbench)) == ["aesthetic_quality"] * 3 + ["imaging_quality"] * 3
+    beside = content.pop("yardstick")
+    assert content == alone and beside["run"]["directory"] == str(other) and beside["units"] == 6
+    assert beside["dimensions"]["imaging_quality"]["relative_loss"]["low"] is not None
+    assert beside["dimensions"]["imaging_quality"]["candidate"] != content["dimensions"]["imaging_quality"]["candidate"]
+    assert evaluate(runs, vbench, tmp_path / "out", **chosen) == alone and len(calls(vbench)) == 6
+
+
 def test_kept_results_belong_to_their_inputs(tmp_path, vbench, runs):
     chosen = {"dimensions": ["imaging_quality"]}
     first = evaluate(runs, vbench, tmp_path / "out", **chosen)
@@ -160,10 +176,10 @@ def test_missing_weights_are_listed_before_anything_runs(tmp_path, vbench, runs)
 
 
 def test_weights_table_covers_every_dimension_of_the_presets(tmp_path):
-    for suite in ("icme2026", "vbench", "vbench-i2v"):
+    for suite in ("icme2026", "mlperf-t2v", "vbench", "vbench-i2v"):
         found = take_inventory(suite)
         covered = {weight.dimension for weight in found.weights} | set(found.elsewhere)
-        assert set(get_suite(suite).gate) - covered <= {"temporal_flickering"}
+        assert set(get_suite(suite).scored) - covered <= {"temporal_flickering"}
     assert take_inventory("tiny") == take_inventory("core") == take_inventory("vbench")
     missing = missing_weights(["overall_consistency", "temporal_style"], tmp_path)
     assert [weight.path.name for weight in missing] == ["ViClip-InternVid-10M-FLT.pth", "bpe_simple_vocab_16e6.txt.gz"]

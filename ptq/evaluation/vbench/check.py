@@ -103,7 +103,7 @@ def take_inventory(
         UsageError: no such suite, or see `probe`.
     """
     chosen = get_suite(suite)
-    names = dimensions or (chosen if chosen.is_vbench else get_suite("vbench")).gate
+    names = dimensions or (chosen if chosen.is_vbench else get_suite("vbench")).scored
     default = Path(os.environ.get("VBENCH_CACHE_DIR") or Path.home() / ".cache" / "vbench")
     cache = probe(python, root).cache if python else default
     elsewhere = _table()["hub"]

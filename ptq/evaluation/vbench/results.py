@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def imported_scores(
     pairs: Sequence[tuple[Unit, Unit]] | None,
     allow_missing: bool,
 ) -> Scores:
-    """Scores of two result files over the suite's dimensions.
+    """Scores of two result files over the suite's dimensions; of those beside the verdict only what both files have.
 
     Args:
         pairs: the runs' units; rows are matched to them by file name (that of the run, or VBench's `<prompt>-<k>.mp4`) and
@@ -102,6 +102,7 @@ def imported_scores(
             raise PtqError(
                 f"{path} lacks {', '.join(missing)}; it has {ui.shorten(', '.join(table), 300)}. Run those dimensions, or choose with --dimensions what both files have."
             )
+    suite = replace(suite, beside=tuple(name for name in suite.beside if all(name in table for table in tables)))
     details = {"files": [{"path": str(path), "sha256": sha256_file(path)} for path in (reference, candidate)]}
     return scores_from_tables(tables[0], tables[1], suite, pairs, allow_missing=allow_missing, details=details)
 
@@ -121,15 +122,15 @@ def scores_from_tables(
     scores = Scores({}, {}, clusters, details=details)
     for role, table, side in ((0, reference, scores.reference), (1, candidate, scores.candidate)):
         names = _unit_names([pair[role] for pair in pairs]) if pairs is not None else None
-        for name in suite.gate:
+        for name in suite.scored:
             side[name] = _by_unit(table[name].rows, names, name)
     if pairs is None:
         for table_rows in (*scores.reference.values(), *scores.candidate.values()):
             clusters.update({video: _prompt_of(video) for video in table_rows})
     elif expected is None and suite.mode == "custom_input":
-        expected = {name: set(clusters) for name in suite.gate}
+        expected = {name: set(clusters) for name in suite.scored}
     details["reported"] = {
-        name: {"reference": reference[name].score, "candidate": candidate[name].score} for name in suite.gate
+        name: {"reference": reference[name].score, "candidate": candidate[name].score} for name in suite.scored
     }
     scores.warnings += _score_gaps(suite, reference, candidate) + _drop_partial(scores, expected)
     return check_paired(scores, allow_missing=allow_missing, expected=expected)
@@ -187,7 +188,7 @@ def _drop_partial(scores: Scores, expected: dict[str, set[str]] | None) -> list[
 def _score_gaps(suite: Suite, *tables: dict[str, DimensionRows]) -> list[str]:
     found = []
     for role, table in zip(("reference", "candidate"), tables, strict=True):
-        for name in suite.gate:
+        for name in suite.scored:
             mean = sum(table[name].rows.values()) / len(table[name].rows)
             if abs(mean - table[name].score) > SCORE_GAP:
                 found.append(

@@ -98,11 +98,13 @@ def run_vbench(
     *,
     allow_missing: bool,
     fresh: bool = False,
+    roles: tuple[str, str] = ("reference", "candidate"),
 ) -> Scores:
-    """Score every dimension of the suite for both runs.
+    """Score every dimension of the suite, those beside its verdict among them, for both runs.
 
     Args:
         folder: where staging folders, logs and results go; results found there for the same inputs are reused.
+        roles: what the two of a pair are called, and their folders.
 
     Raises:
         UsageError: no such interpreter, or VBench is not there. PtqError: weights are missing, or dimensions failed;
@@ -114,9 +116,9 @@ def run_vbench(
     members = _members(pairs, suite, installation)
     tables: list[dict[str, DimensionRows]] = [{}, {}]
     failures = []
-    with ui.progress("VBench", 2 * len(suite.gate)) as bar:
-        for side, role in enumerate(("reference", "candidate")):
-            for dimension in suite.gate:
+    with ui.progress("VBench", 2 * len(suite.scored)) as bar:
+        for side, role in enumerate(roles):
+            for dimension in suite.scored:
                 units = {_staged_name(pair[side], suite): pair[side] for pair in members[dimension]}
                 job = _Job(dimension, units, folder / role / dimension)
                 try:
@@ -126,9 +128,9 @@ def run_vbench(
                 bar.advance(note=f"{role} {dimension}")
     if failures:
         raise PtqError(
-            f"VBench failed for {len(failures)} of {2 * len(suite.gate)} dimensions; the others are kept in {folder} and are not computed again. {' '.join(failures)}"
+            f"VBench failed for {len(failures)} of {2 * len(suite.scored)} dimensions; the others are kept in {folder} and are not computed again. {' '.join(failures)}"
         )
-    expected = {name: {ours.name for ours, _ in members[name]} for name in suite.gate}
+    expected = {name: {ours.name for ours, _ in members[name]} for name in suite.scored}
     details = {"installation": installation.describe(), "mode": suite.mode}
     return scores_from_tables(
         tables[0], tables[1], suite, pairs, allow_missing=allow_missing, details=details, expected=expected
@@ -136,7 +138,7 @@ def run_vbench(
 
 
 def _check_weights(suite: Suite, installation: Installation) -> None:
-    missing = missing_weights(suite.gate, installation.cache)
+    missing = missing_weights(suite.scored, installation.cache)
     if missing:
         listed = "; ".join(f"{weight.path} (from {weight.source})" for weight in missing)
         raise PtqError(
@@ -149,14 +151,16 @@ def _members(
 ) -> dict[str, list[tuple[Unit, Unit]]]:
     """The pairs that each dimension scores: all in custom mode, else those whose prompt the benchmark lists for it."""
     if suite.mode == "custom_input":
-        return {name: list(pairs) for name in suite.gate}
+        return {name: list(pairs) for name in suite.scored}
     listed: dict[str, set[str]] = {}
     for entry in parse(
         FullInfo, {"entries": read_json(path := _full_info(suite, installation))}, path, "Install VBench again."
     ).entries:
         for name in entry.dimension:
             listed.setdefault(name, set()).add(entry.prompt_en)
-    members = {name: [pair for pair in pairs if pair[0].score_prompt in listed.get(name, set())] for name in suite.gate}
+    members = {
+        name: [pair for pair in pairs if pair[0].score_prompt in listed.get(name, set())] for name in suite.scored
+    }
     empty = [name for name, found in members.items() if not found]
     if empty:
         raise PtqError(

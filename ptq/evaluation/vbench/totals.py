@@ -12,17 +12,30 @@ from typing import Any
 from ptq.evaluation.scores import Scores
 from ptq.evaluation.suites import Suite
 
+MEAN = "plain mean, percent"
+"""Name of the total of suites with a mark."""
 UNCOUNTED = frozenset({"color", "temporal_flickering"})
 
 
 def published_totals(suite: Suite, scores: Scores) -> dict[str, Any] | None:
     """Totals of both runs, or None where the suite has none or the scores do not cover the full benchmark."""
-    if suite.totals is None or not covers_benchmark(suite, scores):
+    if (suite.totals is None and suite.mark is None) or not covers_benchmark(suite, scores):
         return None
-    return {
-        role: total(suite, {name: sum(rows.values()) / len(rows) for name, rows in table.items()})
+    means = {
+        role: {name: sum(rows.values()) / len(rows) for name, rows in table.items()}
         for role, table in (("reference", scores.reference), ("candidate", scores.candidate))
     }
+    if suite.mark is not None:
+        return {role: {MEAN: 100 * sum(values.values()) / len(values)} for role, values in means.items()}
+    return {role: total(suite, values) for role, values in means.items()}
+
+
+def judge_mark(suite: Suite, totals: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The suite's published mark beside the candidate's plain mean: {published, share, needed, score, reached}; None without."""
+    if suite.mark is None or totals is None:
+        return None
+    score, needed = totals["candidate"][MEAN], suite.mark.needed
+    return {**vars(suite.mark), "needed": needed, "score": score, "reached": score >= needed}
 
 
 def covers_benchmark(suite: Suite, scores: Scores) -> bool:
