@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from ptq.evaluation import statistics
 from ptq.evaluation.runs import Run, named_differences
-from ptq.evaluation.suites import Suite, get_suite
+from ptq.evaluation.suites import ANY, Suite, get_suite
 from ptq.store.evaluation import ROLES, Dimension, Estimate
 from ptq.store.evaluation_units import UnitLine
 from ptq.store.run_info import RunInfo
@@ -64,9 +64,9 @@ def settings_warnings(suite: Suite, candidate: RunInfo) -> list[str]:
     """Videos of another geometry, or made otherwise, than the suite's: their scores stand for themselves only."""
     found = {name: candidate.settings.get(name) for name in suite.settings}
     other = [
-        f"{name} {'not given' if found[name] is None else found[name]} (there {'given' if wanted is True else wanted})"
+        f"{name} {'not given' if found[name] is None else found[name]} (there {wanted})"
         for name, wanted in suite.settings.items()
-        if found[name] != wanted and not (wanted is True and found[name])
+        if found[name] != wanted and not (wanted == ANY and found[name])
     ]
     if not other:
         return []

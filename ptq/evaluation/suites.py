@@ -45,6 +45,8 @@ HITS = tuple(f"{name}_hit" for name in ADHERENCE)
 """Share of units whose detected colour, shape or direction is the asked-for one; shown beside the soft scores."""
 FIRST_FRAME = ("first_frame_to_image_psnr", "first_frame_copied")
 """Image-to-video only, per run: closeness of frame 0 to the input image (dB), and whether it is a copy of it."""
+ANY = "any"
+"""As a setting of a suite: whichever is given, as of the one noise that all videos start from."""
 _UNBOUNDED = float("inf")
 _RANGES: Mapping[str, tuple[float, float]] = {
     "motion_energy": (0.0, 255.0**2),
@@ -89,7 +91,7 @@ class Suite:
     `mode` is VBench's: custom_input scores any videos with a prompt map; vbench_standard scores its own prompt list.
     `totals` maps group names to weights for VBench's published totals, `normalization` holds (min, max, weight, group),
     `prompts` how many prompts the full benchmark has in each dimension, with `videos_per_prompt` videos each. `settings`: of a
-    run (names as in run.json) with which scores are comparable to others of this suite; True: any that is given. `mark`: a
+    run (names as in run.json) with which scores are comparable to others of this suite; `ANY`: one that is given. `mark`: a
     published score that the plain mean of the gate's dimensions has to reach a share of; no part of the verdict.
     """
 

@@ -46,9 +46,7 @@ def provenance_tables(facts: Facts) -> Iterable[Table]:
     if facts.ablation is not None:
         rows = [[_ablation_cell(value) for value in row] for row in facts.ablation.rows]
         yield Table.of("ablation", facts.ablation.title, facts.ablation.columns, rows, facts.ablation.note)
-    settings = facts.evaluation.candidate.settings or facts.evaluation.reference.settings
-    if settings:
-        yield Table.of("settings", "Generation, both runs", ("setting", "value"), flatten(settings).items())
+    yield from _settings(facts)
     if facts.calibration is not None:
         yield Table.of("calibration", "Calibration", ("setting", "value"), _calibration(facts.calibration))
     if any(facts.runs.values()):
@@ -57,6 +55,18 @@ def provenance_tables(facts: Facts) -> Iterable[Table]:
         yield _vbench(facts.evaluation.vbench)
     yield _versions(facts)
     yield _hashes(facts)
+
+
+def _settings(facts: Facts) -> Iterable[Table]:
+    """Settings of the generation runs: one column where they are the same, else one a run."""
+    sides = [flatten(getattr(facts.evaluation, role).settings or {}) for role in ROLES]
+    ours, theirs = (side or other for side, other in zip(sides, reversed(sides), strict=True))
+    if ours == theirs:
+        if ours:
+            yield Table.of("settings", "Generation, both runs", ("setting", "value"), ours.items())
+        return
+    rows = [(name, *(side.get(name, "default") for side in (ours, theirs))) for name in {**ours, **theirs}]
+    yield Table.of("settings", "Generation", ("setting", *_ROLE_NAMES.values()), rows)
 
 
 def size_rows(manifest: Manifest) -> dict[str, Cell]:

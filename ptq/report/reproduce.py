@@ -74,6 +74,8 @@ def reproduction(facts: Facts) -> Steps:
                 (checkpoint, CANDIDATE_OUT, settings, {}),
             )
         ]
+    if facts.evaluation.yardstick is not None:
+        missing.append("The yardstick's run was made elsewhere: the evaluation below leaves it out.")
     commands.append(_evaluate(facts))
     commands.append("ptq report evaluation")
     return Steps(commands, recipe, missing)

@@ -60,6 +60,46 @@ def test_every_number_of_the_gate_is_in_the_evaluation(job, page):
     assert averages == [interval(value) for value in content["aggregates"].values()]
 
 
+def test_a_yardstick_stands_beside_the_candidate(copy_job):
+    """Its losses, its warnings and its digests; the verdict, the headline and the other tables stay."""
+    before = page_of(copy_job.evaluation, copy_job.checkpoint)
+    estimate = {"value": 0.25, "low": 0.125, "high": 0.5}
+
+    def add(content: dict) -> None:
+        loss = {name: {**value, "relative_loss": estimate} for name, value in content["dimensions"].items()}
+        run = {**content["candidate"], "model": "models/fp8", "checkpoint_digest": "f" * 64}
+        content["yardstick"] = {
+            **{
+                "run": run,
+                "units": 20,
+                "dimensions": loss,
+                "aggregates": dict.fromkeys(content["aggregates"], estimate),
+            },
+            **{"paired": content["paired"], "warnings": ["The runs differ in dtype."]},
+        }
+
+    copy_job.edit(add)
+    page, content = page_of(copy_job.evaluation, copy_job.checkpoint), copy_job.content()
+    rows = rows_of(page, "yardstick")
+    values = [*(one["relative_loss"] for one in content["dimensions"].values()), *content["aggregates"].values()]
+    assert [row[1][1] for row in rows[: len(values)]] == [interval(value) for value in values]
+    assert {row[2][1] for row in rows[: len(values)]} == {interval(estimate)}
+    assert rows[-1][1][1] == rows[-1][2][1] == (content["paired"]["ssim"]["mean"],)
+    text = Page(page).text
+    assert "Beside a yardstick: models/fp8" in text and "the yardstick on 20 videos" in text
+    assert "Of the yardstick: The runs differ in dtype." in text and "f" * 64 in text
+    assert "The yardstick's run was made elsewhere" in text
+    for table in ("gate", "averages", "measures", "drift"):
+        assert rows_of(page, table) == rows_of(before, table)
+
+
+def test_settings_of_runs_that_differ_have_a_column_each(copy_job):
+    assert [len(row) for row in rows_of(page_of(copy_job.evaluation), "settings")[:1]] == [2]
+    copy_job.edit(lambda content: content["candidate"]["settings"].update(cache="first-block:0.1"))
+    rows = {row[0][0]: [cell[0] for cell in row[1:]] for row in rows_of(page_of(copy_job.evaluation), "settings")}
+    assert rows["cache"] == ["default", "first-block:0.1"] and rows["steps"] == ["4", "4"]
+
+
 def test_every_other_number_is_in_the_artifacts(job, page):
     content = job.content()
     for row, value in zip(rows_of(page, "measures"), content["informative"].values(), strict=True):
