@@ -1,8 +1,8 @@
 """Packed checkpoints for other tools: compressed-tensors (MXFP4), msModelSlim words (HiF4), fake-quantized bfloat16.
 
-The first two take codes as they are, so the checkpoint must be in the original basis: those tools know neither block
-transforms nor smoothing. Quantize with `--set scheme.transform=none` for them. The
-bfloat16 export undoes the transform; without one it is bit-equal to the weights that the runtime computes with, with one it
+The first two take codes as they are, so the checkpoint must be in the original basis, and its inputs scaled as that tool scales
+them (`ptq.checkpoint.targets`): those tools know neither block transforms nor smoothing. Quantize with
+`--set scheme.transform=none` for them. The bfloat16 export undoes the transform; without one it is bit-equal to the weights that the runtime computes with, with one it
 is rounded to bfloat16.
 """
 
@@ -19,14 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ptq.checkpoint.layers import PACKED, layer_names, read_layer
-from ptq.checkpoint.manifest import MANIFEST_FILE
+from ptq.checkpoint.manifest import CARD_FILE, MANIFEST_FILE
 from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header
 from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet, write_component
-from ptq.checkpoint.targets import TARGETS, check_target, refuse_existing
-from ptq.errors import UsageError
+from ptq.checkpoint.targets import check_exact, refuse_existing
 from ptq.runtime import QuantLinear
-from ptq.scheme.transform import UNCHANGED
 from ptq.store.files import read_json, write_bytes
 from ptq.store.run_directory import hold_whole
 
@@ -43,12 +41,12 @@ def export_component(source: Path, out: Path, target: str) -> None:
         target: one of `TARGETS`.
 
     Raises:
-        UsageError: the checkpoint's format or transform does not fit the target.
+        UsageError: as `check_exact`.
         PtqError: damaged source, disk full.
     """
     config = read_json(source / "config.json")
     packed = PackedConfig.parse(config["quantization_config"], str(source / "config.json"))
-    _check(packed, target)
+    check_exact(config["quantization_config"], target)
     shards = ShardSet(source)
     exported: dict[str, TensorEntry] = {}
     parts = out / "parts"
@@ -71,39 +69,29 @@ def export_pipeline(source: Path, experts: Mapping[str, Any], out: Path, target:
     """Export every expert and copy the rest; `out` appears only when complete.
 
     Args:
-        experts: names of the experts below `source`.
+        experts: names of the experts below `source` -> their config.json.
+
+    The model card is left out: it says how to load the packed checkpoint, and the verdict on that.
 
     Raises:
         UsageError: `out` exists; otherwise as `export_component`. PtqError: another process writes `out`.
     """
     refuse_existing(out)
+    for config in experts.values():
+        check_exact(config["quantization_config"], target)
     with hold_whole(out):
         partial = out.with_name(out.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         for expert in experts:
             export_component(source / expert, partial / expert, target)
         for path in sorted(source.iterdir()):
-            if path.name in experts or path.name == MANIFEST_FILE:
+            if path.name in experts or path.name in (MANIFEST_FILE, CARD_FILE):
                 continue
             if path.is_dir():
                 shutil.copytree(path, partial / path.name)
             else:
                 shutil.copyfile(path, partial / path.name)
         partial.rename(out)
-
-
-def _check(packed: PackedConfig, target: str) -> None:
-    check_target(target)
-    scheme = packed.scheme
-    needed = TARGETS[target] or scheme.format.name
-    if scheme.format.name != needed:
-        exact = (None, scheme.format.name) if scheme.transform == UNCHANGED else (None,)
-        fitting = " or ".join(name for name, wanted in TARGETS.items() if wanted in exact)
-        raise UsageError(f"{target} takes {needed} checkpoints, this one is {scheme.format.name}. Use --to {fitting}.")
-    if target != "bf16" and scheme.transform != UNCHANGED:
-        raise UsageError(
-            f"This checkpoint's inputs change their basis at run time (transform {scheme.transform.kind}, blocks of {scheme.transform.block}), which {target} cannot do. Quantize once more with --set scheme.transform=none to export it, or use --to bf16."
-        )
 
 
 def _converted(shards: ShardSet, packed: PackedConfig, target: str) -> Iterator[tuple[str, Tensor]]:

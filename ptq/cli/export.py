@@ -21,7 +21,7 @@ def export(
 
     Example: ptq export tiny-hif4 --to bf16 --out tiny-hif4-bf16
     """
-    from ptq.checkpoint.targets import check_target, refuse_existing
+    from ptq.checkpoint.targets import TARGETS, check_exact, check_target, refuse_existing
     from ptq.wan.layout import read_layout
 
     check_target(to)
@@ -29,6 +29,8 @@ def export(
     layout = read_layout(checkpoint)
     if not layout.is_packed:
         raise UsageError(f"{checkpoint} is not a packed checkpoint; make one with `ptq quantize`.")
+    for config in layout.experts.values():
+        check_exact(config["quantization_config"], to)
     ui.info(f"Exporting {checkpoint} for {to}.")
 
     from ptq.checkpoint.export import export_pipeline
@@ -36,4 +38,4 @@ def export(
 
     check_model(layout)
     export_pipeline(checkpoint, layout.experts, out, to)
-    ui.info(f"Wrote {out} for {to}.")
+    ui.info(f"Wrote {out} for {to}: {TARGETS[to].exact}.")

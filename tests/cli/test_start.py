@@ -110,10 +110,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole.write(folder / "records" / "calibration.json")
     packed = folder / "packed"
     shutil.copytree(assets_dir("tiny"), packed, ignore=shutil.ignore_patterns("*.safetensors"))
+    learned = {"type": "learned", "block_size": 64, "smooth": False}
     for expert in ("transformer", "transformer_2"):
         config = json.loads((packed / expert / "config.json").read_text())
         (packed / expert / "config.json").write_text(
-            json.dumps(config | {"quantization_config": {"quant_method": "ptq"}})
+            json.dumps(
+                config | {"quantization_config": {"quant_method": "ptq", "format": "mxfp4", "transform": learned}}
+            )
         )
     return folder
 
@@ -168,6 +171,10 @@ REFUSED = [
     (f"{GENERATE} --attention-backend fa3", "needs the package fa3-fwd: pip install 'wan-ptq[attention]'"),
     (f"{GENERATE} --attention-backend fa3-fp8 --dtype float32", "in float32 (--dtype)"),
     (f"{GENERATE} --guidance-scale inf", "--guidance-scale"),
+    (f"{GENERATE} --seed-scheme fixed", "--seed-scheme takes unit, vbench, same, found 'fixed'"),
+    (f"{GENERATE} --preset mlperf", "There is no preset 'mlperf'; choose one of icme2026, lightning, mlperf-t2v"),
+    (f"{GENERATE} --fixed-latent none.safetensors", "none.safetensors does not exist"),
+    (f"{GENERATE} --fixed-latent archive.tar.gz", "--fixed-latent cannot be read"),
     (f"{GENERATE} --image-to-video", "text-to-video"),
     ("evaluate --candidate full --out new", "Give both --reference and --candidate"),
     ("evaluate --reference full --candidate full --out new --format int3", "Unknown format 'int3'"),
@@ -183,6 +190,8 @@ REFUSED = [
     ("verify none.tar.gz", "none.tar.gz does not exist"),
     ("export packed --to gguf --out new", "--to takes one of compressed-tensors, msmodelslim, bf16"),
     ("export packed --to bf16 --out full", "full exists already"),
+    ("export packed --to msmodelslim --out new", "this one is mxfp4. Use --to bf16."),
+    ("export packed --to compressed-tensors --out new", "transform learned, blocks of 64), which it cannot do"),
     ("export full --to bf16 --out new", "full"),
     ("inspect full", "full"),
     ("compare full full", "full"),
