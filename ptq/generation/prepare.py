@@ -59,8 +59,11 @@ def resolve_settings(
     if dtype not in (None, *DTYPES):
         raise UsageError(f"--dtype must be {' or '.join(DTYPES)}, found {dtype!r}.")
     values = layout.resolve_preset(**(given or {})).model_dump(exclude={"variant", "hub_id"})
-    seeds: dict[str, Any] = {"seed": seed, "seed_scheme": seed_scheme}
-    seeds = run_settings((given or {}).get("named")) | {key: value for key, value in seeds.items() if value is not None}
+    named = run_settings((given or {}).get("named"))
+    if seed_scheme not in (None, named.get("seed_scheme")):
+        named = {}  # its seed is one of its scheme
+    chosen: dict[str, Any] = {"seed": seed, "seed_scheme": seed_scheme}
+    seeds = named | {key: value for key, value in chosen.items() if value is not None}
     settings = Settings(**values, dtype=dtype or DTYPES[0], cache=normal_cache(cache), **seeds, **others)
     check_cache(settings.cache, settings.steps, settings.context_parallel, min(map(layout.num_blocks, layout.experts)))
     differing = departures(settings, calibrated_with(layout), "calibrated with") if layout.is_packed else []

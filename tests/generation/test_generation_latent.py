@@ -86,6 +86,9 @@ def test_the_settings_of_mlperf_in_one_word(prompts: Path, tmp_path: Path, shape
     settings = resolve_settings(find_model("tiny"), {"named": "mlperf-t2v"}, seed=7)
     assert (settings.height, settings.width, settings.num_frames, settings.steps) == (720, 1280, 81, 20)
     assert (settings.seed, settings.seed_scheme) == (7, "same")  # a single option goes before the preset
+    for scheme, seed in (("same", 42), ("vbench", 0), ("unit", 0)):
+        settings = resolve_settings(find_model("tiny"), {"named": "mlperf-t2v"}, seed_scheme=scheme)
+        assert (settings.seed, settings.seed_scheme) == (seed, scheme)
 
 
 def test_a_preset_for_another_boundary_is_said(random_pipelines, capsys):
