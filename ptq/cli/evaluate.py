@@ -97,7 +97,7 @@ def evaluate(
         raise UsageError("Give both --reference and --candidate, or --import-vbench with two result files.")
     if dry_run:
         pairing = {"allow_missing": allow_missing, "allow_differences": differences, "allow_overlap": allow_overlap}
-        _show_plan(reference, candidate, as_json, **pairing)
+        _show_plan(reference, candidate, yardstick, as_json, **pairing)
         return
     if out is None:
         raise UsageError("Give --out, the directory for evaluation.json and units.jsonl.")
@@ -147,12 +147,17 @@ def _show(evaluation: Evaluation, out: Path, as_json: bool) -> None:
     ui.info(f"Written to {out / 'evaluation.json'} and {out / 'units.jsonl'}.")
 
 
-def _show_plan(reference: Path | None, candidate: Path | None, as_json: bool, **pairing: Any) -> None:
+def _show_plan(
+    reference: Path | None, candidate: Path | None, yardstick: Path | None, as_json: bool, **pairing: Any
+) -> None:
     from ptq.evaluation import plan
 
     if reference is None or candidate is None:
         raise UsageError("--dry-run plans the measuring of two runs; it needs --reference and --candidate.")
     content = plan(reference, candidate, **pairing)
+    if yardstick is not None:
+        further = plan(reference, yardstick, **{**pairing, "allow_overlap": True})
+        content.update({name: content[name] + further[name] for name in ("seconds", "disk_bytes")})
     if as_json:
         print_json(content)
         return

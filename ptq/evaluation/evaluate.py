@@ -186,6 +186,8 @@ def _measure_yardstick(
     write_units(out / YARDSTICK, _with_scores(lines, scores))
     extra = findings.allowed_differences(reference.info, run.info, YARDSTICK)
     extra += findings.condition_warnings(reference.info, run.info, YARDSTICK)
+    seen, _ = check_overlap(run, (unit.name for _, unit in pairs), allow=True)
+    extra += [f"{seen} of the evaluated prompts are among those that it was calibrated with."] if seen else []
     return measure_yardstick(run.describe(), suite, judgement, scores, lines, extra)
 
 

@@ -173,9 +173,11 @@ def _default_negative_prompt(facts: Facts) -> str | None:
 
 def _evaluate(facts: Facts) -> str:
     evaluation = facts.evaluation
-    suite = get_suite(evaluation.suite)
-    scored = [*evaluation.dimensions, *(name for name in suite.beside if name in evaluation.informative)]
-    narrowed = evaluation.vbench is not None and set(scored) != set(suite.scored)
+    scored, narrowed = list(evaluation.dimensions), False
+    if evaluation.vbench is not None:
+        suite = get_suite(evaluation.suite)
+        scored += [name for name in suite.beside if name in evaluation.informative]
+        narrowed = set(scored) != set(suite.scored)
     options = {
         "suite": evaluation.suite,
         "out": "evaluation",

@@ -59,6 +59,10 @@ def test_allowed_overlap_is_what_the_evaluation_and_the_card_say(runs, packed, t
     assert content["overlap"] == 1 and "1 of 3 evaluated prompts are among those" in content["warnings"][0]
     assert "let pass: the evaluation is not held out" in content["warnings"][0]
     judged = read_evaluation(out)
+    again = ["--yardstick", str(runs[1]), "--candidate", str(runs[0]), "--out", str(tmp_path / "beside")]
+    assert CliRunner().invoke(app, ["evaluate", "--reference", str(runs[0]), *again]).exit_code == 0
+    beside = read_json(tmp_path / "beside" / "evaluation.json")["yardstick"]
+    assert "1 of the evaluated prompts are among those that it was calibrated with." in beside["warnings"]
     assert "1 of the prompts were calibration prompts" in model_card(read_manifest(packed["hif4"]), judged)
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from evaluation_runs import evaluate_runs, make_run, moving_noise, tiny_clips
 from PIL import Image
+from typer.testing import CliRunner
 
+from ptq.cli.main import app
 from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.evaluation import pairs
 from ptq.store.evaluation import read_evaluation
@@ -79,6 +81,10 @@ def test_a_yardstick_stands_beside_and_changes_nothing(tiny, tmp_path):
     assert read_evaluation(tmp_path / "b").yardstick.as_json() == beside
     ours, theirs = (read_jsonl(tmp_path / name / "units.jsonl") for name in ("b/yardstick", "c"))
     assert ours == theirs
+    runs = ["--reference", str(tiny["original"]), "--candidate", str(tiny["again"]), "--dry-run", "--json"]
+    with_it = CliRunner().invoke(app, ["evaluate", *runs, "--yardstick", str(tiny["shuffled"])])
+    plans = [json.loads(CliRunner().invoke(app, ["evaluate", *runs]).stdout), json.loads(with_it.stdout)]
+    assert plans[1]["seconds"] == 2 * plans[0]["seconds"] and plans[1]["units"] == plans[0]["units"]
 
 
 def test_a_yardstick_is_paired_as_strictly_and_on_the_same_units(tiny, tmp_path):

@@ -61,7 +61,10 @@ def test_a_rehearsal_without_a_gate(job, tmp_path: Path) -> None:
     assert not_holding(tmp_path / "core.tar.gz") == []
 
 
-def test_imported_scores_of_the_challenge_pass_and_are_listed_as_not_measured_here(job, tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", [(), ("dynamic_degree",)], ids=["without", "beside"])
+def test_imported_scores_of_the_challenge_pass_and_are_listed_as_not_measured_here(
+    job, tmp_path: Path, beside: tuple[str, ...]
+) -> None:
     files = []
     for role, factor in (("reference", 1.0), ("candidate", 0.999)):
         units = read_run(job.run(role)).units.values()
@@ -73,7 +76,7 @@ def test_imported_scores_of_the_challenge_pass_and_are_listed_as_not_measured_he
                     for i, unit in enumerate(units)
                 ],
             ]
-            for name in get_suite("icme2026").gate
+            for name in (*get_suite("icme2026").gate, *beside)
         }
         files.append(tmp_path / f"{role}.json")
         files[-1].write_text(json.dumps(table))
@@ -81,7 +84,7 @@ def test_imported_scores_of_the_challenge_pass_and_are_listed_as_not_measured_he
     judged = evaluate_runs(
         *runs, tmp_path / "icme", suite="icme2026", resamples=1000, import_vbench=(files[0], files[1])
     )
-    assert judged.verdict == "PASS"
+    assert judged.verdict == "PASS" and ("dynamic_degree" in judged.informative) == bool(beside)
     package(job.checkpoint, tmp_path / "icme", tmp_path / "icme.tar.gz", REPORT)
     claims = verify(tmp_path / "icme.tar.gz", max_bytes=10**9, regenerate=False)
     assert [claim for claim in claims if claim.holds is False] == []
@@ -107,6 +110,10 @@ def test_package_refuses_a_failed_gate_unless_told_and_then_marks_it(job, tmp_pa
         ({"gate": "mean_score"}, "the gate is mean_score, by the rules mean_signed"),
         ({"excluded": {"held-out/x/0": "failed"}}, "1 units are left out"),
         ({"limit": 0.05}, "the limit is 0.05, by the rules 0.005"),
+        (
+            {"yardstick": {"run": {"model": "fp8"}, "units": 4}},
+            "it has a yardstick, whose run is no part of a submission",
+        ),
     ],
     ids=str,
 )
