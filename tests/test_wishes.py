@@ -20,7 +20,7 @@ from ptq.errors import PtqError
 ROOT = Path(__file__).resolve().parents[1]
 GPU = " (GPU)"
 CALIBRATE = "ptq calibrate MODEL --prompts prompts.txt --records-per-prompt 4 --out calibration"
-RTN = "ptq quantize MODEL --calibration calibration --format mxfp4 --recipe rtn --out model-mxfp4"
+RTN = "ptq quantize MODEL --calibration calibration --format mxfp4 --recipe rtn --set scheme.input_rule=even --out model-mxfp4"
 RUNS = (
     "ptq generate MODEL --prompts eval.txt --out runs/original",
     "ptq generate model-hif4 --prompts eval.txt --out runs/hif4",
