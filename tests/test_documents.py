@@ -123,6 +123,15 @@ def test_example_any_module(monkeypatch, tmp_path, capsys) -> None:
     assert 0 < float(output.rsplit(" ", 1)[1]) < 0.05
 
 
+def test_example_quantize_language_model(monkeypatch, tmp_path, capsys) -> None:
+    run_example("quantize_language_model.py", monkeypatch=monkeypatch, folder=tmp_path)
+    count, losses, divergence, original, quantized = capsys.readouterr().out.splitlines()
+    before, after = map(float, re.findall(r"\d\.\d+", losses))
+    assert count == "14 Linears are W4A4" and before < 1.5 and abs(after - before) < 0.02
+    assert 0 < float(divergence.split()[-4]) < 2e-3
+    assert all(int(re.search(r"(\d+) of 64", line)[1]) >= 48 for line in (original, quantized))
+
+
 def test_example_wan_video(packed, monkeypatch, tmp_path) -> None:
     run_example("wan_video.py", packed["hif4"], "a red ball rolls", monkeypatch=monkeypatch, folder=tmp_path)
     assert (tmp_path / "video.mp4").stat().st_size > 500

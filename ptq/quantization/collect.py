@@ -42,9 +42,12 @@ class InputCollector:
         self._samples: list[Tensor] = []
 
     def update(self, x: Tensor, *, batched: bool = False) -> None:
-        """Add the tokens of x [..., K]; where it is `batched`, [R, ..., K], as R updates."""
+        """Add the tokens of x [..., K]; where it is `batched`, [R, ..., K], as R updates. There may be no token (an expert of a
+        mixture that nothing was sent to)."""
         k = x.shape[-1]
         x_tk = x.reshape(-1, k)
+        if not len(x_tk):
+            return
         if self._absmax_k is None:
             self._absmax_k = torch.zeros(k, device=x_tk.device)
             self._h_kk = torch.zeros(k, k, device=x_tk.device) if self._hessian else None

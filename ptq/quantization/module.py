@@ -8,12 +8,13 @@ model is left as it was.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ptq.config import Recipe, load_recipe
 from ptq.config.recipe import check_format
@@ -54,7 +55,7 @@ class ModuleReport:
     Attributes:
         format, recipe: as used (the recipe resolved).
         layers: the replaced Linears, in the model's order.
-        skipped: Linears left alone -> why. Empty where targets were named.
+        skipped: Linears left alone, and other modules that hold matrices -> why. Empty where targets were named.
         passes: how often the batches ran to collect statistics.
     """
 
@@ -85,8 +86,9 @@ def quantize_module(
 
     Args:
         model: any module; it is run in eval mode, and its training flags are restored.
-        batches: keyword arguments of `model.forward`, one mapping a batch, on the model's device. All weigh the same.
-            They run several times; an iterator that can be read only once is kept as a list.
+        batches: keyword arguments of `model.forward`, one mapping a batch, on the model's device. All tokens weigh the
+            same, padding too. They run several times, each time on copies, so that a forward may change what it is
+            given (a cache of keys); an iterator that can be read only once is kept as a list.
         format: name of a registered format ("hif4", "mxfp4", or your own).
         recipe: a recipe's name or file, or a `Recipe`; default: the format's own.
         targets: names of Linears; None takes every plain nn.Linear whose K is a multiple of the group and of the
@@ -98,7 +100,8 @@ def quantize_module(
         The report of every layer.
 
     Raises:
-        UsageError: no batches, a batch that is no mapping, unknown or unsuitable target names, nothing to quantize.
+        UsageError: no batches, a batch that is no mapping or cannot be copied, unknown or unsuitable target names,
+            nothing to quantize.
         SolverError: non-finite weights or activations.
     """
     settings = _settings(format, recipe, seed)
@@ -196,8 +199,20 @@ def _collect(
 
 
 def _run(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
-    for batch in batches:
-        model(**batch)
+    """Every batch once, as it was given: what a forward changes (a cache of keys) are copies.
+
+    What several batches hold, their copies share: of a cache that one batch fills, the next one reads.
+    """
+    memo: dict[int, Any] = {}
+    for index, batch in enumerate(batches):
+        tensors = {id(value): value.detach().clone() for value in batch.values() if isinstance(value, Tensor)}
+        try:
+            others = {name: copy.deepcopy(value, memo) for name, value in batch.items() if id(value) not in tensors}
+        except Exception as error:  # whatever an object's own copying raises
+            raise UsageError(
+                f"Batch {index} cannot be copied ({error}). Batches run several times, and a forward may change what it is given, so each run takes a copy: pass tensors, containers of them and caches, made under torch.no_grad()."
+            ) from error
+        model(**{name: tensors[id(value)] if id(value) in tensors else others[name] for name, value in batch.items()})
 
 
 def _summary(skipped: Mapping[str, str]) -> str:
@@ -205,4 +220,4 @@ def _summary(skipped: Mapping[str, str]) -> str:
     if not skipped:
         return "it has no nn.Linear"
     lines = [f"{name}: {reason}" if name else reason for name, reason in list(skipped.items())[:3]]
-    return "; ".join(lines) + (" ..." if len(skipped) > 3 else "")
+    return "; ".join(lines) + (f"; and {len(skipped) - 3} more" if len(skipped) > 3 else "")

@@ -1,11 +1,13 @@
-"""Which Linears of an arbitrary model can be replaced by quantized ones, and why the others cannot."""
+"""Which Linears of an arbitrary model can be replaced by quantized ones, and why the rest cannot."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
 
+import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from ptq.errors import UsageError
 from ptq.runtime import QuantLinear
@@ -14,7 +16,8 @@ from ptq.runtime import QuantLinear
 def choose_targets(
     model: nn.Module, targets: Sequence[str] | None, multiple: int
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """Name -> Linear to replace, in the model's order, and name -> reason for the Linears that are left alone.
+    """Name -> Linear to replace, in the model's order, and name -> reason for the Linears, and for what else holds matrices,
+    that are left alone.
 
     Args:
         targets: names, or None for every Linear that fits.
@@ -27,7 +30,8 @@ def choose_targets(
     reasons = _obstacles(model, modules, multiple)
     if targets is None:
         fitting = {name: modules[name] for name, reason in reasons.items() if reason is None}
-        return fitting, {name: reason for name, reason in reasons.items() if reason is not None}
+        left = {name: reason for name, reason in reasons.items() if reason is not None}
+        return fitting, left | _others(modules, multiple)
     if not targets:
         raise UsageError("The list of targets is empty; name Linears, or pass None for all that fit.")
     unknown = [name for name in targets if name not in reasons]
@@ -59,6 +63,26 @@ def _obstacles(model: nn.Module, modules: dict[str, nn.Module], multiple: int) -
             tied = [other for other in owners[id(module.weight)] if other != f"{name}.weight"]
             reasons[name] = _obstacle(name, module, multiple, others, tied)
     return reasons
+
+
+def _others(modules: dict[str, nn.Module], multiple: int) -> dict[str, str]:
+    """Modules that hold matrices, or stacks of them, without being a Linear: GPT-2's Conv1D, the experts of a mixture.
+
+    They stay as they are, which a list of Linears would not show. Lookup tables and convolutions are left out.
+    """
+    found = {}
+    for name, module in modules.items():
+        if isinstance(module, (nn.Linear, nn.Embedding, nn.EmbeddingBag, _ConvNd)):
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and _is_matrix(parameter.shape, multiple):
+                kind = type(module).__name__
+                found[name] = f"it is no nn.Linear but a {kind} with its own {own} {list(parameter.shape)}"
+    return found
+
+
+def _is_matrix(shape: torch.Size, multiple: int) -> bool:
+    return len(shape) in (2, 3) and min(shape[-2:]) >= multiple and shape[0] > 1
 
 
 def _obstacle(name: str, linear: nn.Linear, multiple: int, aliases: list[str], tied: list[str]) -> str | None:

@@ -180,6 +180,7 @@ def test_what_is_skipped_and_why():
         "attention.out_proj": "it is a NonDynamicallyQuantizableLinear, whose owner may read its weight directly",
         "alias": "the same module is also shared",
         "shared": "the same module is also alias",
+        "attention": "it is no nn.Linear but a MultiheadAttention with its own in_proj_weight [192, 64]",
     }
     assert torch.isfinite(model(x)).all()
 
