@@ -78,12 +78,15 @@ def variants(format_name: str, widths: set[int]) -> dict[str, Recipe]:
     return found | {f"recipe {name}": load_recipe(name, format_name) for name in others}
 
 
-def record(model: str, layout: ModelLayout, work: Path, name: str, prompts: list[str]) -> CalibrationSet:
+def record(
+    model: str, layout: ModelLayout, work: Path, name: str, prompts: list[str], records_per_prompt: int = 8
+) -> CalibrationSet:
     """Record (or reuse) denoiser inputs of these prompts."""
     found = read_prompts(write_prompt_file(work, name, prompts, images=False))
     source = {"name": found.path.name, "sha256": found.sha256}
     out = work / f"{model}-{name}"
-    calibrate(CalibrationPlan(layout, layout.preset, found.samples, 8, 0, source), lambda: load_pipeline(model), out)
+    plan = CalibrationPlan(layout, layout.preset, found.samples, records_per_prompt, 0, source)
+    calibrate(plan, lambda: load_pipeline(model), out)
     return CalibrationSet(out)
 
 
