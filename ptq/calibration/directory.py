@@ -78,8 +78,12 @@ class CalibrationDirectory(RunDirectory):
         return any((self.path / RECORDS_DIR).glob("[!.]*"))
 
     def refusal(self, different: list[Difference]) -> UsageError:
+        counts = [(len(one.before), len(one.after)) for one in different if one.name == "samples"]
+        hint = "".join(
+            f" ({before} there, {after} asked for: --num-prompts)" for before, after in counts if before != after
+        )
         return UsageError(
-            f"{self.path} holds records made with other settings; different: {name_all(different)}. Records of two settings are never mixed: choose another --out, or pass --fresh to record again."
+            f"{self.path} holds records made with other settings; different: {name_all(different)}{hint}. Records of two settings are never mixed: choose another --out, or pass --fresh to record again."
         )
 
     def delete(self, *, own: bool) -> None:

@@ -29,6 +29,9 @@ from ptq.wan.layout import ModelLayout
 from ptq.wan.pipeline import place_pipeline
 from ptq.wan.preflight import Needs, preflight
 
+PROMPTS = 48
+"""Prompts of a file that `ptq calibrate` takes unless the user says otherwise, or all where there are fewer: more gain little on
+`tiny` (docs/quality.md)."""
 RECORDS_PER_PROMPT = 8
 """Denoiser calls kept of each prompt unless the user says otherwise, both branches; fewer where the sampler makes fewer."""
 

@@ -16,7 +16,9 @@ def calibrate(
     model: options.Model,
     prompts: Annotated[Path, options.PROMPTS],
     out: Annotated[Path, options.OUT],
-    num_prompts: options.NumPrompts = None,
+    num_prompts: Annotated[
+        int | None, typer.Option("--num-prompts", min=1, help="Use the first N prompts. Default: 48, or all.")
+    ] = None,
     steps: options.Steps = None,
     records_per_prompt: Annotated[
         int | None,
@@ -50,7 +52,7 @@ def calibrate(
 
     Example: ptq calibrate tiny --prompts prompts.txt --num-prompts 8 --out calibration
     """
-    from ptq.calibration.prepare import check_out, describe_plan, make_plan, record_plan
+    from ptq.calibration.prepare import PROMPTS, check_out, describe_plan, make_plan, record_plan
     from ptq.prompts import read_prompts
     from ptq.wan.loading import find_model
     from ptq.wan.lora import choose_loras
@@ -73,7 +75,7 @@ def calibrate(
     found = read_prompts(
         prompts,
         prompt_format=prompt_format,
-        limit=num_prompts,
+        limit=num_prompts or PROMPTS,
         exclude=exclude,
         media_root=media_root or (),
         skip_missing=skip_missing and layout.needs_image,

@@ -220,7 +220,7 @@ def test_a_damaged_index_is_refused_and_written_again_from_the_records(t2v, whol
         ({"records": 8}, "records_per_prompt"),
         ({"height": 64}, "preset"),
         ({"guidance_scale": 7.0}, "preset"),
-        ({"count": 4}, "samples"),
+        ({"count": 4}, r"samples \(5 there, 4 asked for: --num-prompts\)"),
     ],
 )
 def test_changed_settings_are_refused_by_name_and_nothing_is_touched(t2v, whole, copy, change, key):
@@ -325,3 +325,12 @@ def test_guidance_of_an_expert_that_is_not_there_is_refused(pipelines, tmp_path)
     command = ["calibrate", str(pipelines["TI2V-5B"]), "--prompts", str(tmp_path / "prompts.txt")]
     result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "records"), "--guidance-scale-2", "3"])
     assert isinstance(result.exception, UsageError) and "one expert" in str(result.exception)
+
+
+@pytest.mark.parametrize(("given", "taken"), [((), 48), (("--num-prompts", "50"), 50), (("--num-prompts", "90"), 60)])
+def test_a_long_file_is_not_recorded_whole_unless_asked_for(given, taken, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"a red ball number {i}\n" for i in range(60)))
+    arguments = ["calibrate", "tiny", "--prompts", str(prompts), "--out", str(tmp_path / "out"), "--dry-run", *given]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0 and f"{taken} of prompts.txt" in result.output
