@@ -17,7 +17,7 @@ from ptq.quantization.job import Job
 from ptq.quantization.placing import Place, choose_place
 from ptq.quantization.probe import Rates, probe
 from ptq.solvers.basis import SEARCH_ROWS
-from ptq.solvers.scales import CHUNK_ELEMENTS, CHUNK_ELEMENTS_CUDA
+from ptq.solvers.scales import CHUNK_ELEMENTS_CUDA
 from ptq.store.files import files_below
 from ptq.store.lora import describe_loras
 from ptq.wan.block import BLOCKS
@@ -105,7 +105,7 @@ def _solve_bytes(job: Job, rows: int, k: int) -> float:
     peak = PLAIN_VALUES * value
     if job.settings.needs_hessian:
         peak = max(squares * square + values * value for squares, values in SOLVE_PHASES)
-        chunk = min(rows * k, CHUNK_ELEMENTS_CUDA if gpu else CHUNK_ELEMENTS)
+        chunk = min(rows * k, CHUNK_ELEMENTS_CUDA) if gpu else 0
         peak = max(peak, 3 * square + 1.25 * value + SEARCH_BYTES * chunk)
     return copy + max(peak, square + EAGER_VALUES * value if gpu else 0.0, outputs + 3.5 * value)
 

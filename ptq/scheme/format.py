@@ -73,6 +73,8 @@ class Format(ABC):
     """Names accepted by `ties`; the first one is the default of every rule that `usual_ties` does not name."""
     searched_scales: ClassVar[str | None] = None
     """What `search_scales` tries, for the report; None: there is no search."""
+    search_elements: ClassVar[int] = 1 << 18
+    """Of a weight that `search_scales` gets at a time on a CPU: temporaries of eager functions stay in the cache."""
     kernel_id: ClassVar[int | None] = None
     """What `ptq.runtime.kernels.formats` knows the format by; None: it runs on the CPU only."""
     block_scaled: ClassVar[bool] = False

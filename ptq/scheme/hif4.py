@@ -54,6 +54,7 @@ class HiF4(Format):
     scale_rules = KNOWN.scale_rules
     ties_options = ("away", "even")
     searched_scales = KNOWN.searched_scales
+    search_elements = 1 << 22  # the compiled search has no temporaries of a weight's size, and splits it over threads
     kernel_id = 1
 
     def steps(self, scales: Tensor) -> Tensor:
@@ -108,29 +109,68 @@ class HiF4(Format):
         return torch.where(used, j + 1, EMPTY).amin(-1), torch.where(used, j, -EMPTY).amax(-1)
 
     def search_scales(self, w_rk: Tensor, weights_k: Tensor | None, scale_rule: str | None = None) -> Tensor:
-        # The group is 8 x 2 x 4: for given S and e8 each four elements choose e16 alone, and each eight choose e8 alone, so
-        # the optimum is exact. Because 2 * S(byte) = S(byte + 4), candidates share steps: 7 x 3 are only 15 different ones.
         p2 = scale_rule == "p2"
-        offsets = P2_OFFSETS if p2 else SEARCHED_OFFSETS
         byte = self.quantize(w_rk, scale_rule="p2" if p2 else None).scales & 0xFF  # [R, G]
         # Rungs are the bytes whose steps the candidates use, S and its doubles: under `p2` every fourth one.
-        spacing = BINADE if p2 else 1
-        lowest, double = min(offsets), BINADE // spacing
-        errors = _quad_errors(w_rk, byte, weights_k, range(lowest, max(offsets) + 2 * BINADE + 1, spacing))
-        count = len(offsets)  # they are neighbours: candidates and their doubles are slices of the rungs
-        by_e8 = _error_by_e8(*(errors[double * shift : double * shift + count] for shift in range(3)))
-        error = torch.minimum(*by_e8).sum(-1)  # [offsets, R, G], ascending
-        tried = torch.tensor(offsets, device=byte.device, dtype=byte.dtype)
-        scales = byte + tried[:, None, None]
-        error = error[(tried - lowest) // spacing].masked_fill_((scales < 0) | (scales >= NAN_SCALE), torch.inf)
-        best_offset = tried[error.argmin(0)]
-        index = ((best_offset - lowest) // spacing).long()[None, :, :, None].expand(1, -1, -1, 16)
-        chosen = [errors.gather(0, index + double * shift)[0] for shift in range(3)]
-        error_e8_0, error_e8_1 = _error_by_e8(*chosen)
-        e8 = error_e8_1 < error_e8_0  # [R, G, 8]
-        high = e8.repeat_interleave(2, dim=-1)
-        e16 = torch.where(high, chosen[2] < chosen[1], chosen[1] < chosen[0])  # [R, G, 16]
-        return join_words(byte + best_offset, e8, e16)
+        offsets, spacing = (P2_OFFSETS, BINADE) if p2 else (SEARCHED_OFFSETS, 1)
+        search = _searched_natively if native.takes(w_rk) else _searched
+        return search(w_rk, byte, weights_k, offsets, spacing)
+
+
+def _searched(w_rk: Tensor, byte: Tensor, weights_k: Tensor | None, offsets: tuple[int, ...], spacing: int) -> Tensor:
+    """The scale words [R, G] of the smallest weighted squared error, among bytes `byte` + offset and all micro-exponents.
+
+    The group is 8 x 2 x 4: for given S and e8 each four elements choose e16 alone, and each eight choose e8 alone, so the optimum
+    is exact. Because 2 * S(byte) = S(byte + 4), candidates share steps: 7 x 3 are only 15 different ones.
+    """
+    lowest, double = min(offsets), BINADE // spacing
+    errors = _quad_errors(w_rk, byte, weights_k, _rungs(offsets, spacing))
+    count = len(offsets)  # they are neighbours: candidates and their doubles are slices of the rungs
+    by_e8 = _error_by_e8(*(errors[double * shift : double * shift + count] for shift in range(3)))
+    error = torch.minimum(*by_e8).sum(-1)  # [offsets, R, G], ascending
+    tried = torch.tensor(offsets, device=byte.device, dtype=byte.dtype)
+    scales = byte + tried[:, None, None]
+    error = error[(tried - lowest) // spacing].masked_fill_((scales < 0) | (scales >= NAN_SCALE), torch.inf)
+    best_offset = tried[error.argmin(0)]
+    index = ((best_offset - lowest) // spacing).long()[None, :, :, None].expand(1, -1, -1, 16)
+    chosen = [errors.gather(0, index + double * shift)[0] for shift in range(3)]
+    error_e8_0, error_e8_1 = _error_by_e8(*chosen)
+    e8 = error_e8_1 < error_e8_0  # [R, G, 8]
+    high = e8.repeat_interleave(2, dim=-1)
+    e16 = torch.where(high, chosen[2] < chosen[1], chosen[1] < chosen[0])  # [R, G, 16]
+    return join_words(byte + best_offset, e8, e16)
+
+
+def _searched_natively(
+    w_rk: Tensor, byte: Tensor, weights_k: Tensor | None, offsets: tuple[int, ...], spacing: int
+) -> Tensor:
+    """`_searched` by a compiled kernel, which needs no temporaries of the errors."""
+    import numpy as np
+
+    from ptq.scheme.native_hif4_search import search
+
+    steps = _steps(byte.flatten(), _rungs(offsets, spacing)).T.contiguous().numpy()
+    weights = torch.ones(w_rk.shape[1]) if weights_k is None else weights_k
+    w, first, columns = (x.contiguous().numpy() for x in (w_rk.detach(), byte, weights.detach()))
+    groups, bytes_n, words = w.reshape(-1, 64), first.reshape(-1), np.empty(first.size, np.int32)
+    table, tried = columns.reshape(-1, 64), np.array(offsets, np.int32)
+
+    def run(part: slice) -> None:
+        search(groups[part], part.start, bytes_n[part], steps[part], table, min(offsets), spacing, tried, words[part])
+
+    native.in_parts(search, w.dtype, len(groups), native.PART_ELEMENTS // 64, run)
+    return torch.from_numpy(words).view(byte.shape)
+
+
+def _rungs(offsets: tuple[int, ...], spacing: int) -> range:
+    """Bytes, relative to a group's own, whose steps the candidates use."""
+    return range(min(offsets), max(offsets) + 2 * BINADE + 1, spacing)
+
+
+def _steps(byte: Tensor, rungs: range) -> Tensor:
+    """S(byte + rung) / 4 as float32 [rungs, ...]. Sixteen bytes down is a factor 16 exactly, and keeps the index below the NaN byte."""
+    below = torch.tensor([rung - 16 for rung in rungs], device=byte.device, dtype=byte.dtype)
+    return scale_values(byte + below.view(-1, *[1] * byte.dim())) * 4.0
 
 
 def _quad_errors(w_rk: Tensor, byte: Tensor, weights_k: Tensor | None, offsets: range) -> Tensor:
@@ -139,9 +179,7 @@ def _quad_errors(w_rk: Tensor, byte: Tensor, weights_k: Tensor | None, offsets: 
     y = w_rk.abs().reshape(*byte.shape, 16, 4).permute(3, 0, 1, 2).contiguous()
     weights = None if weights_k is None else weights_k.reshape(-1, 16, 4).permute(2, 0, 1).unsqueeze(1).contiguous()
     errors = torch.empty((len(offsets), *byte.shape, 16), device=w_rk.device)
-    # Sixteen bytes down is a factor 16 exactly, and keeps the index below the NaN byte.
-    below = torch.tensor([offset - 16 for offset in offsets], device=byte.device, dtype=byte.dtype)
-    steps = (scale_values(byte + below[:, None, None]) * 4.0)[:, None, :, :, None]
+    steps = _steps(byte, offsets)[:, None, :, :, None]
     for step, out in zip(steps.split(RUNGS), errors.split(RUNGS), strict=True):
         level = (y / step).round_().clamp_(max=7.0)
         error = torch.addcmul(y, level, step, value=-1.0).square_()

@@ -17,9 +17,8 @@ from ptq.scheme import Format
 from ptq.solvers.rtn import check_weight
 from ptq.solvers.stats import SolverError
 
-CHUNK_ELEMENTS = 1 << 18
-"""Elements a chunk on a CPU: its temporaries stay in the cache."""
 CHUNK_ELEMENTS_CUDA = 1 << 23
+"""Elements a chunk on a GPU; on a CPU they are the format's."""
 WEIGHT_FLOOR = 1e-4
 """Columns weigh at least this fraction of the mean, so that channels never seen in calibration keep sane scales."""
 
@@ -43,7 +42,7 @@ def search_scales(
     """
     check_weight(w_nk)
     weights = None if weights_k is None else _weights(weights_k, w_nk)
-    chunk = CHUNK_ELEMENTS_CUDA if w_nk.is_cuda else CHUNK_ELEMENTS
+    chunk = CHUNK_ELEMENTS_CUDA if w_nk.is_cuda else fmt.search_elements
     rows = max(1, chunk // w_nk.shape[1])
     return torch.cat([fmt.search_scales(part.float(), weights, scale_rule) for part in w_nk.split(rows)])
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ptq import formats
+from ptq.scheme import hif4, native
 from ptq.solvers import SolverError, round_to_nearest, round_to_scales, search_scales
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
@@ -99,8 +100,25 @@ def test_columns_that_matter_decide(name: str) -> None:
 def test_chunks_do_not_change_the_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fmt, w = formats.get(name), samples(40, 128)
     whole = search_scales(w, fmt)
-    monkeypatch.setattr("ptq.solvers.scales.CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(type(fmt), "search_elements", 1)
     assert torch.equal(search_scales(w, fmt), whole)
+
+
+@pytest.mark.parametrize("rule", [None, "p2"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_compiled_search_of_hif4_chooses_what_the_eager_one_does(rule, weighted, monkeypatch) -> None:
+    fmt, generator = formats.get("hif4"), torch.Generator().manual_seed(0)
+    w = torch.randn(300, 1024, generator=generator) * torch.exp(2 * torch.randn(300, 1024, generator=generator))
+    w[0], w[1, 64:] = 0.0, 0.0
+    w[2:40] *= torch.logspace(-45, 35, 38).unsqueeze(1)
+    weights = torch.rand(1024, generator=generator) ** 4 if weighted else None
+    monkeypatch.setattr(native, "PART_ELEMENTS", 2**14)  # parts that begin inside a row
+    torch.set_num_threads(2)
+    found = search_scales(w, fmt, weights_k=weights, scale_rule=rule)
+    torch.set_num_threads(1)
+    monkeypatch.setattr(hif4, "_searched_natively", hif4._searched)
+    assert torch.equal(found, search_scales(w, fmt, weights_k=weights, scale_rule=rule))
+    assert len(found.unique()) > 1000
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "hif4"])
