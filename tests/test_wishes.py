@@ -106,7 +106,7 @@ def test_the_command_of_a_wish_runs(folder, random_pipelines, monkeypatch, comma
         assert (folder / "model-hif4").is_dir()  # the fixture ran it
     else:
         result = run(command, random_pipelines)
-        assert "GPU" in str(result) if on_gpu(command) else result == 0
+        assert re.search("GPU|CUDA", str(result)) if on_gpu(command) else result == 0
     for words, holds in CHECKS.items():
         if words in command and not on_gpu(command):
             assert holds(folder)
