@@ -1,3 +1,6 @@
-"""The package version, in one place."""
+"""The package version, in one place.
 
-__version__ = "0.1.0"
+Part of what an unfinished checkpoint and a run of videos are made from: another version does not go on with them.
+"""
+
+__version__ = "0.2.0"

@@ -120,7 +120,6 @@ ARTIFACTS = {
     "run-goes-on": Artifact("run.json", RUN, ("plan", "units"), generated, passes=frozenset({"missing"}), beside={"../p.txt": "a red ball\n"}),
     "run-of-other-settings": Artifact("run.json", RUN, ("settings", "steps"), generated, beside={"../p.txt": "a red ball\n"}, named="dir"),
     "unfinished-checkpoint": Artifact("out.partial/run.json", SIGNATURE, ("seed",), by(lambda f: WorkDir(f / "out", SIGNATURE)), named="out.partial"),
-    "unfinished-recipe": Artifact("out.partial/run.json", SIGNATURE, ("recipe", "records", "for_report"), by(lambda f: WorkDir(f / "out", SIGNATURE)), named="out.partial"),
     "run": Artifact("run.json", RUN, ("plan", "units"), evaluated, passes=frozenset({"missing"}), beside={"manifest-0of1.jsonl": LINE}),
     "run-status": Artifact("run.json", RUN, ("plan", "shards"), lambda f: ("status", f), passes=frozenset({"missing"}), beside={"manifest-0of1.jsonl": LINE}),
     "manifest-line": Artifact("manifest-0of1.jsonl", LINE, ("width",), evaluated, line, IN_LINES, {"run.json": RUN}, every=True),

@@ -29,6 +29,7 @@ from ptq.wan.identity import ModelIdentity
 
 SUFFIXES = {"videos": ".mp4", "latents": ".safetensors", "frames": ".npz"}
 """Folder -> ending of the file that a unit has in it."""
+_VERSION_OF = "the version of "
 _PACKAGES = ("torch", "diffusers", "transformers", "av")
 
 
@@ -67,7 +68,7 @@ def comparable(info: RunInfo) -> dict[str, Any]:
         **{f"the LoRA of {expert}": f"{one.sha256[:16]} at {one.strength:g}" for expert, one in info.lora.items()},
         "the dataset": info.dataset,
         **info.settings,
-        **{f"the version of {name}": version for name, version in info.versions.items()},
+        **{f"{_VERSION_OF}{name}": version for name, version in info.versions.items()},
     }
 
 
@@ -112,8 +113,13 @@ class GenerationDirectory(RunDirectory):
             f"{ui.shorten(name)} was {ui.shorten(repr(before))}, now {ui.shorten(repr(after))}"
             for name, before, after in different[:SHOWN_DIFFERENCES]
         )
+        again = (
+            "use the earlier versions"
+            if any(one.name.startswith(_VERSION_OF) for one in different)
+            else "ask for the same again"
+        )
         return PtqError(
-            f"{self.path} holds a run that was made differently: {listed}. Videos of two kinds are never mixed: choose another --out, ask for the same again to continue it, or pass --fresh to delete it and start over."
+            f"{self.path} holds a run that was made differently: {listed}. Videos of two kinds are never mixed: choose another --out, {again} to continue it, or pass --fresh to delete it and start over."
         )
 
     def delete(self, *, own: bool) -> None:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from ptq import ui
-from ptq.checkpoint.manifest import MANIFEST_FILE, BlockEntry, LayerEntry, read_manifest, todays_recipe
+from ptq.checkpoint.manifest import MANIFEST_FILE, BlockEntry, LayerEntry, read_manifest
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header
-from ptq.config.recipe import Recipe, translate
 from ptq.errors import DamagedFileError, UsageError
 from ptq.store.files import (
     PARTIAL_SUFFIX,
@@ -91,19 +90,14 @@ class WorkDir(RunDirectory):
         self.write_settings(anew=self.enter(signature, fresh=fresh))
 
     def found(self) -> dict[str, Any] | None:
-        """The signature of the run that is there; a recipe of an earlier version as today's where that says the same."""
+        """The signature of the run that is there."""
         if not self.settings_path.exists():
             return None
         signature = read_json(self.settings_path)
-        try:
-            recipe, lost = todays_recipe(signature["recipe"], signature["format"])
-            if recipe != signature["recipe"] and not lost:
-                today = Recipe.model_validate(recipe).model_dump(mode="json", exclude={"description"})
-                signature = {**signature, "recipe": today}
-        except (KeyError, TypeError, AttributeError, ValidationError) as error:
+        if not (isinstance(signature, dict) and isinstance(signature.get("versions"), dict)):
             raise DamagedFileError(
-                f"{self.settings_path} does not say what the unfinished run is made from ({type(error).__name__}). Pass --fresh to start over, or choose another --out."
-            ) from error
+                f"{self.settings_path} does not say what the unfinished run is made from. Pass --fresh to start over, or choose another --out."
+            )
         return signature
 
     def foreign(self) -> str | None:
@@ -112,12 +106,11 @@ class WorkDir(RunDirectory):
         return super().foreign() if written and not self.is_complete else None
 
     def refusal(self, different: list[Difference]) -> UsageError:
-        before = {one.name: one.before for one in different}
-        lost = translate(before["recipe"])[1] if isinstance(before.get("recipe"), dict) else {}
-        if lost:
-            keys = ", ".join(f"{ui.shorten(key)} = {ui.shorten(str(value))}" for key, value in lost.items())
+        versions = next((one for one in different if one.name == "versions"), None)
+        before, now = (each.get("wan-ptq") for each in (versions.before, versions.after)) if versions else (None, None)
+        if before != now:
             return UsageError(
-                f"{self.path} holds an unfinished run of an earlier version with recipe keys that are gone ({keys}). Finish it with that version, choose another --out, or pass --fresh to start over."
+                f"{self.path} holds an unfinished run of wan-ptq {ui.shorten(str(before))}, and this is {now}, whose codes may differ. Blocks of two versions are never mixed: finish it with the version that began it, choose another --out, or pass --fresh to start over."
             )
         return UsageError(
             f"{self.path} holds an unfinished run made from something else; different: {name_all(different)}. Blocks of two runs are never mixed: use the earlier settings to finish it, choose another --out, or pass --fresh to start over."

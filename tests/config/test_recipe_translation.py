@@ -6,13 +6,33 @@ import copy
 from typing import Any
 
 import pytest
-from earlier_recipes import EARLIER_RTN
 
 from ptq.config import Recipe, load_recipe
 from ptq.config.recipe import translate
 from ptq.quantization.settings import QuantizeSettings
 from ptq.scheme import Scheme
 
+EARLIER_RTN: dict[str, Any] = {
+    "description": "Plain rounding to nearest, the baseline that every other recipe is compared with.",
+    "format": None,
+    "rounding": "rtn",
+    "rotation": 0,
+    "smoothing": [],
+    "learned_transform": False,
+    "clip_search": False,
+    "bias_correction": False,
+    "weight_scale_rule": None,
+    "gptq": {"damping": 0.03, "act_order": True, "precision": "float32"},
+    "activations": {"scale_rule": None, "ties": None},
+    "records": {
+        "weighting": "d_sigma2",
+        "inputs": "original",
+        "tokens_per_record": 128,
+        "hessian_tokens": None,
+        "for_report": 2,
+    },
+}
+"""The recipe `rtn`, whole, as manifests held it."""
 TUNED = {
     "rounding": "gptq",
     "rotation": 64,

@@ -16,6 +16,7 @@ from generation_helpers import MODEL, SETTINGS, file_digests, lines, make_sample
 from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.generation import ModelIdentity, plan_run, read_status, run_generation
 from ptq.store.sharding import Shard
+from ptq.version import __version__
 
 
 def never_load():
@@ -144,6 +145,20 @@ def test_another_run_in_the_same_directory_is_refused(whole_run: Path, settings,
     with pytest.raises(PtqError, match=named):
         run_generation(never_load, make_samples(4), settings, whole_run, model=model)
     assert (file_digests(whole_run), (whole_run / "run.json").read_bytes()) == before
+
+
+def test_a_run_that_another_version_began_is_refused(whole_run: Path, tmp_path: Path):
+    out = copy_run(whole_run, tmp_path / "run")
+    begun = json.loads((out / "run.json").read_text())
+    begun["versions"]["ptq"] = "0.1.0"
+    (out / "run.json").write_text(json.dumps(begun))
+    wanted = (
+        rf"version of ptq was '0\.1\.0', now '{__version__}'.* use the earlier versions to continue it, or pass --fresh"
+    )
+    with pytest.raises(PtqError, match=wanted):
+        run_generation(never_load, make_samples(4), SETTINGS, out, model=MODEL)
+    assert file_digests(out) == file_digests(whole_run)
+    assert read_status(out).done == 4
 
 
 def test_a_moved_model_is_the_same_model(whole_run: Path):

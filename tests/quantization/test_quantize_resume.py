@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import pytest
-from earlier_recipes import EARLIER_RTN
 from quantization_helpers import (
     FULL,
     file_digests,
@@ -24,6 +23,7 @@ from ptq.errors import DamagedFileError, UsageError
 from ptq.quantization import calls
 from ptq.quantization import expert as expert_module
 from ptq.store.files import read_json, write_json
+from ptq.version import __version__
 
 SETTINGS = {"rtn": make_settings("mxfp4"), "full": make_settings("hif4", *FULL)}
 
@@ -145,45 +145,36 @@ def test_only_the_final_rename_was_missing(model, records, uninterrupted, tmp_pa
     assert file_digests(tmp_path / "out") == file_digests(uninterrupted["full"])
 
 
-EARLIER = {key: value for key, value in EARLIER_RTN.items() if key != "description"} | {
-    "records": EARLIER_RTN["records"] | {"weighting": "uniform"}
-}
-"""As run.json held it."""
-
-
-def unfinished_by_the_earlier_version(model: Path, records: Path, out: Path, **changes) -> None:
-    """A killed run whose recipe has flat keys."""
+def begin(model: Path, records: Path, out: Path) -> Path:
+    """A run that was killed after its first block; returns its settings file."""
     child = start_child(run_and_die, 5, model, records, out, SETTINGS["rtn"])
     child.join(120)
-    signature = out.with_name("out.partial") / "run.json"
-    write_json(signature, {**read_json(signature), "recipe": EARLIER | changes})
-
-
-def test_a_run_begun_with_an_earlier_recipe_goes_on_where_it_says_the_same(model, records, uninterrupted, tmp_path):
-    out = tmp_path / "out"
-    unfinished_by_the_earlier_version(model, records, out)
     assert blocks_done(out) == 1
-    run(model, records, out, SETTINGS["rtn"])
+    return out.with_name("out.partial") / "run.json"
+
+
+def test_a_run_that_another_version_began_is_refused_and_fresh_starts_over(model, records, uninterrupted, tmp_path):
+    """Its codes may differ by the order of sums; whatever else it says differently, the version is the reason."""
+    out = tmp_path / "out"
+    signature = begin(model, records, out)
+    begun = read_json(signature)
+    begun["versions"]["wan-ptq"], begun["recipe"] = "0.1.0", {"rounding": "rtn", "rotation": 0}
+    write_json(signature, begun)
+    before = file_digests(signature.parent)
+    with pytest.raises(UsageError, match=rf"of wan-ptq 0\.1\.0, and this is {__version__}, .*began it.*--fresh"):
+        run(model, records, out, SETTINGS["rtn"])
+    assert file_digests(signature.parent) == before
+    run(model, records, out, SETTINGS["rtn"], fresh=True)
     assert file_digests(out) == file_digests(uninterrupted["rtn"])
 
 
-def test_a_run_begun_with_keys_that_are_gone_is_refused_by_their_names(model, records, tmp_path):
+def test_a_damaged_settings_file_is_refused_and_fresh_starts_over(model, records, uninterrupted, tmp_path):
     out = tmp_path / "out"
-    unfinished_by_the_earlier_version(model, records, out, bias_correction=True)
-    with pytest.raises(UsageError, match=r"recipe keys that are gone \(bias_correction = True\).*--fresh"):
-        run(model, records, out, SETTINGS["rtn"])
-    assert blocks_done(out) == 1
-
-
-@pytest.mark.parametrize(
-    "content", ["{}", "[]", '{"recipe": null}', '{"recipe": {"rotation": 64, "gptq": {"x": 1}}, "format": "hif4"}']
-)
-def test_a_damaged_settings_file_is_refused_and_fresh_starts_over(model, records, uninterrupted, tmp_path, content):
-    out = tmp_path / "out"
-    unfinished_by_the_earlier_version(model, records, out)
-    (out.with_name("out.partial") / "run.json").write_text(content)
-    with pytest.raises(DamagedFileError, match=r"run\.json does not say.*--fresh"):
-        run(model, records, out, SETTINGS["rtn"])
+    signature = begin(model, records, out)
+    for content in ("{}", "[]", '{"versions": null}', '{"versions": [], "format": "hif4"}'):
+        signature.write_text(content)
+        with pytest.raises(DamagedFileError, match=r"run\.json does not say.*--fresh"):
+            run(model, records, out, SETTINGS["rtn"])
     run(model, records, out, SETTINGS["rtn"], fresh=True)
     assert file_digests(out) == file_digests(uninterrupted["rtn"])
 
