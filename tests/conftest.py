@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from once import made_once
 
+from ptq import known
+
+SHIPPED = list(known.FORMATS), list(known.TRANSFORMS)
 STEPS = 6
 GENERATE = {
     "prompt": "a red ball",
@@ -38,31 +42,31 @@ def one_thread() -> None:
 @pytest.fixture(scope="module", autouse=True)
 def same_names() -> Iterator[None]:
     """What a test registers is taken back: the next module of the process, whichever that is, sees what ships."""
-    from ptq import known
-
     yield
-    assert list(known.FORMATS) == ["mxfp4", "hif4"]
-    assert list(known.TRANSFORMS) == ["none", "hadamard", "smoothed", "learned"]
+    assert (list(known.FORMATS), list(known.TRANSFORMS)) == SHIPPED
 
 
 class RandomPipelines(dict[str, Path]):
     """Variant -> a random pipeline directory, made when it is first asked for."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
         super().__init__()
-        self._root = root
+        self._factory = factory
 
     def __missing__(self, variant: str) -> Path:
         from random_model import make_random_pipeline
 
-        self[variant] = make_random_pipeline(self._root / variant, variant, max_shard_bytes=600_000)
+        def make(path: Path) -> None:
+            make_random_pipeline(path, variant, max_shard_bytes=600_000)
+
+        self[variant] = made_once(self._factory, f"pipeline-{variant}", make)
         return self[variant]
 
 
 @pytest.fixture(scope="session")
 def random_pipelines(tmp_path_factory: pytest.TempPathFactory) -> RandomPipelines:
     """Variant -> a random pipeline directory: 2 blocks of width 128, bf16 transformers in several shards."""
-    return RandomPipelines(tmp_path_factory.mktemp("pipelines"))
+    return RandomPipelines(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -71,20 +75,24 @@ def packed(random_pipelines: dict[str, Path], tmp_path_factory: pytest.TempPathF
 
     hif4: two experts (T2V-A14B), rotated and smoothed. mxfp4: one expert (TI2V-5B), learned transform, block 1 kept in bf16.
     """
-    root = tmp_path_factory.mktemp("packed")
-    (root / "prompts.txt").write_text("a red ball rolls over the grass\na dog runs along the beach\n", encoding="utf-8")
-    return {
-        "hif4": _quantize(
-            random_pipelines["T2V-A14B"], root, "hif4", ("scheme.transform=smoothed", "solver.smoothing=[0.5]"), {}
-        ),
-        "mxfp4": _quantize(
-            random_pipelines["TI2V-5B"],
-            root,
-            "mxfp4",
+    wanted: dict[str, tuple[str, tuple[str, ...], dict]] = {
+        "hif4": ("T2V-A14B", ("scheme.transform=smoothed", "solver.smoothing=[0.5]"), {}),
+        "mxfp4": (
+            "TI2V-5B",
             ("scheme.transform=learned", "scheme.block=32"),
             {"transformer": {1: "kept for the test"}},
         ),
     }
+
+    def make(root: Path) -> None:
+        root.mkdir()
+        prompts = "a red ball rolls over the grass\na dog runs along the beach\n"
+        (root / "prompts.txt").write_text(prompts, encoding="utf-8")
+        for name, (variant, overrides, protected) in wanted.items():
+            _quantize(random_pipelines[variant], root, name, overrides, protected)
+
+    root = made_once(tmp_path_factory, "packed", make)
+    return {name: root / name for name in wanted}
 
 
 @pytest.fixture(scope="session")

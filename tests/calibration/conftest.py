@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from calibration_helpers import record
+from once import made_once
 from PIL import Image
 from random_model import make_random_pipeline
 
@@ -11,11 +12,14 @@ from random_model import make_random_pipeline
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small random pipeline of each variant."""
-    root = tmp_path_factory.mktemp("calibration-models")
-    return {
-        variant: make_random_pipeline(root / variant, variant, layers=1, width=64, dtype=torch.float32)
-        for variant in ("T2V-A14B", "I2V-A14B", "TI2V-5B")
-    }
+    variants = ("T2V-A14B", "I2V-A14B", "TI2V-5B")
+
+    def make(root: Path) -> None:
+        for variant in variants:
+            make_random_pipeline(root / variant, variant, layers=1, width=64, dtype=torch.float32)
+
+    root = made_once(tmp_path_factory, "calibration-models", make)
+    return {variant: root / variant for variant in variants}
 
 
 @pytest.fixture(scope="session")
@@ -26,9 +30,7 @@ def t2v(pipelines: dict[str, Path]) -> Path:
 @pytest.fixture(scope="session")
 def whole(t2v: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five prompts recorded in one go: what every interrupted or shared recording must equal."""
-    out = tmp_path_factory.mktemp("whole") / "records"
-    assert record(t2v, out, 5)["complete"]
-    return out
+    return made_once(tmp_path_factory, "calibration-whole", lambda out: record(t2v, out, 5))
 
 
 @pytest.fixture(scope="session")

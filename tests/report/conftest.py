@@ -8,16 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from once import made_once
 from report_helpers import SENSITIVITY, SETTINGS, UNITS, Job, make_run, page_of, tiny_clips
 
 
 @pytest.fixture(scope="session")
 def job(packed: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Read-only; `copy_job` makes one that a test may change."""
+    return Job(made_once(tmp_path_factory, "demo", lambda root: make_job(root, packed)))
+
+
+def make_job(root: Path, packed: dict[str, Path]) -> None:
     from ptq.evaluation import evaluate_runs
     from ptq.generation import identify_model
 
-    job = Job(tmp_path_factory.mktemp("job") / "demo")
+    job = Job(root)
     shutil.copytree(packed["hif4"], job.checkpoint)
     (job.checkpoint / "ptq_sensitivity.json").write_text(json.dumps(SENSITIVITY))
     (job.root / "calibration").mkdir()
@@ -35,7 +40,6 @@ def job(packed: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Jo
     make_run(job.run("reference"), clips, prompts=prompts, info={**common, "model": "tiny"})
     make_run(job.run("candidate"), worse, prompts=prompts, info={**common, "model": "hif4", "checkpoint": checkpoint})
     evaluate_runs(job.run("reference"), job.run("candidate"), job.evaluation, suite="tiny", resamples=1000)
-    return job
 
 
 @pytest.fixture

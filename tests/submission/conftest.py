@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from once import made_once
 
 from ptq.report import Report
 from ptq.store.files import read_json, write_bytes, write_json
@@ -45,6 +46,10 @@ class Job:
 @pytest.fixture(scope="session")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Calibration, checkpoint (plain rounding), both runs of four prompts, evaluation by suite tiny."""
+    return Job(made_once(tmp_path_factory, "submission", make_job))
+
+
+def make_job(root: Path) -> None:
     from ptq import generation
     from ptq.calibration.prepare import make_plan, record_plan
     from ptq.cli.common import quiet_libraries
@@ -58,8 +63,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     from ptq.tiny.grammar import calibration_prompts, held_out_prompts, write_prompt_file
     from ptq.wan.loading import resolve_model
 
+    root.mkdir()
     quiet_libraries()
-    made, layout = Job(tmp_path_factory.mktemp("job")), resolve_model("tiny")
+    made, layout = Job(root), resolve_model("tiny")
     prompts = {
         name: write_prompt_file(made.root, name, texts, images=False)
         for name, texts in (("calibration-prompts", calibration_prompts(1)), ("held-out", held_out_prompts(UNITS)))
@@ -74,21 +80,25 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         identity = generation.identify_model(model, found.path)
         generation.make_videos(found, samples, chosen, made.run(role), model=identity, prompts=source)
     evaluate_runs(made.run("reference"), made.run("candidate"), made.evaluation, suite="tiny", resamples=1000)
-    return made
 
 
 @pytest.fixture(scope="session")
 def archive(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("archive") / "submission.tar.gz"
-    package(job.checkpoint, job.evaluation, path, REPORT, allow_failing=True)
-    return path
+
+    def make(path: Path) -> None:
+        package(job.checkpoint, job.evaluation, path, REPORT, allow_failing=True)
+
+    return made_once(tmp_path_factory, "submission.tar.gz", make)
 
 
 @pytest.fixture(scope="session")
 def unpacked(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("unpacked")
-    extract_archive(archive, root, 10**9)
-    return root
+
+    def make(root: Path) -> None:
+        root.mkdir()
+        extract_archive(archive, root, 10**9)
+
+    return made_once(tmp_path_factory, "submission-unpacked", make)
 
 
 class Tampered:
