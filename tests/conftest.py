@@ -17,6 +17,7 @@ from once import made_once
 from ptq import known
 
 SHIPPED = list(known.FORMATS), list(known.TRANSFORMS)
+"""What is known before `ptq.scheme` is imported."""
 STEPS = 6
 GENERATE = {
     "prompt": "a red ball",
@@ -43,7 +44,8 @@ def one_thread() -> None:
 def same_names() -> Iterator[None]:
     """What a test registers is taken back: the next module of the process, whichever that is, sees what ships."""
     yield
-    assert (list(known.FORMATS), list(known.TRANSFORMS)) == SHIPPED
+    names = list(known.FORMATS), list(known.TRANSFORMS)
+    assert names == SHIPPED, "a test left a name registered, or ptq/known.py lacks one that ptq.scheme registers"
 
 
 class RandomPipelines(dict[str, Path]):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ptq.formats import Codes, get
+from ptq.formats import FORMATS, Codes, get
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = (
@@ -16,7 +16,7 @@ CASES = (
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["mxfp4", "hif4"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_golden_vectors(name, case):
     vectors, fmt = load_file(GOLDEN / f"{name}.safetensors"), get(name)
     x, values = vectors[f"{case}.input"], vectors[f"{case}.dequantized"]
