@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+import tomllib
 from pathlib import Path
 
 import loras
@@ -108,6 +109,18 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_the_guide_shows_the_whole_way() -> None:
     shown = {line.split()[1] for line in shown_commands(ROOT / "docs" / "guide.md")}
     assert shown >= {"prompts", "calibrate", "quantize", "generate", "evaluate", "report", "package", "verify"}
+
+
+def test_the_lowest_versions_that_are_promised_are_those_that_are_run() -> None:
+    """What CI installs from constraints-lowest.txt is what pyproject.toml promises, version for version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["lora"]]
+    promised = [one.partition(";")[0].strip().lower().split(">=") for one in wanted]
+    text = (ROOT / "constraints-lowest.txt").read_text().lower()
+    run = re.findall(r"^([\w-]+)==(\S+)$", text, flags=re.MULTILINE)
+    versions = [{name: re.sub(r"(\.0)+$", "", version) for name, version in found} for found in (promised, run)]
+    assert versions[0] == versions[1]
+    assert "constraints-lowest.txt" in (ROOT / ".github/workflows/ci.yml").read_text()
 
 
 def run_example(name: str, *arguments: object, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
