@@ -10,6 +10,7 @@ from ptq.cli.main import app
 from ptq.errors import UsageError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "formats"), [("tiny-outliers", ["hif4", "mxfp4"]), ("tiny-i2v", ["mxfp4"])])
 def test_the_whole_job(model: str, formats: list[str], tmp_path: Path) -> None:
     out = tmp_path / "demo"

@@ -108,6 +108,7 @@ def chains() -> dict[str, list[str]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", chains())
 def test_commands_run_as_they_are_shown(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chain: str

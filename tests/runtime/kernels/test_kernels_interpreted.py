@@ -12,6 +12,7 @@ import pytest
 
 from ptq.scheme import FORMATS
 
+pytestmark = pytest.mark.slow
 CASES = sorted((Path(__file__).parent / "interpreted").glob("case_*.py"))
 
 
