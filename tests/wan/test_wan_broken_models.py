@@ -115,7 +115,9 @@ BROKEN = {
     "encoder-shape": Broken(
         edit("text_encoder/config.json", d_ff=128), ("text_encoder: tensor", "asks for [128, 128]")
     ),
-    "encoder-config": Broken(edit("text_encoder/config.json", d_kv="wide"), ("text_encoder/config.json", "d_kv")),
+    "encoder-config": Broken(
+        edit("text_encoder/config.json", d_kv="wide"), ("text_encoder/config.json does not describe",)
+    ),
     "encoder-of-another-model": Broken(
         edit("text_encoder/config.json", d_model=64), ("text_encoder: tensor", "not of one model")
     ),
