@@ -12,6 +12,8 @@ from ptq.errors import FormatError
 
 BLOCK_SIZES = (16, 32, 64, 128)
 """Of a Hadamard rotation and of learned blocks."""
+RESIDUAL_BLOCK = 64
+"""Input channels of a residual block (`ptq.scheme.residual`): whole groups of every format that has them."""
 
 
 @dataclass(frozen=True)

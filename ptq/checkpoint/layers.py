@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.shards import ShardSet
+from ptq.errors import PtqError
 from ptq.runtime import PackedWeight, QuantLinear
 from ptq.scheme import Scheme, get_format
 from ptq.scheme.placement import summarize
@@ -18,13 +19,23 @@ PACKED = ".weight_packed"
 
 
 def replace_linears(model: nn.Module, packed: PackedConfig) -> list[str]:
-    """Replace, in place and on the meta device, every Linear that `packed` declares; returns their names."""
+    """Replace, in place and on the meta device, every Linear that `packed` declares; returns their names.
+
+    Raises:
+        PtqError: residual blocks that a layer does not have, or of no such layer.
+    """
     modules = dict(model.named_modules())
     names = [name for name in packed.layer_names(modules) if isinstance(modules[name], nn.Linear)]
+    unknown = sorted((packed.residual or {}).keys() - set(names))
+    if unknown:
+        raise PtqError(
+            f"quantization_config lists residual blocks of {unknown[0]}, which is no quantized layer of this model ({len(unknown)} such). The configuration is damaged or of another model; copy the checkpoint again."
+        )
     for name in names:
         linear = modules[name]
         sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-        model.set_submodule(name, QuantLinear(*sizes, packed.scheme, device="meta"))
+        residual = packed.residual_of(name, linear.in_features)
+        model.set_submodule(name, QuantLinear(*sizes, packed.scheme, residual=residual, device="meta"))
     return names
 
 

@@ -24,17 +24,22 @@ decoded_cache = from_environment()
 def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """x [..., K] of any float dtype -> [..., N] in the same dtype."""
     scheme = weight.scheme
-    quantized = shared_input(x, weight.basis, scheme, lambda: scheme.quantize_input(x, _decoded_basis(weight)))
+    blocks = weight.blocks
+    quantized = shared_input(
+        x, weight.basis, (scheme, blocks), lambda: scheme.quantize_input(x, _decoded_basis(weight), blocks)
+    )
     bias = None if weight.bias is None else weight.bias.float()
-    n, k = weight.n, weight.k
-    decoded = decoded_cache.get((weight.codes, weight.scales), 4 * n * k, weight.decode)
+    n, k = weight.n, weight.width
+    stored = (weight.codes, weight.scales)
+    stored += () if weight.residual is None else (weight.residual,)
+    decoded = decoded_cache.get(stored, 4 * n * k, weight.operand)
     if decoded is not None:
         return F.linear(quantized, decoded, bias).to(x.dtype)
     output = quantized.new_empty(*x.shape[:-1], n)
     rows = max(1, TILE_BYTES // (4 * k))
     for start in range(0, n, rows):
         tile = slice(start, min(start + rows, n))
-        output[..., tile] = F.linear(quantized, weight.decode(tile), None if bias is None else bias[tile])
+        output[..., tile] = F.linear(quantized, weight.operand(tile), None if bias is None else bias[tile])
     return output.to(x.dtype)
 
 

@@ -6,6 +6,7 @@ it is computed is decided per call and device: `ptq.runtime.backends` chooses, `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ptq.runtime import ops
 from ptq.runtime.unreadable import REFUSAL, UnreadableWeight
 from ptq.runtime.weight import PackedWeight
 from ptq.scheme import Codes, Scheme
+from ptq.scheme.residual import check_blocks, to_flags
 
 
 class QuantLinear(nn.Linear):
@@ -29,12 +31,13 @@ class QuantLinear(nn.Linear):
         in_features, out_features: K and N; K must be a multiple of the group and of the transform's block.
         bias: whether the layer has a bias.
         scheme: the numerics.
+        residual: numbers of the input blocks that have a residual; None where the recipe gives none to any layer.
         device, dtype: where and in which float dtype to create bias (packed dtypes are fixed).
 
     `weight` answers dtype, device and shape, and refuses to be read or written; it is no parameter.
 
     Raises:
-        FormatError: K does not fit the scheme.
+        FormatError: K does not fit the scheme, or blocks that K does not have.
     """
 
     weight_packed: nn.Parameter
@@ -48,12 +51,18 @@ class QuantLinear(nn.Linear):
         bias: bool,
         scheme: Scheme,
         *,
+        residual: Sequence[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's would make a weight
         scheme.check_width(in_features)
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        # No parameter: where offloading moves a layer to, what a kernel is called with is asked of the CPU.
+        self.residual: Tensor | None = None
+        if residual is not None:
+            check_blocks(residual, in_features)
+            self.residual = to_flags(residual, in_features)
         tensors = scheme.tensors(out_features, in_features)
         basis = tensors.pop(scheme.transform.tensor or "", None)
         for name, (shape, stored) in tensors.items():
@@ -63,14 +72,24 @@ class QuantLinear(nn.Linear):
             setattr(self, str(scheme.transform.tensor), _frozen(torch.empty(basis[0], dtype=basis[1], device=device)))
 
     @classmethod
-    def from_codes(cls, codes: Codes, scheme: Scheme, bias: Tensor | None, basis: Tensor | None) -> QuantLinear:
-        """A layer holding given codes (of the weight in the basis), bias [N], and the basis as the transform stores it."""
-        return cls.from_packed(PackedWeight(*scheme.format.pack(codes), bias, basis, scheme))
+    def from_codes(
+        cls,
+        codes: Codes,
+        scheme: Scheme,
+        bias: Tensor | None,
+        basis: Tensor | None,
+        residual: Sequence[int] | None = None,
+    ) -> QuantLinear:
+        """A layer holding given codes (of the weight in the basis), bias [N], the basis as the transform stores it, and
+        the numbers of the blocks that have a residual."""
+        flags = None if residual is None else to_flags(residual, codes.elements.shape[-1])
+        return cls.from_packed(PackedWeight(*scheme.format.pack(codes), bias, basis, scheme, flags))
 
     @classmethod
     def from_packed(cls, weight: PackedWeight) -> QuantLinear:
         """A layer holding a packed weight."""
         layer = cls(weight.k, weight.n, weight.bias is not None, weight.scheme, device="meta")
+        layer.residual = weight.residual
         layer.weight_packed, layer.weight_scale = _frozen(weight.codes), _frozen(weight.scales)
         layer.bias = None if weight.bias is None else _frozen(weight.bias)
         if weight.scheme.transform.tensor is not None:
@@ -101,7 +120,8 @@ class QuantLinear(nn.Linear):
         held: dict[str, Any] = self._parameters  # read at every call: attributes of nn.Module are several times slower
         name = self.scheme.transform.tensor
         basis = None if name is None else held[name]
-        return PackedWeight(held["weight_packed"], held["weight_scale"], held.get("bias"), basis, self.scheme)
+        own = held["weight_packed"], held["weight_scale"], held.get("bias"), basis, self.scheme
+        return PackedWeight(*own, self.residual)
 
     def codes(self) -> Codes:
         """The unpacked codes."""
@@ -121,7 +141,8 @@ class QuantLinear(nn.Linear):
         return ops.linear(input, self.packed)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme.key}"
+        residual = f", {len(self.packed.blocks)} residual blocks" if self.residual is not None else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme.key}{residual}"
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

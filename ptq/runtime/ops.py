@@ -21,20 +21,34 @@ from ptq.scheme.placement import DECODED
 
 @torch.library.custom_op("ptq::linear", mutates_args=())
 def linear_op(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, basis: Tensor | None, scheme: str
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    basis: Tensor | None,
+    scheme: str,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """x [..., K] -> [..., N] in x's dtype on the backend that `ptq.runtime.backends.choose` picks."""
-    weight = PackedWeight(codes, scales, bias, basis, Scheme.from_key(scheme))
+    weight = PackedWeight(codes, scales, bias, basis, Scheme.from_key(scheme), residual)
     placement = DECODED if x.device.type == "cpu" else placement_of(weight)
     m, machine = x.numel() // x.shape[-1], backends.machine_of(x.device)
-    call = backends.Call(weight.scheme, m, weight.n, weight.k, placement, machine)
+    call = backends.Call(weight.scheme, m, weight.n, weight.width, placement, machine)
     choice = backends.choose(call, backends.forced_backend())
     backends.report_once(weight.scheme.format.name, choice.backend.name, choice.reason)
     return execute(choice.backend, x, weight, placement)
 
 
 @linear_op.register_fake
-def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, basis: Tensor | None, scheme: str) -> Tensor:
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    basis: Tensor | None,
+    scheme: str,
+    residual: Tensor | None = None,
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
@@ -49,7 +63,7 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and backends.forced_backend() in (None, "cpu"):
         backends.report_once(weight.scheme.format.name, cpu.CPU.name, cpu.CPU.merit)
         return cpu.linear(x, weight)
-    return linear_op(x, weight.codes, weight.scales, weight.bias, weight.basis, weight.scheme.key)
+    return linear_op(x, weight.codes, weight.scales, weight.bias, weight.basis, weight.scheme.key, weight.residual)
 
 
 def execute(backend: backends.Backend, x: Tensor, weight: PackedWeight, placement: Placement) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from ptq.errors import FormatError, PtqError
 from ptq.scheme.format import Format, get_format
 from ptq.scheme.hadamard import Hadamard
+from ptq.scheme.residual import columns
 from ptq.scheme.smoothing import Smoothed
 from ptq.scheme.transform import UNCHANGED, Transform, get_transform
 
@@ -86,12 +87,18 @@ class Scheme:
         """Input [..., K] of any float dtype -> float32, in the basis in which it is quantized."""
         return self.transform.input(x.float(), basis)
 
-    def quantize_input(self, x: Tensor, basis: Tensor | None) -> Tensor:
-        """Input [..., K] of any float dtype -> float32 values on the format's grid: change of basis, then quantize."""
+    def quantize_input(self, x: Tensor, basis: Tensor | None, residual: Sequence[int] = ()) -> Tensor:
+        """Input [..., K] of any float dtype -> float32 values on the format's grid: change of basis, then quantize.
+
+        residual: R blocks whose quantized residual stands behind them, [..., K + 64 R] (`ptq.scheme.residual`).
+        """
+        fmt, rule = self.format, self.input_rule
         changed = self.transform_input(x, basis)
-        if self.transform.makes_tensor:
-            return self.format.fake_quantize_(changed, scale_rule=self.input_rule)
-        return self.format.fake_quantize(changed, scale_rule=self.input_rule)
+        rest = columns(changed, residual) if residual else None  # a copy: values may take the place of what they are of
+        values = (fmt.fake_quantize_ if self.transform.makes_tensor else fmt.fake_quantize)(changed, scale_rule=rule)
+        if rest is None:
+            return values
+        return torch.cat((values, fmt.fake_quantize_(rest - columns(values, residual), scale_rule=rule)), -1)
 
     # Other forms.
 
