@@ -76,6 +76,7 @@ def _dot_scaled(x: Tensor, w: PackedWeight, placement: Placement) -> Tensor:
 
     a = quantized_input(x, w, "packed")
     assert a.scales is not None
+    w = w.widened()
     return gemm_dot_scaled(a.values, a.scales, w.codes, w.scales, w.bias, x.dtype)
 
 
@@ -115,7 +116,7 @@ def _bf16_decode(x: Tensor, w: PackedWeight, placement: Placement) -> Tensor:
 
     a = quantized_input(x, w, "bf16").values
     if a.shape[0] <= FEW_ROWS:
-        return gemm_packed(a, w, x.dtype)
+        return gemm_packed(a, w.widened(), x.dtype)
     expanded = expand_weight(w, DECODED)
     if x.dtype == torch.bfloat16:
         return F.linear(a, expanded, None if w.bias is None else w.bias.to(torch.bfloat16))
@@ -124,13 +125,15 @@ def _bf16_decode(x: Tensor, w: PackedWeight, placement: Placement) -> Tensor:
 
 
 def quantized_input(x: Tensor, w: PackedWeight, out: Output) -> QuantizedInput:
-    """x [..., K] quantized by the GPU kernel, [M, K]; shared by layers that read the same x with the same numerics."""
+    """x [..., K] quantized by the GPU kernel, [M, w.width]; shared by layers that read the same x with the same numerics."""
     from ptq.runtime.kernels.quantize import quantize
 
-    def run() -> QuantizedInput:
-        return quantize(x.reshape(-1, x.shape[-1]), w.basis, w.scheme, out, e_ref=E_REF)
+    blocks = w.blocks
 
-    return shared_input(x, w.basis, (w.scheme, out), run)
+    def run() -> QuantizedInput:
+        return quantize(x.reshape(-1, x.shape[-1]), w.basis, w.scheme, out, residual=blocks, e_ref=E_REF)
+
+    return shared_input(x, w.basis, (w.scheme, out, blocks), run)
 
 
 for backend in (

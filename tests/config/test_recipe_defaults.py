@@ -17,7 +17,7 @@ from ptq.config.recipe import RecordSettings, SchemeSettings, SolverSettings
 PACKAGE = Path(ptq.__file__).parent
 HOME = PACKAGE / "config" / "recipe.py"
 KEYS = {name for group in (SchemeSettings, SolverSettings, RecordSettings) for name in group.model_fields}
-NEUTRAL = {"transform": {"UNCHANGED", "UNCHANGED.kind"}, "block": {"0"}}
+NEUTRAL = {"transform": {"UNCHANGED", "UNCHANGED.kind"}, "block": {"0"}, "residual": {"()"}}
 """Besides None: that nothing is done is no choice of a value."""
 
 

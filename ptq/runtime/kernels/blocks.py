@@ -196,10 +196,12 @@ def unpack_nibbles(packed):
 
 
 @triton.jit
-def store_packed(nibbles, scales, unit, inside, values_ptr, scales_ptr, L: tl.constexpr):
-    """Nibbles int32 [R, L] and scales [R, L / group] of the units with these numbers, in a checkpoint's layout."""
+def store_packed(nibbles, scales, start, inside, values_ptr, scales_ptr, L: tl.constexpr):
+    """Nibbles int32 [R, L] and scales [R, L / group], the elements of each row from `start` on, in a checkpoint's layout."""
     half: tl.constexpr = L // 2
-    per_unit: tl.constexpr = scales.shape[1]
-    base = unit.to(tl.int64)[:, None]
-    tl.store(values_ptr + base * half + tl.arange(0, half)[None, :], pack_nibbles(nibbles), mask=inside[:, None])
-    tl.store(scales_ptr + base * per_unit + tl.arange(0, per_unit)[None, :], scales, mask=inside[:, None])
+    groups: tl.constexpr = scales.shape[1]
+    first = start[:, None]
+    values_at = values_ptr + first // 2 + tl.arange(0, half)[None, :]
+    scales_at = scales_ptr + first // (L // groups) + tl.arange(0, groups)[None, :]
+    tl.store(values_at, pack_nibbles(nibbles), mask=inside[:, None])
+    tl.store(scales_at, scales, mask=inside[:, None])

@@ -35,16 +35,28 @@ def decode_tile(packed, scales, exponent, FORMAT: tl.constexpr):
 
 @triton.jit
 def store_tile(
-    x, unit, offset, inside, values_ptr, scales_ptr, counters_ptr,
+    x, start, offset, inside, values_ptr, scales_ptr, counters_ptr,
     FORMAT: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, RULE: tl.constexpr,
     E_REF: tl.constexpr,
 ):  # fmt: skip
     """Round float32 [ROWS, L], one unit a row, by the format's RULE (`Format.kernel_rule`), and store it as OUT says.
 
-    unit: number of each row's unit. offset: of each element in `values_ptr` where it is not packed. inside: rows to store.
+    start: number of each row's first element in the output, int64. offset: of each element in `values_ptr` where it is not
+    packed. inside: rows to store.
     """
     if FORMAT == HIF4:
-        hif4.store(x, unit, offset, inside, values_ptr, scales_ptr, counters_ptr, L, ROWS, OUT, RULE, E_REF)
+        hif4.store(x, start, offset, inside, values_ptr, scales_ptr, counters_ptr, L, ROWS, OUT, RULE, E_REF)
     else:
         tl.static_assert(FORMAT == MXFP4, "no device functions for this format")
-        mxfp4.store(x, unit, offset, inside, values_ptr, scales_ptr, counters_ptr, L, ROWS, OUT, RULE, E_REF)
+        mxfp4.store(x, start, offset, inside, values_ptr, scales_ptr, counters_ptr, L, ROWS, OUT, RULE, E_REF)
+
+
+@triton.jit
+def round_tile(x, FORMAT: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr, RULE: tl.constexpr):
+    """float32 [ROWS, L] -> the values that `store_tile` would store, float32 [ROWS, L]."""
+    if FORMAT == HIF4:
+        values, _, _ = hif4.rounded(x, RULE, False)
+    else:
+        tl.static_assert(FORMAT == MXFP4, "no device functions for this format")
+        values = mxfp4.rounded(x, L, ROWS, RULE)
+    return values

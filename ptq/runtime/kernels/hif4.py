@@ -255,13 +255,13 @@ def count_outside(nibbles, quarter, E_REF: tl.constexpr, counters_ptr):
 
 @triton.jit
 def store(
-    x, unit, offset, inside, values_ptr, scales_ptr, counters_ptr,
+    x, start, offset, inside, values_ptr, scales_ptr, counters_ptr,
     L: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, RULE: tl.constexpr, E_REF: tl.constexpr,
 ):  # fmt: skip
     """Round float32 [ROWS, L] and store it; see `ptq.runtime.kernels.formats.store_tile`."""
     if OUT == "packed":
         nibbles, word, _ = rounded(x, RULE, True)
-        b.store_packed(nibbles, tl.reshape(word, (ROWS, L // 64)), unit, inside, values_ptr, scales_ptr, L)
+        b.store_packed(nibbles, tl.reshape(word, (ROWS, L // 64)), start, inside, values_ptr, scales_ptr, L)
     else:
         values, _, _ = rounded(x, RULE, False)
         if OUT == "bf16":

@@ -81,6 +81,14 @@ def scale_bytes(groups, RULE: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, L: tl.constexpr, ROWS: tl.constexpr, RULE: tl.constexpr):
+    """float32 [ROWS, L] -> its values on the grid, float32 [ROWS, L]."""
+    groups = tl.reshape(x, (ROWS * L // 32, 32))
+    byte = scale_bytes(groups, RULE)
+    return tl.reshape(round_groups(groups, byte) * e8m0_value(byte)[:, None], (ROWS, L))
+
+
+@triton.jit
 def e2m1_nibbles(values):
     """E2M1 values float32 (any of +-{0, .5, 1, 1.5, 2, 3, 4, 6}) -> nibbles int32."""
     bits = b.magnitude_bits(values)
@@ -113,7 +121,7 @@ def count_outside(values, byte, E_REF: tl.constexpr, counters_ptr):
 
 @triton.jit
 def store(
-    x, unit, offset, inside, values_ptr, scales_ptr, counters_ptr,
+    x, start, offset, inside, values_ptr, scales_ptr, counters_ptr,
     L: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, RULE: tl.constexpr, E_REF: tl.constexpr,
 ):  # fmt: skip
     """Round float32 [ROWS, L] and store it; see `ptq.runtime.kernels.formats.store_tile`."""
@@ -123,9 +131,9 @@ def store(
         value = tl.where((byte == 255)[:, None], 0.0, round_groups(groups, byte))
         nibbles = tl.reshape(e2m1_nibbles(value), (ROWS, L))
         scales = tl.reshape(byte, (ROWS, L // 32)).to(tl.uint8)
-        b.store_packed(nibbles, scales, unit, inside, values_ptr, scales_ptr, L)
+        b.store_packed(nibbles, scales, start, inside, values_ptr, scales_ptr, L)
     elif OUT == "bf16":
-        value = tl.reshape(round_groups(groups, byte) * e8m0_value(byte)[:, None], (ROWS, L))
+        value = rounded(x, L, ROWS, RULE)
         tl.store(values_ptr + offset, b.to_bf16(value), mask=inside[:, None])
     else:
         if counters_ptr is not None:

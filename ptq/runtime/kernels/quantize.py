@@ -11,6 +11,8 @@ neighbouring code.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,12 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ptq.known import RESIDUAL_BLOCK
 from ptq.runtime.kernels import blocks as b
 from ptq.runtime.kernels import formats as f
 from ptq.scheme import Format, FormatError, Hadamard, HiF4, Scheme
 from ptq.scheme.format import EMPTY
 from ptq.scheme.hadamard import rotation_factors
 from ptq.scheme.placement import E5M2_RANGE, E_REF
+from ptq.scheme.residual import columns
 
 Output = Literal["packed", "fp8", "bf16"]
 OUTPUT_DTYPES = {"packed": torch.uint8, "fp8": torch.float8_e5m2, "bf16": torch.bfloat16}
@@ -34,6 +38,7 @@ STEPS = 8
 MANY_ROWS = 4096
 """From so many rows on; with fewer a program takes one tile, or there would be too few programs."""
 WARPS = 4
+RESIDUAL_SIZE = tl.constexpr(RESIDUAL_BLOCK)
 SMALL_TILE, SMALL_TILE_WARPS = 2048, 8
 """Where HiF4's `mse` writes packed codes, which spills registers with more elements a thread."""
 
@@ -43,7 +48,8 @@ class QuantizedInput:
     """Activations on the format's grid.
 
     Attributes:
-        values: [M, K/2] uint8 nibbles ("packed"), [M, K] float8_e5m2 in units of 2^e_ref ("fp8") or bfloat16 ("bf16").
+        values: [M, K/2] uint8 nibbles ("packed"), [M, K] float8_e5m2 in units of 2^e_ref ("fp8") or bfloat16 ("bf16"); with
+            residual blocks K is wider, see `Scheme.quantize_input`.
         scales: [M, K/group] as in a checkpoint, for "packed" only.
         e_ref: reference exponent of "fp8" (0 otherwise).
     """
@@ -54,7 +60,14 @@ class QuantizedInput:
 
 
 def quantize(
-    x: Tensor, basis: Tensor | None, scheme: Scheme, out: Output, *, e_ref: int = 0, counters: Tensor | None = None
+    x: Tensor,
+    basis: Tensor | None,
+    scheme: Scheme,
+    out: Output,
+    *,
+    residual: Sequence[int] = (),
+    e_ref: int = 0,
+    counters: Tensor | None = None,
 ) -> QuantizedInput:
     """Change the basis of activations and quantize them.
 
@@ -62,6 +75,7 @@ def quantize(
         x: bfloat16, float16 or float32 [M, K]; rows may be strided, the last dimension is made contiguous.
         basis: what the scheme's transform stores, or None.
         out: what to write.
+        residual: numbers of the blocks whose residual is written behind the row.
         e_ref: "fp8" holds value / 2^e_ref.
         counters: int32 [2] on the device; the number of blocks saturated and underflowed in "fp8" is added to it.
 
@@ -72,29 +86,35 @@ def quantize(
     m, k = x.shape
     if x.stride(-1) != 1:
         x = x.contiguous()
-    fmt = scheme.format
-    values = torch.empty((m, k // 2 if out == "packed" else k), dtype=OUTPUT_DTYPES[out], device=x.device)
-    scale_shape = (m, k // fmt.group_size)
+    fmt, width = scheme.format, k + RESIDUAL_BLOCK * len(residual)
+    values = torch.empty((m, width // 2 if out == "packed" else width), dtype=OUTPUT_DTYPES[out], device=x.device)
+    scale_shape = (m, width // fmt.group_size)
     scales = torch.empty(scale_shape, dtype=fmt.scale_dtype, device=x.device) if out == "packed" else None
     if m:
         chosen = constants(scheme, out, x.dtype, k, e_ref, m)
         unit, rows = scheme.multiple, chosen["ROWS"] * chosen["STEPS"]
         grid = (triton.cdiv(m, rows) * (k // unit) if chosen["BLOCKS"] else triton.cdiv(m * (k // unit), rows),)
         basis = basis if basis is None else basis.contiguous()
-        arguments = (x, basis, values, scales, counters, m, x.stride(0))
+        arguments = (x, basis, values, scales, counters, m, x.stride(0), width)
         quantize_kernel[grid](*arguments, **chosen, **options(scheme, out))
+        if residual:
+            parts = parts_of(tuple(residual), unit, x.device)
+            of_parts = (x, basis, parts, values, scales, counters, m, x.stride(0), width)
+            residual_kernel[(triton.cdiv(m, rows) * len(parts),)](*of_parts, **chosen, **options(scheme, out))
     return QuantizedInput(values, scales, e_ref if out == "fp8" else 0)
 
 
 def quantize_reference(
-    x: Tensor, basis: Tensor | None, scheme: Scheme, out: Output, *, e_ref: int = 0
+    x: Tensor, basis: Tensor | None, scheme: Scheme, out: Output, *, residual: Sequence[int] = (), e_ref: int = 0
 ) -> QuantizedInput:
     """The same in torch, from `ptq.scheme`. Same arguments, result and errors."""
     check_output(scheme, out)
+    values = scheme.quantize_input(x, basis, residual)
     if out == "packed":
-        codes = scheme.format.quantize(scheme.transform_input(x, basis), scale_rule=scheme.input_rule)
-        return QuantizedInput(*scheme.format.pack(codes))
-    values = scheme.quantize_input(x, basis)
+        changed = scheme.transform_input(x, basis)
+        rest = columns(changed, residual) - columns(values[..., : changed.shape[-1]], residual)
+        both = torch.cat((changed, rest), -1)
+        return QuantizedInput(*scheme.format.pack(scheme.format.quantize(both, scale_rule=scheme.input_rule)))
     if out == "bf16":
         return QuantizedInput(values.to(torch.bfloat16), None)
     return QuantizedInput((values * 2.0**-e_ref).clamp(-57344.0, 57344.0).to(torch.float8_e5m2), None, e_ref)
@@ -162,6 +182,15 @@ def constants(scheme: Scheme, out: Output, dtype: torch.dtype, k: int, e_ref: in
     }
 
 
+@functools.lru_cache(maxsize=1024)
+def parts_of(residual: tuple[int, ...], unit: int, device: torch.device) -> Tensor:
+    """Residual blocks -> numbers of the parts of rows that programs of `residual_kernel` take, int32 on the device: blocks, or
+    units where these are shorter."""
+    parts = max(RESIDUAL_BLOCK // unit, 1)
+    numbers = [block * parts + part for block in residual for part in range(parts)]
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+
 @triton.jit
 def quantize_kernel(
     x_ptr,
@@ -171,6 +200,7 @@ def quantize_kernel(
     counters_ptr,
     M,
     stride_m,
+    width,
     K: tl.constexpr,
     L: tl.constexpr,
     ROWS: tl.constexpr,
@@ -187,7 +217,7 @@ def quantize_kernel(
     """STEPS tiles of ROWS units; a unit is L consecutive elements of a row, and rows hold K / L units.
 
     With BLOCKS the units of a program lie in one column of units, whose matrix is decoded once; else they follow each other
-    along rows.
+    along rows. width: of a row of the output, which may go on behind its K elements.
     """
     UNITS: tl.constexpr = K // L
     if BLOCKS:
@@ -199,11 +229,11 @@ def quantize_kernel(
     for step in range(STEPS):
         index = first + step * ROWS + tl.arange(0, ROWS)
         if BLOCKS:
-            unit = index * UNITS + block
+            first_column = block * L
             row = index
             column = block * L + tl.arange(0, L)[None, :]
         else:
-            unit = index
+            first_column = (index % UNITS) * L
             row = index // UNITS
             column = (index % UNITS)[:, None] * L + tl.arange(0, L)[None, :]
         inside = row < M
@@ -214,8 +244,69 @@ def quantize_kernel(
             x = x.to(tl.float32) * tl.load(basis_ptr + column, mask=inside[:, None], other=0.0).to(tl.float32)
         if ROTATION > 0:
             x = b.rotate(x, ROTATION, FACTOR, PARTS)
-        offset = row.to(tl.int64)[:, None] * K + column
+        before = row.to(tl.int64) * width
         f.store_tile(
-            x.to(tl.float32), unit, offset, inside, values_ptr, scales_ptr, counters_ptr,
+            x.to(tl.float32), before + first_column, before[:, None] + column, inside, values_ptr, scales_ptr, counters_ptr,
             FORMAT, L, ROWS, OUT, RULE, E_REF,
+        )  # fmt: skip
+
+
+@triton.jit
+def residual_kernel(
+    x_ptr,
+    basis_ptr,
+    parts_ptr,
+    values_ptr,
+    scales_ptr,
+    counters_ptr,
+    M,
+    stride_m,
+    width,
+    K: tl.constexpr,
+    L: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    OUT: tl.constexpr,
+    ROTATION: tl.constexpr,
+    FACTOR: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PARTS: tl.constexpr,
+    RULE: tl.constexpr,
+    E_REF: tl.constexpr,
+):
+    """The residual of one part of STEPS tiles of rows, behind the K elements of their output; `parts_of` numbers the parts.
+
+    A part has L elements, or 64 of a unit of more. What it is the residual of is computed again: a few columns, while one
+    kernel for both would make every column wait for them.
+    """
+    SIZE: tl.constexpr = L if L < RESIDUAL_SIZE else RESIDUAL_SIZE
+    count = width - K
+    position = tl.program_id(0) % (count // SIZE)
+    first = (tl.program_id(0) // (count // SIZE)) * (ROWS * STEPS)
+    part = tl.load(parts_ptr + position)
+    unit = part * SIZE // L
+    column = unit * L + tl.arange(0, L)[None, :]
+    target = K + position * SIZE
+    if BLOCKS:
+        matrix = b.load_e4m3(basis_ptr + unit * L * L, L)
+    for step in range(STEPS):
+        row = first + step * ROWS + tl.arange(0, ROWS)
+        inside = row < M
+        x = tl.load(x_ptr + row.to(tl.int64)[:, None] * stride_m + column, mask=inside[:, None], other=0.0)
+        if BLOCKS:
+            x = b.multiply_block(x, matrix, PARTS)
+        elif basis_ptr is not None:
+            x = x.to(tl.float32) * tl.load(basis_ptr + column, mask=inside[:, None], other=0.0).to(tl.float32)
+        if ROTATION > 0:
+            x = b.rotate(x, ROTATION, FACTOR, PARTS)
+        x = x.to(tl.float32)
+        if L > SIZE:
+            own = (tl.arange(0, L // SIZE) == part % (L // SIZE))[None, :, None]
+            x = tl.sum(tl.where(own, tl.reshape(x, (ROWS, L // SIZE, SIZE)), 0.0), 1)
+        rest = x - f.round_tile(x, FORMAT, SIZE, ROWS, RULE)
+        before = row.to(tl.int64) * width + target
+        f.store_tile(
+            rest, before, before[:, None] + tl.arange(0, SIZE)[None, :], inside, values_ptr, scales_ptr, counters_ptr,
+            FORMAT, SIZE, ROWS, OUT, RULE, E_REF,
         )  # fmt: skip

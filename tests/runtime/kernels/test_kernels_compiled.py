@@ -130,8 +130,9 @@ def compile_quantize(family, basis, name, rule, out, rows=512):
     values = {"fp8": "*fp8e5", "packed": "*u8", "bf16": "*bf16"}[out]
     signature = {"x_ptr": "*bf16", "basis_ptr": {"smoothed": "*bf16", "learned": "*u8"}.get(transform)}
     signature |= {"values_ptr": values, "scales_ptr": SCALES[name] if out == "packed" else None}
-    signature |= {"counters_ptr": None, "M": "i32", "stride_m": "i32"}
-    aligned = [name for name in ("x_ptr", "basis_ptr", "values_ptr", "scales_ptr", "stride_m") if signature[name]]
+    signature |= {"counters_ptr": None, "M": "i32", "stride_m": "i32", "width": "i32"}
+    names = ("x_ptr", "basis_ptr", "values_ptr", "scales_ptr", "stride_m", "width")
+    aligned = [name for name in names if signature[name]]
     constants = quantize.constants(scheme, out, torch.bfloat16, K, 0, rows)
     options = quantize.options(scheme, out)
     binary = compile_for(family, quantize.quantize_kernel, signature, constants, aligned, options)
@@ -208,8 +209,9 @@ def test_instructions_an_element_on_hopper(job):
 @pytest.mark.parametrize("family", [90, 120])
 def test_expand_weight(family, name, dtype):
     signature = {"packed_ptr": "*u8", "scale_ptr": SCALES[name], "out_ptr": f"*{dtype}", "exponent": "i32", "N": "i32"}
+    signature |= {"width": "i32"}
     constants = expand_weight.constants(get_format(name), K)
-    aligned = ("packed_ptr", "scale_ptr", "out_ptr")
+    aligned = ("packed_ptr", "scale_ptr", "out_ptr", "width")
     kernel = expand_weight.expand_kernel
     check_resources(compile_for(family, kernel, signature, constants, aligned, expand_weight.OPTIONS), family)
 
@@ -224,7 +226,13 @@ def test_one_row():
     signature = descriptors(tile, "fp8e5", "fp8e4nv") | {"out_ptr": "*bf16", "factor": "fp32", "N": "i32"}
     constants = gemm_fp8.constants(tile, K) | {"M": 1}
     check_resources(compile_for(90, gemm_fp8.gemm_fp8_kernel, signature, constants, (), tile.options), 90)
-    signature = {"packed_ptr": "*u8", "scale_ptr": "*u8", "out_ptr": "*fp8e4nv", "row_exponents_ptr": "*i32"}
+    signature = {
+        "packed_ptr": "*u8",
+        "scale_ptr": "*u8",
+        "out_ptr": "*fp8e4nv",
+        "row_exponents_ptr": "*i32",
+        "width": "i32",
+    }
     constants = expand_weight.constants(get_format("mxfp4"), K) | {"exponent": 1, "N": 1}
     check_resources(compile_for(90, expand_weight.expand_kernel, signature, constants, (), expand_weight.OPTIONS), 90)
 

@@ -20,6 +20,7 @@ from ptq.scheme import Placement, Scheme
 from ptq.scheme.format import pack_nibbles
 from ptq.scheme.learned import encode_blocks
 from ptq.scheme.placement import DECODED, E4M3_RANGE
+from ptq.scheme.residual import to_flags
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -177,6 +178,37 @@ def test_whole_layer_equals_the_fake_quant_reference(backend, name, row_spread, 
     found = ops.execute(BACKENDS[backend], x, weight, ops.placement_of(weight))
     assert found.dtype == torch.bfloat16
     assert relative_error(found, cpu.linear(x.float(), weight)) < 2**-8 + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "row_spread", "rows"),
+    [
+        ("triton-fp8", "mxfp4", 20, 70),
+        ("dot-scaled", "mxfp4", 0, 70),
+        ("bf16-decode", "mxfp4", 0, 10),
+        ("bf16-decode", "hif4", 0, 70),
+    ],
+)
+def test_residual_blocks_of_a_whole_layer(backend, name, row_spread, rows, monkeypatch):
+    if backend == "dot-scaled" and TRITON < (3, 9):
+        pytest.skip("the interpreter of this triton has no dot_scaled")
+    monkeypatch.setattr("ptq.runtime.kernels.gemm_dot_scaled.tile_for", lambda *_: Tile(32, 32, 128))
+    x, weight = layer_case(name, row_spread, rows, "learned")
+    plain = cpu.linear(x.float(), weight)
+    weight = dataclasses.replace(weight, residual=to_flags((0, 2), weight.k))
+    expected = cpu.linear(x.float(), weight)
+    found = ops.execute(BACKENDS[backend], x, weight, ops.placement_of(weight))
+    assert relative_error(found, expected) < 2**-8 + 1e-5
+    assert relative_error(plain, expected) > 0.03  # it is another product
+
+
+@pytest.mark.parametrize(("name", "row_spread"), [("mxfp4", 0), ("mxfp4", 20), ("hif4", 0)])
+def test_expanded_columns_of_residual_blocks(name, row_spread):
+    weight = dataclasses.replace(packed_weight(70, 192, name, row_spread), residual=to_flags((0, 2), 192))
+    placement = place(weight)
+    found = expand_weight(weight, placement)
+    assert found.shape == (70, 320) and torch.equal(found.float(), expand_weight_reference(weight, placement).float())
+    assert torch.equal(weight.widened().decode(), weight.operand())
 
 
 def exact_scaled_mm(a, w, a_factor, w_factor, *, bias=None, out_dtype, use_fast_accum):

@@ -56,6 +56,31 @@ def check(x, basis, scheme, out, **options):
     assert_equal(quantize(x, basis, scheme, out, **options), quantize_reference(x, basis, scheme, out, **options))
 
 
+RESIDUAL_CASES = [
+    ("mxfp4", "even", "packed", "learned", 32),
+    ("mxfp4", "mse", "fp8", "smoothed", 32),
+    ("mxfp4", "floor", "bf16", "learned", 128),
+    ("hif4", "mse", "bf16", "learned", 64),
+    ("hif4", "reference", "packed", "learned", 128),
+    ("hif4", "p2", "fp8", "none", 0),
+]
+
+
+@pytest.mark.parametrize(("name", "rule", "out", "transform", "block"), RESIDUAL_CASES)
+def test_residual_blocks(name, rule, out, transform, block, monkeypatch):
+    """The residual of some blocks behind the row; units of 32 and of 128 channels are shorter and longer than a block."""
+    x, smooth = exact_input(3, 256)
+    basis = {"none": None, "smoothed": smooth}.get(transform)
+    basis = exact_blocks(256, block) if transform == "learned" else basis
+    scheme = Scheme.of(name, transform=transform, block=block, input_rule=rule)
+    check(x, basis, scheme, out, residual=(0, 3))
+    if (name, rule) == ("mxfp4", "even"):
+        monkeypatch.setattr("ptq.runtime.kernels.quantize.MANY_ROWS", 1)  # a program walks several tiles
+        plain, wide = (quantize(x, basis, scheme, out, residual=blocks).values for blocks in ((), (1,)))
+        assert torch.equal(wide[:, : plain.shape[1]].view(torch.uint8), plain.view(torch.uint8))
+        assert wide.shape[1] - plain.shape[1] == (32 if out == "packed" else 64)
+
+
 def exact_blocks(k, size, seed=0):
     """Learned blocks whose entries are multiples of 1/8, so that sums with `exact_input` are exact."""
     entries = torch.randint(-8, 9, (k // size, size, size), generator=torch.Generator().manual_seed(seed))
