@@ -33,6 +33,7 @@ class LayerEntry(Schema):
     tokens, weights only (absent where the recipe needs no Hessian). weight_sqnr_db: None where weight or error is zero.
     tokens: of the records, in the Hessian (where the recipe needs none: replayed); sample_tokens: those of the searches.
     basis: off, the exponent of smoothing, or learned; basis_errors: output errors of what it was chosen from.
+    residual_blocks: their numbers; errors of single layers are without them, those of blocks and experts with them.
     """
 
     expert: PlainName
@@ -52,6 +53,7 @@ class LayerEntry(Schema):
     damping: float | None = None
     damping_retries: Count = 0
     dead_columns: Count = 0
+    residual_blocks: tuple[Count, ...] = Field(default=(), strict=False)
 
 
 class BlockEntry(Schema):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ptq.config.recipe import Recipe
 from ptq.errors import FormatError, UsageError
-from ptq.known import check_rule, find_format, find_transform
+from ptq.known import RESIDUAL_BLOCK, check_rule, find_format, find_transform
 
 
 def check_fit(recipe: Recipe, name: str, format_name: str) -> None:
@@ -14,8 +14,8 @@ def check_fit(recipe: Recipe, name: str, format_name: str) -> None:
         name: of the recipe, for messages.
 
     Raises:
-        UsageError: an unknown transform, blocks or scale rules that the format does not take, a search or exponents of
-            smoothing where there are none.
+        UsageError: an unknown transform, blocks or scale rules that the format does not take, a search, exponents of
+            smoothing or residual blocks where there are none.
     """
     scheme, solver = recipe.scheme, recipe.solver
     try:
@@ -30,6 +30,10 @@ def check_fit(recipe: Recipe, name: str, format_name: str) -> None:
     if rule is not None and rule not in fmt.scale_rules:
         raise UsageError(
             f"Recipe {name}: {fmt.title} has no scale rule {rule!r} for solver.weight_rule; choose one of {', '.join(fmt.scale_rules)}."
+        )
+    if solver.residual and RESIDUAL_BLOCK % fmt.group_size:
+        raise UsageError(
+            f"Recipe {name}: residual blocks have {RESIDUAL_BLOCK} channels, which are no whole groups of the {fmt.group_size} of {fmt.title}. Leave solver.residual at 0."
         )
     if solver.smoothing and not transform.smooths:
         raise UsageError(

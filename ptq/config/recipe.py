@@ -62,6 +62,7 @@ class SolverSettings(_Strict):
             scales of a kind of its own, among which they then are (HiF4's p2: powers of two).
         damping: added to the Hessian's diagonal, as a share of its mean; grows tenfold (counted) when not enough.
         act_order: round columns by descending Hessian diagonal.
+        residual: share of an expert's products that residual blocks may add; the blocks are chosen on the records. 0: none.
     """
 
     rounding: Literal["rtn", "gptq"] = "rtn"
@@ -70,11 +71,17 @@ class SolverSettings(_Strict):
     weight_rule: str | None = None
     damping: float = Field(default=0.03, gt=0, le=1)
     act_order: bool = True
+    residual: float = Field(default=0.0, ge=0, le=0.5)
 
     @property
     def needs_hessian(self) -> bool:
         """Whether the Hessians of the inputs are read."""
         return self.rounding == "gptq" or self.clip_search
+
+    @property
+    def needs_records(self) -> bool:
+        """Whether anything is taken from the calibration records."""
+        return self.needs_hessian or self.residual > 0
 
     def describe(self) -> str:
         """How weights are rounded."""

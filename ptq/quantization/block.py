@@ -146,7 +146,7 @@ def install(block: nn.Module, solutions: Mapping[str, LayerSolution], scheme: Sc
         # The layer's own copy: on disk Linears of one input do not share the basis.
         basis = None if solution.basis is None else solution.basis.clone()
         bias = None if linear.bias is None else linear.bias.to(solution.codes.elements.device, torch.float32)
-        layer = QuantLinear.from_codes(solution.codes, scheme, bias, basis)
+        layer = QuantLinear.from_codes(solution.codes, scheme, bias, basis, solution.residual)
         block.set_submodule(name, layer.to(linear.weight.device))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,21 +24,25 @@ from ptq.quantization.block import (
 )
 from ptq.quantization.job import Job
 from ptq.quantization.placing import Place, solve_device
+from ptq.quantization.residual import ChosenBlocks, choose_residual, input_gains, listed, probed
 from ptq.quantization.shared_inputs import InputGroup
 from ptq.quantization.workdir import STREAMS_DIR, WorkDir
 from ptq.quantization.writer import BlockWriter
 from ptq.runtime import QuantLinear
+from ptq.scheme.residual import to_flags
 from ptq.wan.block import block_prefix
+from ptq.wan.replay import run_block
 
 
 @dataclass
 class ExpertResult:
-    """What one expert yields: entries of the changed tensors and the manifest's rows."""
+    """What one expert yields: entries of the changed tensors, the manifest's rows, residual blocks as `PackedConfig` has them."""
 
     changed: dict[str, TensorEntry]
     blocks: list[BlockEntry]
     layers: list[LayerEntry]
     summary: ExpertEntry
+    residual: dict[str, tuple[int, ...]] | None = None
 
 
 class ExpertRun:
@@ -59,12 +64,20 @@ class ExpertRun:
         self._groups: list[InputGroup] = []
         self._calls = job.calls(name, self.replay)
         self._batches = self._calls.batches
-        self._original = self._calls.start(place, work.path / STREAMS_DIR)
+        self._start = lambda: self._calls.start(place, work.path / STREAMS_DIR)
+        self._original = self._start()
         self._propagated = self._calls.copy(self._original, place, work.path / STREAMS_DIR)
+        self._residual: ChosenBlocks | None = None
 
     def run(self, bar: ui.Progress) -> ExpertResult:
         """Quantize every block, or take it from an earlier run, and measure the denoiser's output error."""
         result = ExpertResult({}, [], [], ExpertEntry(expert=self.name, denoiser_error=0.0, records=self._calls.count))
+        share, protected = self.settings.recipe.solver.residual, self.settings.high_precision.get(self.name, {})
+        if share:
+            unprotected = [index for index in range(self.replay.num_blocks) if index not in protected]
+            self._solve_all(unprotected, bar)
+            self._residual = choose_residual(self.work, self.name, unprotected, share)
+            result.residual = listed(self._residual)
         with BlockWriter(self.work, self.name) as writer:
             for index in range(self.replay.num_blocks):
                 entries, info = self._block(index, writer)
@@ -76,6 +89,25 @@ class ExpertRun:
         error = self._calls.output_error(self._original, self._propagated)
         result.summary = result.summary.model_copy(update={"denoiser_error": error})
         return result
+
+    def _solve_all(self, blocks: Sequence[int], bar: ui.Progress) -> None:
+        """Solve and write those of these blocks that are not there yet, on the original stream alone."""
+        missing = [index for index in blocks if self.work.load_block(self.name, index) is None]
+        with BlockWriter(self.work, self.name) as writer:
+            for index in range(self.replay.num_blocks):
+                if missing and index <= missing[-1]:
+                    start, block = time.monotonic(), self.replay.load_block(index)
+                    if index in missing:
+                        info = self._solve(index, block)
+                        self._put(
+                            writer, index, block, {**info, "block": self._row(index, time.monotonic() - start, None)}
+                        )
+                    else:
+                        forward_stream(block, self._batches, self._original, self._original, self.replay.device)
+                bar.advance(note=f"{self.name} block {index}, codes")
+        self._processes.wait()
+        del self._original  # its memory is that of the next one
+        self._original = self._start()
 
     def _block(self, index: int, writer: BlockWriter) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
         """Entries of a block that was finished before, and the manifest's rows of the block."""
@@ -90,8 +122,22 @@ class ExpertRun:
                 self._fill(block, index, finished[0])
             forward_stream(block, self._batches, self._propagated, self._propagated, device)
             entries, info = finished or ({}, {"layers": []})
+            if self._residual is not None:
+                rows = [{**row, "residual_blocks": self._residual[index][row["layer"]]} for row in info["layers"]]
+                info = {**info, "layers": rows}
             seconds = info["block"]["seconds"] if finished else time.monotonic() - start
             return entries, {**info, "block": self._row(index, seconds, reason)}
+        info = self._solve(index, block)
+        forward_stream(block, self._batches, self._propagated, self._propagated, device)
+        info["block"] = self._row(index, time.monotonic() - start, None)
+        self._put(writer, index, block, info)
+        return {}, info
+
+    def _solve(self, index: int, block: nn.Module) -> dict[str, Any]:
+        """Put a block's codes in the place of its Linears; returns the manifest's rows of them. Moves the original stream."""
+        device = self.replay.device
+        probes = probed(self._batches) if self.settings.recipe.solver.residual else []
+        before = [probe.of(self._original).clone() for probe in probes]
         replayed = (self._batches, self._original, self.settings, device)
         if self._groups:
             collectors = collect_statistics(block, self._groups, *replayed)
@@ -104,12 +150,22 @@ class ExpertRun:
             n, k = solution.codes.elements.shape
             row = {"expert": self.name, "block": index, "layer": linear, "shape": (n, k), **solution.stats}
             layers.append(LayerEntry.model_validate(row).model_dump(mode="json"))
+        inputs = []
+        if probes and self._processes.first:
+            after = [probe.of(self._original) for probe in probes]
+
+            def outputs() -> list[Tensor]:
+                pairs = zip(before, probes, strict=True)
+                return [run_block(block, hidden.to(device), probe.context()) for hidden, probe in pairs]
+
+            inputs = input_gains(block, self._groups, solutions, self.settings.scheme, outputs, after)
         install(block, solutions, self.settings.scheme)
-        forward_stream(block, self._batches, self._propagated, self._propagated, device)
-        info = {"block": self._row(index, time.monotonic() - start, None), "layers": layers}
+        return {"layers": layers, "inputs": inputs}
+
+    def _put(self, writer: BlockWriter, index: int, block: nn.Module, info: dict[str, Any]) -> None:
+        """Write a solved block; one process does."""
         if self._processes.first:
             writer.put(index, changed_tensors(block, block_prefix(index)), info)
-        return {}, info
 
     def _say_where(self, block: nn.Module) -> None:
         """Tell which inputs are solved on the CPU though the run has a GPU."""
@@ -143,7 +199,10 @@ class ExpertRun:
         for name in layer_names(tensors):
             linear = block.get_submodule(name)
             bias = None if linear.bias is None else linear.bias.float()
-            layer = QuantLinear.from_packed(read_layer(tensors.__getitem__, name, self.settings.scheme, bias))
+            weight = read_layer(tensors.__getitem__, name, self.settings.scheme, bias)
+            if self._residual is not None:
+                weight = replace(weight, residual=to_flags(self._residual[index][name], weight.k))
+            layer = QuantLinear.from_packed(weight)
             block.set_submodule(name, layer.to(self.replay.device))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ptq.config.recipe import check_format
 from ptq.errors import UsageError
 from ptq.quantization.block import install, make_collector, solve_block
 from ptq.quantization.collect import InputCollector, collecting
+from ptq.quantization.residual import with_residual
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.shared_inputs import InputGroup, find_shared_inputs
 from ptq.quantization.targets import choose_targets
@@ -39,6 +40,7 @@ class ModuleLayer:
         shares_input_with: all Linears that read the same input, this one included.
         tokens: rows of the input that calibration saw.
         stats: errors and choices, as `ptq.solvers.solve.LayerSolution.stats` describes them.
+        residual_blocks: their numbers; they are no tensors, so not in a state dict (`QuantLinear` takes them).
     """
 
     name: str
@@ -46,6 +48,7 @@ class ModuleLayer:
     shares_input_with: tuple[str, ...]
     tokens: int
     stats: Mapping[str, object]
+    residual_blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,8 +167,11 @@ def _quantize(
                 n, k = solved[name].codes.elements.shape
                 layers[name] = ModuleLayer(name, (n, k), group.names, group.tokens, solved[name].stats)
         solutions |= solved
+    solutions = with_residual(model, solutions, groups, settings, lambda: _outputs(model, batches[0]))
     install(model, solutions, settings.scheme)  # only now, so that every pass saw the original model
-    return layers, len(passes)
+    return {name: replace(one, residual_blocks=solutions[name].residual or ()) for name, one in layers.items()}, len(
+        passes
+    )
 
 
 def _pack(groups: Sequence[InputGroup], settings: QuantizeSettings, limit: int) -> list[list[InputGroup]]:
@@ -213,6 +219,12 @@ def _run(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
                 f"Batch {index} cannot be copied ({error}). Batches run several times, and a forward may change what it is given, so each run takes a copy: pass tensors, containers of them and caches, made under torch.no_grad()."
             ) from error
         model(**{name: tensors[id(value)] if id(value) in tensors else others[name] for name, value in batch.items()})
+
+
+def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
+    """The floating-point tensors that the model returns for a batch."""
+    leaves = torch.utils._pytree.tree_leaves(model(**batch))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _summary(skipped: Mapping[str, str]) -> str:

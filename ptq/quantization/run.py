@@ -83,13 +83,14 @@ def _run_experts(job: Job, work: WorkDir) -> list[ExpertResult]:
     """Quantize (or replay finished) blocks of every expert and write its shards into the work directory."""
     layout = job.layout
     results: list[ExpertResult] = []
-    with ui.progress("Quantizing blocks", sum(layout.num_blocks(expert) for expert in layout.experts)) as bar:
+    passes = 2 if job.settings.recipe.solver.residual else 1  # codes first, then the streams with residual blocks
+    with ui.progress("Quantizing blocks", passes * sum(map(layout.num_blocks, layout.experts))) as bar:
         for expert, config in layout.experts.items():
             result = ExpertRun(job, expert, work, place_streams(job, expert, work.path)).run(bar)
             results.append(result)
             if not job.processes.first:
                 continue
-            packed, limit = job.packed(expert), job.options.max_shard_bytes
+            packed, limit = replace(job.packed(expert), residual=result.residual), job.options.max_shard_bytes
             names = state_names(config, packed)
             changed = job.merged_entries(expert, names, work.merged_file(expert)) | result.changed
             write_expert(work.path / expert, config, packed, names, job.shards[expert], changed, limit)

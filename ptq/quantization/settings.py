@@ -59,8 +59,8 @@ class QuantizeSettings:
 
     @property
     def needs_records(self) -> bool:
-        """Whether the codes depend on calibration records."""
-        return self.needs_hessian or self.scheme.transform.needs_records
+        """Whether the codes or what is chosen beside them depend on calibration records."""
+        return self.recipe.solver.needs_records or self.scheme.transform.needs_records
 
     @property
     def needs_hessian(self) -> bool:

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ptq import ui
 from ptq.checkpoint.manifest import MANIFEST_FILE, BlockEntry, LayerEntry, read_manifest
@@ -27,7 +27,7 @@ from ptq.store.files import (
     write_tensors,
 )
 from ptq.store.run_directory import Difference, RunDirectory, name_all
-from ptq.store.schema import Schema
+from ptq.store.schema import Count, NotNegative, Schema
 from ptq.store.sensitivity import PROTECTION_FILE
 
 if TYPE_CHECKING:
@@ -40,14 +40,25 @@ RUN_FILES = (SIGNATURE_FILE, PROTECTION_FILE, BLOCKS_DIR, STREAMS_DIR)
 """What only a running job needs; never part of the checkpoint."""
 
 
+class InputGains(Schema):
+    """What residual blocks of one input are worth, as `ptq.solvers.residual.BlockGains`; linears: that read it."""
+
+    linears: list[str]
+    gains: list[NotNegative]
+    rows: Count
+    sensitivity: NotNegative
+
+
 class FinishedBlock(Schema):
     """`blocks/<expert>/<index>.json`: the manifest's rows of a block; it commits the tensors beside it.
 
+    inputs: with residual blocks, which are chosen when every block is finished.
     tensors_sha256: of that file; absent in earlier versions, whose unfinished blocks are made again.
     """
 
     block: BlockEntry
     layers: list[LayerEntry]
+    inputs: list[InputGains] = Field(default=[])
     tensors_sha256: str | None = None
 
 

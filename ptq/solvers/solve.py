@@ -18,6 +18,7 @@ from ptq.solvers.basis import BasisChoice, SampleOutputs, search_basis
 from ptq.solvers.factor import Factor, factorize
 from ptq.solvers.gptq import gptq
 from ptq.solvers.measure import relative, row_energies, sqnr_db, trace_errors
+from ptq.solvers.residual import BlockGains, block_gains
 from ptq.solvers.rtn import round_to_nearest, round_to_scales
 from ptq.solvers.scales import search_scales
 from ptq.solvers.stats import InputStats, SolverError
@@ -38,11 +39,16 @@ class LayerSolution:
             output_error_rtn, output_error: the same over the sample tokens with quantized inputs (with statistics).
             tokens, sample_tokens: in the Hessian (without one: all), and in the sample (with statistics).
             basis (its name), basis_errors (where searched); damping, damping_retries, dead_columns (gptq).
+            All without residual blocks, which are chosen afterwards.
+        gains: of residual blocks of its input, the same for all Linears of it; None where the recipe has none.
+        residual: the blocks that were chosen (`ptq.solvers.residual.choose`); None where the recipe has none, or not yet.
     """
 
     codes: Codes
     basis: Tensor | None
     stats: dict[str, object]
+    gains: BlockGains | None = None
+    residual: tuple[int, ...] | None = None
 
 
 def solve_group(
@@ -84,7 +90,8 @@ def _solve(
         h_kk = scheme.transform.hessian(stats.h_kk, choice.basis)
     rounded, shared = _rounded(stacked, rtn, h_kk, fmt, settings)
     shared |= {"basis": choice.name, "basis_errors": choice.errors}
-    figures = rounded.figures
+    figures, gains = rounded.figures, None
+    sizes = [len(weight) for weight in weights.values()]
     if stats is not None:
         shared |= {"tokens": stats.n_tokens, "sample_tokens": len(stats.x_tk)}
         inputs = scheme.quantize_input(stats.x_tk, choice.basis)
@@ -99,11 +106,13 @@ def _solve(
             "output_error": row_energies(chosen),
             "output": outputs.energy,
         }
-
-    sizes = [len(weight) for weight in weights.values()]
+        if settings.residual:
+            x_tk = scheme.transform_input(stats.x_tk, choice.basis)
+            signals = [float(rows.sum()) for rows in outputs.energy.split(sizes)]
+            gains = block_gains(x_tk, inputs, rounded.values.split(sizes), signals, scheme)
     parts = zip(rounded.codes.elements.split(sizes), rounded.codes.scales.split(sizes), strict=True)
     return {
-        name: LayerSolution(Codes(*part), choice.basis, _report(totals) | shared)
+        name: LayerSolution(Codes(*part), choice.basis, _report(totals) | shared, gains)
         for name, part, totals in zip(weights, parts, _totals(figures, sizes), strict=True)
     }
 
@@ -154,6 +163,10 @@ def _check_group(
     if settings.rounding == "gptq" and (stats is None or stats.h_kk is None):
         raise SolverError(
             "GPTQ needs the input's Hessian, and there is none. Collect it, or set solver.rounding to rtn."
+        )
+    if stats is None and settings.residual:
+        raise SolverError(
+            "Residual blocks are chosen by the noise of the input, and there are no calibration statistics. Collect them, or set solver.residual to 0."
         )
     if stats is None and scheme.transform.needs_records:
         raise SolverError(
