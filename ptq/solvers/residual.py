@@ -16,9 +16,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ptq.known import RESIDUAL_BLOCK
 from ptq.scheme import Scheme
-from ptq.scheme.residual import columns, count_blocks
+from ptq.scheme.residual import RESIDUAL_BLOCK, columns, count_blocks
 
 Key = TypeVar("Key", bound=Hashable)
 
