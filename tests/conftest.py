@@ -81,10 +81,10 @@ def random_pipelines(tmp_path_factory: pytest.TempPathFactory) -> RandomPipeline
 def packed(random_pipelines: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Format -> packed checkpoint in many shards, made with the real calibrate and quantize stages.
 
-    hif4: two experts (T2V-A14B), rotated and smoothed. mxfp4: one expert (TI2V-5B), learned transform, block 1 kept in bf16.
+    hif4: two experts (T2V-A14B), rotated and smoothed, with residual blocks. mxfp4: one expert (TI2V-5B), learned transform, block 1 kept in bf16.
     """
     wanted: dict[str, tuple[str, tuple[str, ...], dict]] = {
-        "hif4": ("T2V-A14B", ("scheme.transform=smoothed", "solver.smoothing=[0.5]"), {}),
+        "hif4": ("T2V-A14B", ("scheme.transform=smoothed", "solver.smoothing=[0.5]", "solver.residual=0.2"), {}),
         "mxfp4": (
             "TI2V-5B",
             ("scheme.transform=learned", "scheme.block=32"),
