@@ -25,6 +25,14 @@ CARD_FILE = "README.md"
 """The model card: for people, rewritten when there is a verdict."""
 NOT_DONE = "No layer outside the protected blocks runs in higher precision at run time; no bf16 warm-up steps, no bf16 outlier columns, no pasting of the input image, no resetting of latents, no calibration on evaluation prompts."
 
+NOT_DONE_BUT = "Some input channels are multiplied in two 4-bit words, value and residual ({share:.2%} more products). "
+"""What a checkpoint with residual blocks states before that."""
+
+
+def statement_of(residual_share: float) -> str:
+    """What a checkpoint states about precision."""
+    return (NOT_DONE_BUT.format(share=residual_share) if residual_share else "") + NOT_DONE
+
 
 class LayerEntry(Schema):
     """One quantized Linear, and how plain rounding in the same basis would have done.
@@ -79,6 +87,8 @@ class Coverage(Schema):
     """How much of the model is W4A4.
 
     quantized_bytes: codes and scales; basis_bytes: what the quantized layers store of their basis beside them.
+    residual_share: products of residual blocks, relative to those of the quantized layers without them.
+    flop_share: of the operations, those of residual blocks included.
     """
 
     linear_parameters: Count
@@ -89,6 +99,7 @@ class Coverage(Schema):
     quantized_bytes: Count
     basis_bytes: Count
     original_bytes: Count
+    residual_share: Share = 0.0
 
     @property
     def bits_with_basis(self) -> float:

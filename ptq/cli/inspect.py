@@ -33,13 +33,14 @@ def inspect(
         return
     ui.details(f"{checkpoint}", summary(manifest))
     ui.table(
-        "Layers (relative output error on calibration tokens, inputs quantized; rtn: plain rounding in the same basis)",
-        ("layer", "shape", "basis", "weight SQNR", "rtn error", "error"),
+        "Layers (relative output error on calibration tokens, inputs quantized, without residual blocks; rtn: plain rounding in the same basis)",
+        ("layer", "shape", "basis", "residual", "weight SQNR", "rtn error", "error"),
         [
             (
                 f"{row.expert}.blocks.{row.block}.{row.layer}",
                 f"{row.shape[0]}x{row.shape[1]}",
                 row.basis,
+                str(len(row.residual_blocks) or "-"),
                 "-" if row.weight_sqnr_db is None else f"{row.weight_sqnr_db:.1f} dB",
                 f"{row.output_error_rtn:.2e}",
                 f"{row.output_error:.2e}",

@@ -111,6 +111,7 @@ def summary(manifest: Manifest) -> dict[str, object]:
         "with smoothing or learned blocks": round(coverage.bits_with_basis, 2),
         "W4A4 share of Linear parameters": f"{coverage.parameter_share:.2%}",
         "W4A4 share of Linear FLOPs": f"{coverage.flop_share:.2%}",
+        **({"residual blocks": f"{coverage.residual_share:.2%} more products"} if coverage.residual_share else {}),
         "high-precision blocks": ", ".join(manifest.high_precision) or "none",
         **errors,
         "seconds": round(manifest.seconds, 1),

@@ -62,7 +62,8 @@ class SolverSettings(_Strict):
             scales of a kind of its own, among which they then are (HiF4's p2: powers of two).
         damping: added to the Hessian's diagonal, as a share of its mean; grows tenfold (counted) when not enough.
         act_order: round columns by descending Hessian diagonal.
-        residual: share of an expert's products that residual blocks may add; the blocks are chosen on the records. 0: none.
+        residual: share of an expert's products, N x K of each Linear, that residual blocks may add; which ones is chosen on the
+            records. 0: none.
     """
 
     rounding: Literal["rtn", "gptq"] = "rtn"
@@ -89,6 +90,12 @@ class SolverSettings(_Strict):
             return "Weights are rounded to the nearest number of the format."
         order = "in the order of falling Hessian diagonal" if self.act_order else "in their natural order"
         return f"Columns are rounded one after another, {order}, on the format's own grid with fixed scales; each error is pushed onto the columns still to come (arXiv 2210.17323). Damping {self.damping:g} of the mean diagonal"
+
+    def describe_residual(self) -> str:
+        """What residual blocks are; empty where there are none."""
+        if not self.residual:
+            return ""
+        return f"Of the inputs' blocks of 64 channels whose quantization noise costs most, what rounding left is quantized once more in the same format and multiplied with the same weight codes: two 4-bit words for these channels, for at most {self.residual:.1%} more products of an expert, counted for one row of each input. Ranked on the records: noise of the block through the weight's columns, times what an error of these layers does to the block's output, for each product."
 
 
 class RecordSettings(_Strict):

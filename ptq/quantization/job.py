@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ptq.checkpoint.safetensors_file import TensorEntry
 from ptq.checkpoint.shards import MAX_SHARD_BYTES, ShardSet
 from ptq.config.load import validate
 from ptq.errors import UsageError
+from ptq.known import RESIDUAL_BLOCK
 from ptq.quantization.calls import ExpertCalls, record_size, records_together, spread
 from ptq.quantization.placing import StreamsOption
 from ptq.quantization.processes import ALONE, Processes
@@ -204,12 +205,15 @@ class Job:
         tokens = self.call_size(expert).tokens
         return 2 * self.options.dtype.itemsize * self.layout.width(expert) * tokens * self.used_records(expert)
 
-    def coverage(self) -> Coverage:
+    def coverage(self, residual: Mapping[str, Mapping[str, Sequence[int]]] | None = None) -> Coverage:
         """How much of the model is W4A4, over all experts. Linear parameters are 2-D weights of the experts (embedders and
-        output included)."""
+        output included).
+
+        residual: expert -> layer -> its residual blocks.
+        """
         scheme = self.settings.scheme
         linear = quantized = basis_bytes = 0
-        flops = quantized_flops = 0.0
+        flops = quantized_flops = residual_flops = 0.0
         for expert in self.layout.experts:
             call, inputs = self.call_size(expert), self.layout.block_inputs(expert).values()
             rows = {
@@ -230,16 +234,19 @@ class Job:
                     quantized += size
                     basis_bytes += scheme.basis_bytes(entry.shape[1])
                     quantized_flops += cost
+                    blocks = (residual or {}).get(expert, {}).get(name.removesuffix(".weight"), ())
+                    residual_flops += cost * RESIDUAL_BLOCK * len(blocks) / entry.shape[1]
         bits = scheme.format.bits_per_value
         return Coverage(
             linear_parameters=linear,
             quantized_parameters=quantized,
             parameter_share=quantized / linear,
-            flop_share=quantized_flops / flops,
+            flop_share=(quantized_flops + residual_flops) / (flops + residual_flops),
             bits_per_quantized_value=bits,
             quantized_bytes=int(quantized * bits / 8),
             basis_bytes=basis_bytes,
             original_bytes=sum(e.nbytes for shards in self.shards.values() for e in shards.entries.values()),
+            residual_share=residual_flops / quantized_flops if quantized_flops else 0.0,
         )
 
     def packed_bytes(self) -> int:

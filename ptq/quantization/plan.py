@@ -16,6 +16,7 @@ from ptq import ui
 from ptq.quantization.job import Job
 from ptq.quantization.placing import Place, choose_place
 from ptq.quantization.probe import Rates, probe
+from ptq.quantization.residual import PROBES
 from ptq.solvers.basis import SEARCH_ROWS
 from ptq.solvers.scales import CHUNK_ELEMENTS_CUDA
 from ptq.store.files import files_below
@@ -137,7 +138,10 @@ def seconds(job: Job, rates: Rates | None = None) -> float:
         size, records = job.call_size(expert), job.used_records(expert)
         forward, blocks = forward_flops(config, size) / rate.forward, int(config["num_layers"])
         calls = math.ceil(records / job.together(expert))
-        total += rate.start + 2 * max(records * forward, calls * blocks * rate.shortest)
+        passes = 2.0
+        if job.settings.recipe.solver.residual:  # once more for the second pass, and some records for each input
+            passes += 1.0 + min(PROBES, records) * len(job.layout.block_inputs(expert)) / records
+        total += rate.start + passes * max(records * forward, calls * blocks * rate.shortest)
         if job.settings.needs_hessian:
             limit = job.settings.recipe.records.hessian_tokens or size.tokens + size.text + size.image
             limited = {name: min(getattr(size, name), limit) for name in ("tokens", "text", "image")}
@@ -191,6 +195,10 @@ def describe(job: Job) -> dict[str, str]:
     plan["experts before"] = ui.format_bytes(coverage.original_bytes)
     plan["experts after"] = ui.format_bytes(job.packed_bytes())
     plan["W4A4 share of Linear parameters"] = f"{coverage.parameter_share:.2%}"
+    if settings.recipe.solver.residual:
+        plan["residual blocks"] = (
+            f"at most {settings.recipe.solver.residual:.1%} more products of each expert, N x K of its Linears"
+        )
     plan["disk while it runs, estimated"] = ui.format_bytes(need.disk)
     plan["RAM, estimated"] = ui.format_bytes(need.ram)
     if job.options.device != "cpu":

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from ptq import ui
-from ptq.checkpoint.manifest import Manifest, hash_files, package_versions, read_manifest, write_manifest
+from ptq.checkpoint.manifest import Manifest, hash_files, package_versions, read_manifest, statement_of, write_manifest
 from ptq.quantization.assemble import copy_components, write_expert
 from ptq.quantization.expert import ExpertResult, ExpertRun
 from ptq.quantization.job import Job
@@ -117,6 +117,7 @@ def _dumped(loras: dict[str, LoraInfo]) -> dict[str, Any]:
 
 def _manifest(job: Job, signature: dict[str, Any], results: list[ExpertResult], seconds: float) -> Manifest:
     settings, calibration = job.settings, job.calibration
+    coverage = job.coverage({result.summary.expert: result.residual or {} for result in results})
     return Manifest(
         package_version=__version__,
         versions=package_versions(),
@@ -136,12 +137,13 @@ def _manifest(job: Job, signature: dict[str, Any], results: list[ExpertResult], 
         },
         high_precision=[f"{name}:{index}" for name, blocks in settings.high_precision.items() for index in blocks],
         budget_scope=settings.budget_scope,
-        coverage=job.coverage(),
+        coverage=coverage,
         experts=[result.summary for result in results],
         blocks=[row for result in results for row in result.blocks],
         layers=[row for result in results for row in result.layers],
         signature=digest(signature),
         seconds=round(seconds, 3),
+        statement=statement_of(coverage.residual_share),
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         files={},
     )

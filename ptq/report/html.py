@@ -130,4 +130,6 @@ def key_facts(facts: Facts) -> list[tuple[str, str]]:
             ("Linear FLOPs in W4A4", f"{100 * coverage.flop_share:.1f} %"),
             ("blocks in high precision", str(len(facts.manifest.high_precision))),
         ]
+        if coverage.residual_share:
+            found.append(("products of residual blocks", f"+ {100 * coverage.residual_share:.1f} %"))
     return found

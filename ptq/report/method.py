@@ -28,7 +28,7 @@ class Step:
 def describe_method(manifest: Manifest) -> list[Step]:
     """The steps in the order in which they act."""
     makers: Iterable[Callable[[Manifest], Step | None]] = (
-        _format, _merge, _records, _replay, _transform, _scales, _rounding, _inputs, _protection, _earlier,
+        _format, _merge, _records, _replay, _transform, _scales, _rounding, _inputs, _residual, _protection, _earlier,
     )  # fmt: skip
     return [step for maker in makers if (step := maker(manifest)) is not None]
 
@@ -59,7 +59,7 @@ def _records(manifest: Manifest) -> Step | None:
 
 
 def _replay(manifest: Manifest) -> Step:
-    if manifest.recipe.solver.needs_hessian or _kind(manifest).needs_records:
+    if manifest.recipe.solver.needs_records or _kind(manifest).needs_records:
         return Step("", "Block by block", manifest.recipe.records.describe())
     text = "Blocks are converted one at a time; the recorded calls are replayed to measure the errors in this report. This recipe takes nothing else from them."
     return Step("", "Block by block", text)
@@ -108,6 +108,16 @@ def _rounding(manifest: Manifest) -> Step:
 
 def _inputs(manifest: Manifest) -> Step:
     return Step("activations", "Inputs at run time", manifest.recipe.scheme.describe())
+
+
+def _residual(manifest: Manifest) -> Step | None:
+    text = manifest.recipe.solver.describe_residual()
+    if not text:
+        return None
+    blocks = sum(len(row.residual_blocks) for row in manifest.layers)
+    layers = sum(bool(row.residual_blocks) for row in manifest.layers)
+    added = f"{blocks} blocks of {layers} of the {len(manifest.layers)} layers were chosen, {manifest.coverage.residual_share:.2%} more products in the recorded calls."
+    return Step("", "Residual blocks", f"{text} {added}")
 
 
 def _protection(manifest: Manifest) -> Step:

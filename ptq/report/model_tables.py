@@ -76,6 +76,7 @@ def size_rows(manifest: Manifest) -> dict[str, Cell]:
         "quantized weight values": count(coverage.quantized_parameters),
         "share of Linear parameters in W4A4": share(coverage.parameter_share),
         "share of Linear FLOPs in W4A4": share(coverage.flop_share),
+        "products of residual blocks, of those without": share(coverage.residual_share),
         "bits per quantized value, scales included": number(coverage.bits_per_quantized_value),
         "these values in bfloat16": size(2 * coverage.quantized_parameters),
         "these values packed": size(coverage.quantized_bytes),

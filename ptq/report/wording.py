@@ -5,6 +5,7 @@ Every sentence follows from the facts; none is written unless it is true of this
 
 from __future__ import annotations
 
+from ptq.checkpoint.manifest import Manifest
 from ptq.evaluation.statistics import AGGREGATES, FAIL, INCONCLUSIVE, PASS
 from ptq.evaluation.suites import DRIFT_NOTE
 from ptq.report.cells import signed
@@ -89,10 +90,16 @@ def held_out(facts: Facts) -> str:
     return f"{facts.overlap} evaluated prompts were calibration prompts too: the evaluation is not held out."
 
 
+def residual_limit(manifest: Manifest) -> str:
+    """What a judge must know of a checkpoint with residual blocks."""
+    return f"Residual blocks: some input channels are multiplied in two 4-bit words, the value and what its rounding left, which adds {manifest.coverage.residual_share:.2%} to the products of the quantized layers. Every operand has 4 bits; whether an activation may have two such words the challenge's rules do not say."
+
+
 def limitations(facts: Facts) -> list[str]:
-    """What limits the claim, the evaluation's own warnings first."""
-    evaluation = facts.evaluation
-    found = list(evaluation.warnings)
+    """What limits the claim: residual blocks, then the evaluation's own warnings first."""
+    evaluation, manifest = facts.evaluation, facts.manifest
+    found = [residual_limit(manifest)] if manifest is not None and manifest.coverage.residual_share else []
+    found += evaluation.warnings
     if evaluation.yardstick is not None:
         found += [f"Of the yardstick: {text}" for text in evaluation.yardstick.warnings]
     scope = SUITE_SCOPE.get(evaluation.suite)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ptq.checkpoint.manifest import Manifest
 from ptq.report.cells import percent
 from ptq.report.reproduce import Steps
+from ptq.report.wording import residual_limit
 from ptq.store.evaluation import PASS, Evaluation
 from ptq.wan.variants import variant_title
 
@@ -18,6 +19,7 @@ def readme(manifest: Manifest, judged: Evaluation) -> str:
         if judged.gate is None
         else f"Mean relative loss {percent(judged.deciding).text} (95 % interval)"
     )
+    residual = f"\n**{residual_limit(manifest)}**\n" if coverage.residual_share else ""
     return f"""# W4A4 {manifest.format.upper()} checkpoint of {variant_title(manifest.variant)}
 {marked}
 Verdict: **{judged.verdict or "none"}**. {loss}, limit {"none" if judged.limit is None else f"{judged.limit:.1%}"},
@@ -25,7 +27,7 @@ over {judged.units} paired videos, suite {judged.suite}.
 High-precision blocks: {", ".join(manifest.high_precision) or "none"}. W4A4 share of Linear parameters
 {coverage.parameter_share:.2%}, of Linear FLOPs {coverage.flop_share:.2%}; {coverage.bits_per_quantized_value} bits a value,
 {coverage.bits_with_basis:.2f} with what the layers store of their basis.
-
+{residual}
 | path | content |
 |---|---|
 | weights/ | the packed checkpoint, loadable by diffusers after `import ptq`, with ptq_manifest.json |

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ptq.checkpoint.manifest import MANIFEST_FILE, NOT_DONE, verify_files
+from ptq.checkpoint.manifest import MANIFEST_FILE, statement_of, verify_files
 from ptq.errors import DamagedFileError
 from ptq.store.evaluation import FILE as EVALUATION_FILE
 from ptq.store.evaluation import ROLES
@@ -84,9 +84,10 @@ def check_manifest(contents: Contents) -> str:
         DamagedFileError: as `verify_files`.
     """
     manifest = verify_files(contents.weights)
-    if manifest.statement != NOT_DONE:
+    statement = statement_of(manifest.coverage.residual_share)
+    if manifest.statement != statement:
         raise DamagedFileError(
-            f"the manifest states {manifest.statement[:200]!r}, checkpoints of this package: {NOT_DONE!r}"
+            f"the manifest states {manifest.statement[:200]!r}, checkpoints of this package: {statement!r}"
         )
     return f"{len(manifest.files)} files"
 

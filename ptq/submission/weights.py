@@ -17,6 +17,7 @@ from ptq.checkpoint.quantization_config import PackedConfig
 from ptq.checkpoint.safetensors_file import TensorEntry, read_header
 from ptq.checkpoint.shards import ShardSet
 from ptq.errors import DamagedFileError
+from ptq.known import RESIDUAL_BLOCK
 from ptq.rules import BUDGET_SCOPE, block_budget, check_budget
 from ptq.scheme import Scheme
 from ptq.store.files import digest, read_json
@@ -113,6 +114,7 @@ def check_scheme(contents: Contents) -> str:
             )
         for index, linear, item in expert.linears():
             count += _check_linear(expert, scheme, f"{block_prefix(index)}{linear}", item)
+        _check_residual(expert, manifest)
         original = {
             key: value for key, value in contents.layout.experts[expert.name].items() if key != "quantization_config"
         }
@@ -123,6 +125,39 @@ def check_scheme(contents: Contents) -> str:
     if manifest.format != contents.identity.format:
         raise DamagedFileError(f"the manifest says {manifest.format}, the weights are {contents.identity.format}")
     return f"{wanted.describe()}; {count} Linears packed"
+
+
+def _check_residual(expert: Expert, manifest: Manifest) -> None:
+    """The residual blocks of config.json are such of its layers, those of the manifest, and no more than the recipe allows."""
+    share, residual = manifest.recipe.solver.residual, expert.packed.residual
+    if (residual is not None) != (share > 0):
+        raise DamagedFileError(
+            f"{expert.name}/config.json has {'no list' if residual is None else 'a list'} of residual blocks, the manifest's recipe says solver.residual = {share:g}"
+        )
+    listed = {
+        f"{block_prefix(row.block)}{row.layer}": row.residual_blocks
+        for row in manifest.layers
+        if row.expert == expert.name and row.residual_blocks
+    }
+    if listed != (residual or {}):
+        raise DamagedFileError(
+            f"{expert.name}/config.json and the manifest list other residual blocks, of {len(residual or {})} and of {len(listed)} layers"
+        )
+    products = spent = 0
+    for index, linear, item in expert.linears():
+        if expert.is_packed(index, linear):
+            name = f"{block_prefix(index)}{linear}"
+            products += item.n * item.k
+            spent += item.n * RESIDUAL_BLOCK * len(expert.packed.residual_of(name, item.k) or ())
+            listed.pop(name, None)
+    if listed:
+        raise DamagedFileError(
+            f"{expert.name}/config.json lists residual blocks of {next(iter(listed))}, which is not packed"
+        )
+    if spent > share * products * (1 + TOLERANCE):
+        raise DamagedFileError(
+            f"{expert.name}/config.json lists residual blocks that add {spent / products:.4%} of the products, more than the {share:.4%} of the recipe"
+        )
 
 
 def _check_entries(manifest: Manifest, experts: Mapping[str, Expert]) -> None:
@@ -202,7 +237,7 @@ def check_coverage(contents: Contents) -> str:
     """
     claimed = contents.manifest.coverage
     again: dict[str, float] = {"linear_parameters": 0, "quantized_parameters": 0, "basis_bytes": 0, "kept": 0}
-    flops = packed_flops = 0.0
+    flops = packed_flops = residual_flops = 0.0
     bits = 0.0
     call = _recorded_call(contents)
     for expert in read_experts(contents).values():
@@ -218,6 +253,8 @@ def check_coverage(contents: Contents) -> str:
                 again["quantized_parameters"] += item.n * item.k
                 again["basis_bytes"] += scheme.basis_bytes(item.k)
                 packed_flops += cost
+                blocks = (expert.packed.residual or {}).get(name, ())
+                residual_flops += cost * RESIDUAL_BLOCK * len(blocks) / item.k
         quantized = {
             f"{block_prefix(i)}{n}.{t}"
             for i, n, item in expert.linears()
@@ -235,7 +272,8 @@ def check_coverage(contents: Contents) -> str:
     again["bits_per_quantized_value"] = bits
     again["quantized_bytes"] = int(quantized_parameters * bits / 8)
     if call is not None:
-        again["flop_share"] = packed_flops / flops
+        again["flop_share"] = (packed_flops + residual_flops) / (flops + residual_flops)
+        again["residual_share"] = residual_flops / packed_flops if packed_flops else 0.0
     for key, value in again.items():
         if not math.isclose(getattr(claimed, key), value, rel_tol=TOLERANCE):
             raise DamagedFileError(

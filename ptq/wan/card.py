@@ -53,6 +53,7 @@ def model_card(manifest: Manifest, judged: Evaluation | None = None) -> str:
     hub = manifest.base_model.get("hub_id")
     base = hub or f"a model in the structure of {variant_title(manifest.variant)}"
     table = "\n".join(f"| {name} | {value} |" for name, value in _rows(manifest, base, title).items())
+    residual = f" {twice}" if (twice := manifest.recipe.solver.describe_residual()) else ""
     text = f"""---
 {_front_matter(manifest, title)}---
 
@@ -86,7 +87,7 @@ Error of the denoiser's output on the calibration records, relative to the origi
 
 ## How it was made
 
-{get_format(manifest.format).description} {manifest.recipe.scheme.describe()} {manifest.recipe.solver.describe()}.
+{get_format(manifest.format).description} {manifest.recipe.scheme.describe()} {manifest.recipe.solver.describe()}.{residual}
 The resolved recipe, the errors of every layer and the sha256 of every file are in `ptq_manifest.json`. {manifest.statement}
 """
     return f"{text}{_signed(text.encode()).decode()}\n"
@@ -105,6 +106,7 @@ def _rows(manifest: Manifest, base: str, title: str) -> dict[str, str]:
         "format": f"{title}, {coverage.bits_per_quantized_value:g} bits a value ({coverage.bits_with_basis:.2f} with the change of basis)",
         "quantized Linears": f"{packed}, in bf16 {format_bytes(coverage.original_bytes)}",
         "in 4 bits": f"{coverage.parameter_share:.2%} of the Linear parameters, {coverage.flop_share:.2%} of the Linear FLOPs",
+        **({"residual blocks": f"{coverage.residual_share:.2%} more products"} if coverage.residual_share else {}),
         "blocks in high precision": ", ".join(manifest.high_precision) or "none",
         "recipe": manifest.recipe_name,
         **({"LoRA, merged before quantizing": _cell(describe_loras(merged))} if (merged := manifest.loras) else {}),

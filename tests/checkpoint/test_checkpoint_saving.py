@@ -15,6 +15,7 @@ import ptq
 from ptq.checkpoint.manifest import MANIFEST_FILE, read_manifest, verify_files
 from ptq.cli.main import app
 from ptq.errors import UsageError
+from ptq.store.files import read_json
 from ptq.wan.loading import resolve_model
 
 
@@ -26,6 +27,8 @@ def test_a_saved_pipeline_keeps_what_lies_beside_its_weights(packed, copy_of, tm
     assert (out / "README.md").read_text() == "a model card"
     assert (out / "ptq_preset.json").read_bytes() == (source / "ptq_preset.json").read_bytes()
     assert read_manifest(out).layers == read_manifest(source).layers
+    configs = [read_json(path / "transformer" / "config.json")["quantization_config"] for path in (source, out)]
+    assert configs[0] == configs[1] and configs[0]["residual"]["layers"]
     verify_files(out)  # digests are those of the files as saved
     assert resolve_model(str(out)).preset == resolve_model(str(source)).preset
     assert torch.equal(generate(ptq.load_pipeline(out)), generate(pipeline))

@@ -45,7 +45,7 @@ class Job:
 
 @pytest.fixture(scope="session")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """Calibration, checkpoint (plain rounding), both runs of four prompts, evaluation by suite tiny."""
+    """Calibration, checkpoint (plain rounding, residual blocks), both runs of four prompts, evaluation by suite tiny."""
     return Job(made_once(tmp_path_factory, "submission", make_job))
 
 
@@ -71,7 +71,8 @@ def make_job(root: Path) -> None:
         for name, texts in (("calibration-prompts", calibration_prompts(1)), ("held-out", held_out_prompts(UNITS)))
     }
     record_plan(make_plan(layout, read_prompts(prompts["calibration-prompts"])), made.root / "calibration")
-    settings = QuantizeSettings("hif4", load_recipe("rtn", "hif4"), "rtn", {name: {} for name in layout.experts})
+    recipe = load_recipe("rtn", "hif4", ("solver.residual=0.05",))
+    settings = QuantizeSettings("hif4", recipe, "rtn", {name: {} for name in layout.experts})
     quantize(QuantizeJob(layout, CalibrationSet(made.root / "calibration"), settings, made.checkpoint))
     samples, source = generation.read_samples(None, prompts["held-out"], from_image=False)
     for role, model in (("reference", "tiny"), ("candidate", str(made.checkpoint))):
