@@ -124,7 +124,7 @@ CASES += [
 CASES += [(90, "learned", "mxfp4", rule, "fp8") for rule in get_format("mxfp4").scale_rules[1:]]
 
 
-def compile_quantize(family, basis, name, rule, out, rows=512):
+def compile_quantize(family, basis, name, rule, out, rows=512, kernel=quantize.quantize_kernel):
     transform, block = BASES[basis]
     scheme = Scheme.of(name, transform=transform, block=block, input_rule=rule)
     values = {"fp8": "*fp8e5", "packed": "*u8", "bf16": "*bf16"}[out]
@@ -133,9 +133,11 @@ def compile_quantize(family, basis, name, rule, out, rows=512):
     signature |= {"counters_ptr": None, "M": "i32", "stride_m": "i32", "width": "i32"}
     names = ("x_ptr", "basis_ptr", "values_ptr", "scales_ptr", "stride_m", "width")
     aligned = [name for name in names if signature[name]]
+    if kernel is quantize.residual_kernel:
+        signature, aligned = signature | {"parts_ptr": "*i32"}, [*aligned, "parts_ptr"]
     constants = quantize.constants(scheme, out, torch.bfloat16, K, 0, rows)
     options = quantize.options(scheme, out)
-    binary = compile_for(family, quantize.quantize_kernel, signature, constants, aligned, options)
+    binary = compile_for(family, kernel, signature, constants, aligned, options)
     check_resources(binary, family)
     return binary
 
@@ -155,6 +157,11 @@ def test_quantize(family, basis, name, rule, out):
     assert (found >= meant * ELEMENTS_A_THREAD / 4) if meant else found == 0  # the smallest tile has a quarter of them
     if out == "fp8":
         assert "cvt.rn.satfinite.e5m2x2.f32" in binary.ptx
+
+
+@pytest.mark.parametrize(("family", "job"), [(90, JOBS[0]), (90, JOBS[4]), (120, JOBS[1])])
+def test_residual_blocks(family, job):
+    compile_quantize(family, "learned", *job, kernel=quantize.residual_kernel)
 
 
 ELEMENTS_A_THREAD = quantize.TILE_ELEMENTS // (32 * quantize.WARPS)
