@@ -95,7 +95,8 @@ def working_bytes(job: Job, expert: str) -> int:
         largest = max(n * k for n, k in shapes)
         wide = 6 * job.together(expert) * call.tokens * int(job.layout.experts[expert]["ffn_dim"])
         replaying += 4 * values + max(wide, 4 * DECODED_VALUES * largest)
-    return int(_outside_bytes(job, expert) + max(collecting, solving, replaying))
+    probes = PROBES * itemsize * call.tokens * job.layout.width(expert) if job.settings.recipe.solver.residual else 0
+    return int(_outside_bytes(job, expert) + probes + max(collecting, solving, replaying))
 
 
 def _solve_bytes(job: Job, rows: int, k: int) -> float:
