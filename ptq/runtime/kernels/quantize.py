@@ -11,7 +11,6 @@ neighbouring code.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from torch import Tensor
 from ptq.known import RESIDUAL_BLOCK
 from ptq.runtime.kernels import blocks as b
 from ptq.runtime.kernels import formats as f
+from ptq.runtime.kernels.residual import parts_of, residual_kernel
 from ptq.scheme import Format, FormatError, Hadamard, HiF4, Scheme
 from ptq.scheme.format import EMPTY
 from ptq.scheme.hadamard import rotation_factors
@@ -38,7 +38,6 @@ STEPS = 8
 MANY_ROWS = 4096
 """From so many rows on; with fewer a program takes one tile, or there would be too few programs."""
 WARPS = 4
-RESIDUAL_SIZE = tl.constexpr(RESIDUAL_BLOCK)
 SMALL_TILE, SMALL_TILE_WARPS = 2048, 8
 """Where HiF4's `mse` writes packed codes, which spills registers with more elements a thread."""
 
@@ -182,15 +181,6 @@ def constants(scheme: Scheme, out: Output, dtype: torch.dtype, k: int, e_ref: in
     }
 
 
-@functools.lru_cache(maxsize=1024)
-def parts_of(residual: tuple[int, ...], unit: int, device: torch.device) -> Tensor:
-    """Residual blocks -> numbers of the parts of rows that programs of `residual_kernel` take, int32 on the device: blocks, or
-    units where these are shorter."""
-    parts = max(RESIDUAL_BLOCK // unit, 1)
-    numbers = [block * parts + part for block in residual for part in range(parts)]
-    return torch.tensor(numbers, dtype=torch.int32, device=device)
-
-
 @triton.jit
 def quantize_kernel(
     x_ptr,
@@ -248,65 +238,4 @@ def quantize_kernel(
         f.store_tile(
             x.to(tl.float32), before + first_column, before[:, None] + column, inside, values_ptr, scales_ptr, counters_ptr,
             FORMAT, L, ROWS, OUT, RULE, E_REF,
-        )  # fmt: skip
-
-
-@triton.jit
-def residual_kernel(
-    x_ptr,
-    basis_ptr,
-    parts_ptr,
-    values_ptr,
-    scales_ptr,
-    counters_ptr,
-    M,
-    stride_m,
-    width,
-    K: tl.constexpr,
-    L: tl.constexpr,
-    ROWS: tl.constexpr,
-    STEPS: tl.constexpr,
-    FORMAT: tl.constexpr,
-    OUT: tl.constexpr,
-    ROTATION: tl.constexpr,
-    FACTOR: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    PARTS: tl.constexpr,
-    RULE: tl.constexpr,
-    E_REF: tl.constexpr,
-):
-    """The residual of one part of STEPS tiles of rows, behind the K elements of their output; `parts_of` numbers the parts.
-
-    A part has L elements, or 64 of a unit of more. What it is the residual of is computed again: a few columns, while one
-    kernel for both would make every column wait for them.
-    """
-    SIZE: tl.constexpr = L if L < RESIDUAL_SIZE else RESIDUAL_SIZE
-    count = width - K
-    position = tl.program_id(0) % (count // SIZE)
-    first = (tl.program_id(0) // (count // SIZE)) * (ROWS * STEPS)
-    part = tl.load(parts_ptr + position)
-    unit = part * SIZE // L
-    column = unit * L + tl.arange(0, L)[None, :]
-    target = K + position * SIZE
-    if BLOCKS:
-        matrix = b.load_e4m3(basis_ptr + unit * L * L, L)
-    for step in range(STEPS):
-        row = first + step * ROWS + tl.arange(0, ROWS)
-        inside = row < M
-        x = tl.load(x_ptr + row.to(tl.int64)[:, None] * stride_m + column, mask=inside[:, None], other=0.0)
-        if BLOCKS:
-            x = b.multiply_block(x, matrix, PARTS)
-        elif basis_ptr is not None:
-            x = x.to(tl.float32) * tl.load(basis_ptr + column, mask=inside[:, None], other=0.0).to(tl.float32)
-        if ROTATION > 0:
-            x = b.rotate(x, ROTATION, FACTOR, PARTS)
-        x = x.to(tl.float32)
-        if L > SIZE:
-            own = (tl.arange(0, L // SIZE) == part % (L // SIZE))[None, :, None]
-            x = tl.sum(tl.where(own, tl.reshape(x, (ROWS, L // SIZE, SIZE)), 0.0), 1)
-        rest = x - f.round_tile(x, FORMAT, SIZE, ROWS, RULE)
-        before = row.to(tl.int64) * width + target
-        f.store_tile(
-            rest, before, before[:, None] + tl.arange(0, SIZE)[None, :], inside, values_ptr, scales_ptr, counters_ptr,
-            FORMAT, SIZE, ROWS, OUT, RULE, E_REF,
         )  # fmt: skip

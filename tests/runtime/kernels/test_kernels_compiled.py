@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton", reason="triton exists on Linux only")
 from aot import SHARED_LIMIT, compile_for
 
-from ptq.runtime.kernels import expand_weight, gemm_dot_scaled, gemm_fp8, gemm_packed, quantize
+from ptq.runtime.kernels import expand_weight, gemm_dot_scaled, gemm_fp8, gemm_packed, quantize, residual
 from ptq.runtime.kernels.tiles import TILES, lookup
 from ptq.scheme import Scheme, get_format
 
@@ -133,7 +133,7 @@ def compile_quantize(family, basis, name, rule, out, rows=512, kernel=quantize.q
     signature |= {"counters_ptr": None, "M": "i32", "stride_m": "i32", "width": "i32"}
     names = ("x_ptr", "basis_ptr", "values_ptr", "scales_ptr", "stride_m", "width")
     aligned = [name for name in names if signature[name]]
-    if kernel is quantize.residual_kernel:
+    if kernel is residual.residual_kernel:
         signature, aligned = signature | {"parts_ptr": "*i32"}, [*aligned, "parts_ptr"]
     constants = quantize.constants(scheme, out, torch.bfloat16, K, 0, rows)
     options = quantize.options(scheme, out)
@@ -161,7 +161,7 @@ def test_quantize(family, basis, name, rule, out):
 
 @pytest.mark.parametrize(("family", "job"), [(90, JOBS[0]), (90, JOBS[4]), (120, JOBS[1])])
 def test_residual_blocks(family, job):
-    compile_quantize(family, "learned", *job, kernel=quantize.residual_kernel)
+    compile_quantize(family, "learned", *job, kernel=residual.residual_kernel)
 
 
 ELEMENTS_A_THREAD = quantize.TILE_ELEMENTS // (32 * quantize.WARPS)

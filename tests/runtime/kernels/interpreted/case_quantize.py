@@ -11,6 +11,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from ptq import formats
 from ptq.runtime.kernels.quantize import count_outside_reference, quantize, quantize_reference
+from ptq.runtime.kernels.residual import parts_of
 from ptq.scheme import Scheme
 from ptq.scheme.learned import encode_blocks
 
@@ -54,6 +55,11 @@ def check(x, basis, scheme, out, **options):
             quantize(x, basis, scheme, out, **options)
         return
     assert_equal(quantize(x, basis, scheme, out, **options), quantize_reference(x, basis, scheme, out, **options))
+
+
+def test_parts_of_residual_blocks():
+    found = {unit: parts_of((0, 3), unit, torch.device("cpu")).tolist() for unit in (32, 64, 128)}
+    assert found == {32: [0, 1, 6, 7], 64: [0, 3], 128: [0, 3]}
 
 
 RESIDUAL_CASES = [
