@@ -80,7 +80,9 @@ def _changes(config: Mapping[str, Any], target: str) -> dict[str, str]:
             "scheme.transform=none"
         )
     if target != DENSE and config.get("residual") is not None:
-        changes["some inputs are multiplied with their residuals (residual blocks), which it cannot do"] = "solver.residual=0"
+        changes["some inputs are multiplied with their residuals (residual blocks), which it cannot do"] = (
+            "solver.residual=0"
+        )
     rule = inputs.get("scale_rule")
     if taken.input_rule not in (None, rule):
         changes[f"inputs are scaled by the rule {rule}, and there by {taken.input_rule}"] = (

@@ -150,7 +150,11 @@ def test_msmodelslim_export_keeps_elements(plain, tmp_path):
     ("name", "target", "words"),
     [
         ("hif4", "compressed-tensors", r"takes mxfp4.*this one is hif4\. Use --to bf16\."),
-        ("hif4", "msmodelslim", r"transform smoothed, blocks of \d+.*residual blocks.*--set scheme\.transform=none --set solver\.residual=0 to export"),
+        (
+            "hif4",
+            "msmodelslim",
+            r"transform smoothed, blocks of \d+.*residual blocks.*--set scheme\.transform=none --set solver\.residual=0 to export",
+        ),
         (
             "mxfp4",
             "compressed-tensors",

@@ -31,6 +31,8 @@ def test_a_checkpoint_has_a_card_that_hubs_read(packed) -> None:
     assert "base_model" not in head  # a random model is on no hub
     assert f"{manifest.coverage.parameter_share:.2%}" in card and "Not yet" in card
     assert CARD_FILE not in manifest.files and is_ours(card.encode())
+    assert f"| residual blocks | {manifest.coverage.residual_share:.2%} more products |" in card
+    assert "two 4-bit words" in card and "residual" not in (packed["mxfp4"] / CARD_FILE).read_text()
     verify_files(directory)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from report_helpers import SENSITIVITY, UNITS
@@ -12,6 +13,7 @@ from ptq.checkpoint.manifest import read_manifest
 from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.report import Sources, evaluation_directories
 from ptq.report.facts import gather
+from ptq.report.method import describe_method
 from ptq.report.wording import headline, held_out, limitations
 from ptq.store.files import read_jsonl
 
@@ -27,6 +29,25 @@ def test_facts_are_the_artifacts(job):
     assert facts.calibration.digest == facts.manifest.calibration["digest"]
     assert [a.name for a, b in facts.pairs] == [line.unit for line in facts.units]
     assert len(facts.omissions) == 1 and "--ablation" in facts.omissions[0]
+
+
+def test_residual_blocks_are_the_first_limit_and_a_step_of_the_method(job):
+    facts = gather(Sources(job.evaluation))
+    share = facts.manifest.coverage.residual_share
+    assert 0.1 < share < 0.3 and f"adds {share:.2%}" in limitations(facts)[0]
+    assert facts.manifest.statement.startswith(
+        f"Some input channels are multiplied in two 4-bit words, value and residual ({share:.2%}"
+    )
+    (step,) = [step for step in describe_method(facts.manifest) if step.title == "Residual blocks"]
+    blocks = sum(len(row.residual_blocks) for row in facts.manifest.layers)
+    assert f"{blocks} blocks of " in step.text and "at most 20.0% more" in step.text
+    without = replace(
+        facts,
+        manifest=facts.manifest.model_copy(
+            update={"coverage": facts.manifest.coverage.model_copy(update={"residual_share": 0.0})}
+        ),
+    )
+    assert not any("Residual blocks" in text for text in limitations(without))
 
 
 def test_a_moved_demo_directory_is_found_whole(job, tmp_path):
