@@ -48,7 +48,7 @@ class SchemeSettings(_Strict):
     def describe(self) -> str:
         """What happens to an input at run time."""
         rule = f"rule {self.input_rule}" if self.input_rule else "the format's default rule"
-        return f"Every token's input is quantized when it arrives, each group with its own scale ({rule}). Nothing is calibrated or kept in higher precision."
+        return f"Every token's input is quantized when it arrives, each group with its own scale ({rule})."
 
 
 class SolverSettings(_Strict):
@@ -131,6 +131,11 @@ class Recipe(_Strict):
     scheme: SchemeSettings = SchemeSettings()
     solver: SolverSettings = SolverSettings()
     records: RecordSettings = RecordSettings()
+
+    def describe_inputs(self) -> str:
+        """What happens to an input at run time, and that nothing else does; residual blocks apart."""
+        nothing = "" if self.solver.residual else " Nothing is calibrated or kept in higher precision."
+        return f"{self.scheme.describe()}{nothing}"
 
 
 NOW_CALLED = {

@@ -107,7 +107,7 @@ def _rounding(manifest: Manifest) -> Step:
 
 
 def _inputs(manifest: Manifest) -> Step:
-    return Step("activations", "Inputs at run time", manifest.recipe.scheme.describe())
+    return Step("activations", "Inputs at run time", manifest.recipe.describe_inputs())
 
 
 def _residual(manifest: Manifest) -> Step | None:

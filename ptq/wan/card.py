@@ -87,7 +87,7 @@ Error of the denoiser's output on the calibration records, relative to the origi
 
 ## How it was made
 
-{get_format(manifest.format).description} {manifest.recipe.scheme.describe()} {manifest.recipe.solver.describe()}.{residual}
+{get_format(manifest.format).description} {manifest.recipe.describe_inputs()} {manifest.recipe.solver.describe()}.{residual}
 The resolved recipe, the errors of every layer and the sha256 of every file are in `ptq_manifest.json`. {manifest.statement}
 """
     return f"{text}{_signed(text.encode()).decode()}\n"

@@ -82,9 +82,10 @@ def test_the_method_names_only_what_was_on(job):
     titles = [step.title for step in describe_method(manifest)]
     assert "Smoothing and block Hadamard rotation" in titles and "Rounding to nearest" in titles
     assert "GPTQ rounding" not in titles and "Searched group scales" not in titles
-    bare = with_recipe(manifest, scheme={"transform": "none"}, smoothing=())
+    bare = with_recipe(manifest, scheme={"transform": "none"}, smoothing=(), residual=0.0)
     words = " ".join(f"{step.title} {step.text}" for step in describe_method(bare))
     assert "Hadamard" not in words and "Smoothing" not in words and "takes nothing else from them" in words
+    assert "Residual" not in words and "Nothing is calibrated" in words and "Residual blocks" in titles
     rotated = {step.key: step for step in describe_method(with_recipe(manifest, scheme={"transform": "hadamard"}))}
     assert "blocks of 64" in rotated["hadamard"].text and "smoothed" not in rotated
     rich = with_recipe(manifest, rounding="gptq", clip_search=True)
