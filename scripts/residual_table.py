@@ -28,7 +28,7 @@ from ptq import ui
 from ptq.checkpoint.shards import ShardSet
 from ptq.cli.common import quiet_libraries
 from ptq.config import load_recipe
-from ptq.quantization.block import collect_statistics, find_block_inputs, forward_stream, install, solve_block
+from ptq.quantization.block import collect_statistics, find_and_collect, forward_stream, install, solve_block
 from ptq.quantization.calls import ExpertCalls
 from ptq.quantization.residual import input_gains, probed
 from ptq.quantization.settings import QuantizeSettings
@@ -119,21 +119,24 @@ class Expert:
             self._forward(block, self.reference)
 
     def _forward(self, block: nn.Module, stream) -> None:
-        forward_stream(block, self.other.items, stream, stream, self.replay.device)
+        forward_stream(block, self.other.batches, stream, stream, self.replay.device)
 
     def solve(self, recipes: Mapping[str, QuantizeSettings]) -> dict[str, Solved]:
         solved = {name: Solved(settings, [], {}, {}) for name, settings in recipes.items()}
         stream, some, groups = self.own.start(), next(iter(recipes.values())), []
-        probes = probed(self.own.items)
+        probes = probed(self.own.batches)
         for index, block in enumerate(self.blocks):
-            groups = groups or find_block_inputs(block, self.targets, self.own.items[0], stream, self.replay.device)
-            before = [stream[item.record.record].clone() for item in probes]
-            collectors = collect_statistics(block, groups, self.own.items, stream, some, self.replay.device)
-            after = [stream[item.record.record] for item in probes]
+            before = [probe.of(stream).clone() for probe in probes]
+            replayed = (self.own.batches, stream, some, self.replay.device)
+            if groups:
+                collectors = collect_statistics(block, groups, *replayed)
+            else:
+                groups, collectors = find_and_collect(block, self.targets, *replayed)
+            after = [probe.of(stream) for probe in probes]
             stats = {group.names: collectors[group.names[0]].stats() for group in groups}
 
             def outputs(block=block, before=before) -> list[Tensor]:
-                return [run_block(block, x, item.context()) for x, item in zip(before, probes, strict=True)]
+                return [run_block(block, x, probe.context()) for x, probe in zip(before, probes, strict=True)]
 
             for one in solved.values():
                 solutions = solve_block(block, groups, dict(collectors), one.settings)

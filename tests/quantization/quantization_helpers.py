@@ -46,10 +46,10 @@ def make_settings(format_name: str = "mxfp4", *overrides: str, protected: dict |
     return QuantizeSettings(format_name, load_recipe("rtn", format_name, overrides), "rtn", protected or {}, **options)
 
 
-def shipped(recipe: str) -> QuantizeSettings:
-    """A recipe of the package as it is."""
+def shipped(recipe: str, *overrides: str) -> QuantizeSettings:
+    """A recipe of the package, as it is or with `overrides`."""
     format_name = recipe.removesuffix("-fast")
-    return QuantizeSettings(format_name, load_recipe(recipe, format_name), recipe, {})
+    return QuantizeSettings(format_name, load_recipe(recipe, format_name, overrides), recipe, {})
 
 
 def run(model: Path, records: Path, out: Path, settings: QuantizeSettings, **options: Any) -> Manifest:
