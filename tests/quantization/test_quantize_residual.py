@@ -52,6 +52,13 @@ def test_codes_are_those_without_and_the_budget_is_kept(made):
     rows = {f"blocks.{row.block}.{row.layer}": row.shape for row in manifest.layers}
     spent = sum(64 * len(blocks) * rows[name][0] for name, blocks in of.items())
     assert 0.5 * SHARE < spent / sum(map(math.prod, rows.values())) <= SHARE
+    # Rows of each input as the statistics counted them.
+    added = sum(64 * len(row.residual_blocks) * row.shape[0] * row.tokens for row in manifest.layers)
+    plainly = sum(math.prod(row.shape) * row.tokens for row in manifest.layers)
+    assert manifest.coverage.residual_share == pytest.approx(added / plainly, rel=1e-9)
+    packed, others = plain.coverage.flop_share, 1 - plain.coverage.flop_share
+    packed *= 1 + manifest.coverage.residual_share
+    assert manifest.coverage.flop_share == pytest.approx(packed / (packed + others), rel=1e-9)
     assert of["blocks.0.attn1.to_q"] == of["blocks.0.attn1.to_k"] == of["blocks.0.attn1.to_v"]
     assert manifest.experts[0].denoiser_error < 0.9 * plain.experts[0].denoiser_error
     assert [row.output_error for row in manifest.layers] == [row.output_error for row in plain.layers]
@@ -105,6 +112,17 @@ def test_an_unfinished_run_of_before_there_was_the_key_goes_on(made, single, sin
     write_json(file, signature)
     run(single, single_records, out, settings)
     assert file_digests(out) == file_digests(made["plain"])
+
+
+def test_protected_blocks_leave_the_budget_to_the_others(model, records, tmp_path):
+    settings = make_settings("hif4", "solver.residual=0.3", auto_protect=True)
+    manifest = run(model, records, tmp_path / "out", settings)
+    protected = {tuple(name.split(":")) for name in manifest.high_precision}
+    assert protected and not any((row.expert, str(row.block)) in protected for row in manifest.layers)
+    for expert in ("transformer", "transformer_2"):
+        rows = [row for row in manifest.layers if row.expert == expert]
+        spent = sum(64 * len(row.residual_blocks) * row.shape[0] for row in rows)
+        assert 0.2 < spent / sum(math.prod(row.shape) for row in rows) <= 0.3
 
 
 def edited(made: dict[str, Path], tmp_path: Path, edit: Callable[[dict], None]) -> Path:
