@@ -30,7 +30,8 @@ class SchemeSettings(_Strict):
 
     Attributes:
         transform: kind of the change of basis: none, hadamard, smoothed, learned (`ptq.scheme`).
-        block: size of its blocks; 0 smooths without rotating, none has no blocks.
+        block: size of its blocks; for a K that it does not divide, the largest power of two that does. 0 smooths without
+            rotating, none has no blocks.
         input_rule: scale rule of the dynamic quantization of inputs; None: the format's default.
     """
 

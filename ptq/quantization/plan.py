@@ -195,6 +195,9 @@ def describe(job: Job) -> dict[str, str]:
     plan["recipe"] = f"{settings.recipe_name}: {settings.recipe.description}"
     plan["experts before"] = ui.format_bytes(coverage.original_bytes)
     plan["experts after"] = ui.format_bytes(job.packed_bytes())
+    plan["bits a quantized weight"] = (
+        f"{coverage.bits_per_quantized_value:g}, with what layers store of their basis {coverage.bits_with_basis:.2f}"
+    )
     plan["W4A4 share of Linear parameters"] = f"{coverage.parameter_share:.2%}"
     if settings.recipe.solver.residual:
         plan["residual blocks"] = (

@@ -73,7 +73,8 @@ def _transform(manifest: Manifest) -> Step | None:
     transform = _kind(manifest)
     if not transform.description:
         return None
-    text = transform.description.format(block=transform.block)
+    sizes = sorted({transform.block_of(row.shape[1]) for row in manifest.layers}, reverse=True)
+    text = transform.description.format(block=" and ".join(map(str, sizes)))
     if transform.needs_records:
         alphas = ", ".join(f"{alpha:g}" for alpha in manifest.recipe.solver.smoothing)
         chosen = Counter(row.basis for row in manifest.layers)

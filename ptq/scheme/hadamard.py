@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ptq.known import BLOCK_SIZES, TRANSFORMS
-from ptq.scheme.transform import Transform, register_transform, settle
+from ptq.scheme.transform import Blocked, register_transform, settle
 
 
 @register_transform
-class Hadamard(Transform):
+class Hadamard(Blocked):
     """A rule, not stored matrices: nothing is kept with the layer."""
 
     kind = "hadamard"
@@ -33,18 +33,22 @@ class Hadamard(Transform):
         TRANSFORMS["hadamard"].check(self.block, group_size)
 
     def input(self, x: Tensor, basis: Tensor | None) -> Tensor:
-        return rotate(x, self.block, rotation_factors(self.block)[0])
+        size = self.block_of(x.shape[-1])
+        return rotate(x, size, rotation_factors(size)[0])
 
     def weight(self, w_nk: Tensor, basis: Tensor | None) -> Tensor:
-        return rotate(w_nk.float(), self.block, rotation_factors(self.block)[1])
+        size = self.block_of(w_nk.shape[1])
+        return rotate(w_nk.float(), size, rotation_factors(size)[1])
 
     def restore(self, w_nk: Tensor, basis: Tensor | None) -> Tensor:
-        input_factor, weight_factor = rotation_factors(self.block)
-        return rotate(w_nk, self.block, weight_factor) * (input_factor / weight_factor)
+        size = self.block_of(w_nk.shape[1])
+        input_factor, weight_factor = rotation_factors(size)
+        return rotate(w_nk, size, weight_factor) * (input_factor / weight_factor)
 
     def hessian(self, h_kk: Tensor, basis: Tensor | None) -> Tensor:
-        factor = rotation_factors(self.block)[0]
-        return settle(rotate(rotate(h_kk, self.block, factor).T, self.block, factor).T)
+        size = self.block_of(len(h_kk))
+        factor = rotation_factors(size)[0]
+        return settle(rotate(rotate(h_kk, size, factor).T, size, factor).T)
 
 
 def rotation_factors(size: int) -> tuple[float, float]:

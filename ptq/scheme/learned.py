@@ -13,7 +13,7 @@ channels of a block. Correlations are shrunk towards zero, so few tokens cannot 
 Blocks are stored as the bits of float8 e4m3 in uint8 (integers, because the diffusers loader casts floating dtypes).
 Three mantissa bits are enough: W' is made with the inverse of the matrix as stored, so coarse entries only move A a little
 away from its optimum and cost no exactness. Measured on `tiny`: the denoiser error with e4m3 blocks is within 1 % of that
-with bfloat16 blocks, at half the bytes (1.9 % of an A14B block's packed weights).
+with bfloat16 blocks, at half the bytes (3.8 % of an A14B block's packed weights).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from ptq.known import TRANSFORMS
 from ptq.scheme.hadamard import hadamard_matrix
 from ptq.scheme.smoothing import smoothing_candidates
-from ptq.scheme.transform import OFF, Transform, register_transform, settle
+from ptq.scheme.transform import OFF, Blocked, register_transform, settle
 
 LEARNED = "learned"
 LARGEST = 256.0
@@ -38,7 +38,7 @@ SHRINKAGE = 0.03
 
 
 @register_transform
-class Learned(Transform):
+class Learned(Blocked):
     """Blocks uint8 [K/B, B, B], chosen for each input; the Hadamard matrix alone, and behind smoothing, are candidates."""
 
     kind = LEARNED
@@ -56,7 +56,8 @@ class Learned(Transform):
         TRANSFORMS[LEARNED].check(self.block, group_size)
 
     def stored(self, k: int) -> tuple[tuple[int, ...], torch.dtype]:
-        return (k // self.block, self.block, self.block), torch.uint8
+        size = self.block_of(k)
+        return (k // size, size, size), torch.uint8
 
     def decode(self, basis: Tensor) -> Tensor:
         return decode_blocks(basis)
@@ -83,15 +84,15 @@ class Learned(Transform):
         self, weights: Sequence[Tensor], h_kk: Tensor | None, rms_k: Tensor, exponents: Sequence[float]
     ) -> Mapping[str, Tensor | None]:
         assert h_kk is not None
-        k, device = len(rms_k), h_kk.device
+        k, size, device = len(rms_k), self.block_of(len(rms_k)), h_kk.device
         smoothed = smoothing_candidates(weights, rms_k, exponents)
-        blocks = {OFF: self.plain(k)} | {name: hadamard_blocks(k, self.block, s) for name, s in smoothed.items()}
+        blocks = {OFF: self.plain(k)} | {name: hadamard_blocks(k, size, s) for name, s in smoothed.items()}
         return {name: stored.to(device) for name, stored in blocks.items()} | {
-            LEARNED: learn_blocks(h_kk, weights, self.block)
+            LEARNED: learn_blocks(h_kk, weights, size)
         }
 
     def plain(self, k: int, device: torch.device | None = None) -> Tensor:
-        return hadamard_blocks(k, self.block).to(device)
+        return hadamard_blocks(k, self.block_of(k)).to(device)
 
 
 def _decoded(basis: Tensor | None, dtype: torch.dtype) -> Tensor:

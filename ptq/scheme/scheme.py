@@ -61,13 +61,17 @@ class Scheme:
     @property
     def multiple(self) -> int:
         """K must be a multiple of this: whole groups and whole blocks."""
-        return math.lcm(self.format.group_size, self.transform.block or 1)
+        return math.lcm(self.format.group_size, self.transform.multiple)
+
+    def unit(self, k: int) -> int:
+        """Channels of an input with K that are quantized by themselves: whole groups and whole blocks."""
+        return math.lcm(self.format.group_size, self.transform.block_of(k) or 1)
 
     def check_width(self, k: int) -> None:
         """Raise FormatError where K input channels cannot be quantized so."""
         if k % self.multiple:
             raise FormatError(
-                f"K = {k} is not a multiple of {self.multiple} ({self.format.name} groups of {self.format.group_size}, transform blocks of {self.transform.block}). Leave the layer out of the targets, or choose another scheme.block."
+                f"K = {k} is not a multiple of {self.multiple} ({self.format.name} groups of {self.format.group_size}, transform {self.transform.kind} in blocks of a multiple of {self.transform.multiple}). Leave the layer out of the targets, or choose another scheme.block."
             )
 
     def tensors(self, n: int, k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -103,8 +107,8 @@ class Scheme:
     # Other forms.
 
     def describe(self) -> str:
-        """For people: "HiF4, transform learned in blocks of 64, inputs by the rule mse"."""
-        blocks = f" in blocks of {self.transform.block}" if self.transform.block else ""
+        """For people: "HiF4, transform learned in blocks of at most 128, inputs by the rule mse"."""
+        blocks = f" in blocks of at most {self.transform.block}" if self.transform.block else ""
         return f"{self.format.title}, transform {self.transform.kind}{blocks}, inputs by the rule {self.input_rule}"
 
     @property

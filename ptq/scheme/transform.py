@@ -11,6 +11,7 @@ is measured by the solvers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
@@ -36,7 +37,7 @@ class Transform:
     """What every change of basis offers; as it stands, it changes nothing. All tensors along the last dimension K.
 
     Attributes:
-        block: size of the blocks that are mixed, 0 where channels stay apart.
+        block: size of the blocks that are mixed (`block_of`: of a given K), 0 where channels stay apart.
     """
 
     kind: ClassVar[str]
@@ -75,6 +76,15 @@ class Transform:
         """(shape, dtype) of the basis of a layer with K input channels; integers or bfloat16, which loaders keep."""
         return None
 
+    def block_of(self, k: int) -> int:
+        """Size of the blocks of an input with K channels."""
+        return self.block
+
+    @property
+    def multiple(self) -> int:
+        """K must be a multiple of this."""
+        return self.block or 1
+
     def decode(self, basis: Tensor) -> Tensor:
         """A basis as stored -> as it is computed with."""
         return basis
@@ -111,6 +121,17 @@ class Transform:
     def plain(self, k: int, device: torch.device | None = None) -> Tensor | None:
         """The basis of a layer for which nothing was chosen."""
         return None
+
+
+class Blocked(Transform):
+    """Blocks of `block` channels; where that does not divide K, of the largest power of two that does."""
+
+    def block_of(self, k: int) -> int:
+        return math.gcd(k, self.block) if self.block else 0
+
+    @property
+    def multiple(self) -> int:
+        return min(known.BLOCK_SIZES) if self.block else 1
 
 
 def settle(h_kk: Tensor) -> Tensor:

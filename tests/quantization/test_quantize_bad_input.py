@@ -124,13 +124,13 @@ def test_a_full_disk_is_an_error_and_a_later_run_finishes(single, single_records
 def test_widths_that_do_not_fit_stop_before_any_work(tmp_path):
     path = make_random_pipeline(tmp_path / "odd", "TI2V-5B", layers=1, width=64, ffn=160)
     records = make_records(path, tmp_path / "records", prompts=1, records=2)
-    for settings, multiple in ((make_settings("hif4"), 64), (make_settings("mxfp4", "scheme.transform=hadamard"), 64)):
-        text = rf"transformer of \S+, ffn\.net\.2: K = 160 is not a multiple of {multiple}\b"
-        refused(path, records.directory, tmp_path / "out", settings, text, UsageError)
-        with pytest.raises(UsageError, match=text):
-            describe(Job(read_layout(path), records, settings, tmp_path / "out"))
+    settings, text = make_settings("hif4"), r"transformer of \S+, ffn\.net\.2: K = 160 is not a multiple of 64\b"
+    refused(path, records.directory, tmp_path / "out", settings, text, UsageError)
+    with pytest.raises(UsageError, match=text):
+        describe(Job(read_layout(path), records, settings, tmp_path / "out"))
     assert not (tmp_path / "out.partial").exists()
-    run(path, records.directory, tmp_path / "out", RTN)  # 160 is a multiple of 32
+    for name, transform in (("plain", "none"), ("rotated", "hadamard")):  # 160 is a multiple of 32
+        run(path, records.directory, tmp_path / name, make_settings("mxfp4", f"scheme.transform={transform}"))
 
 
 @pytest.mark.parametrize(("fmt", "limit"), [("hif4", 2), ("mxfp4", 5)])

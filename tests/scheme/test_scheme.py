@@ -210,9 +210,13 @@ def test_kinds_with_the_same_blocks_are_different_schemes() -> None:
 @every
 def test_width_and_tensors(scheme: Scheme) -> None:
     fmt, transform = scheme.format, scheme.transform
-    assert scheme.multiple == max(fmt.group_size, transform.block)
-    k = 2 * scheme.multiple
+    assert (
+        scheme.multiple == fmt.group_size
+    )  # no block is too large: where one does not divide K, a smaller one is taken
+    k = 3 * fmt.group_size
     scheme.check_width(k)
+    block = next((size for size in (128, 64, 32, 16) if size <= transform.block and k % size == 0), 0)
+    assert transform.block_of(k) == block and scheme.unit(k) == max(fmt.group_size, block)
     with pytest.raises(FormatError, match=rf"K = {k + 16} is not a multiple of {scheme.multiple} \({fmt.name} groups"):
         scheme.check_width(k + 16)
     tensors = scheme.tensors(8, k)
@@ -225,6 +229,15 @@ def test_width_and_tensors(scheme: Scheme) -> None:
         expected[str(transform.tensor)] = (tuple(basis.shape), basis.dtype)
     assert tensors == expected
     assert scheme.basis_bytes(k) == (0 if basis is None else basis.numel() * basis.element_size())
+
+
+def test_a_transform_of_ones_own_has_blocks_of_one_size() -> None:
+    scheme = Scheme(get_format("mxfp4"), Reversed(48))
+    assert scheme.multiple == scheme.unit(192) == 96
+    with pytest.raises(
+        FormatError, match=r"K = 128 is not a multiple of 96 .*transform reversed in blocks of a multiple of 48"
+    ):
+        scheme.check_width(128)
 
 
 @every

@@ -5,7 +5,7 @@ import torch
 from scipy.linalg import hadamard
 
 from ptq.scheme import FormatError, Hadamard, Learned, Scheme, Smoothed, get_format
-from ptq.scheme.hadamard import BLOCK_SIZES, hadamard_matrix, rotation_factors
+from ptq.scheme.hadamard import BLOCK_SIZES, hadamard_matrix, rotate, rotation_factors
 from ptq.scheme.learned import encode_blocks
 from ptq.scheme.transform import UNCHANGED, settle
 
@@ -32,6 +32,7 @@ EVERY = {
     "smoothed 64": (Smoothed(64), tensors()[2]),
     "learned 32": (Learned(32), learned_basis(32)),
     "learned 64": (Learned(64), learned_basis(64)),
+    "learned 128": (Learned(128), learned_basis(128)),
 }
 every = pytest.mark.parametrize(("transform", "basis"), EVERY.values(), ids=EVERY)
 
@@ -204,9 +205,31 @@ def test_without_a_transform_there_are_no_blocks():
         type(UNCHANGED)(64).check(32)
 
 
-def test_blocks_that_do_not_divide_k():
+@pytest.mark.parametrize(("k", "size"), [(192, 64), (160, 32), (96, 32), (384, 128), (5120, 128)])
+def test_where_a_block_does_not_divide_k_the_largest_power_of_two_does(k, size):
+    """One size for all blocks of an input; every method then does what the transform of that size does."""
+    x, w, s = tensors(k)
+    x, h = x.float(), (x.T @ x).float()
+    learned = encode_blocks(
+        torch.randn(k // size, size, size, generator=torch.Generator().manual_seed(2)) + 8 * torch.eye(size)
+    )
+    for kind, basis in ((Hadamard, None), (Smoothed, s), (Learned, learned)):
+        one, exact = kind(128), kind(size)
+        assert one.block_of(k) == size and one.stored(k) == exact.stored(k)
+        assert torch.equal(one.input(x, basis), exact.input(x, basis))
+        assert torch.equal(one.hessian(h, basis), exact.hessian(h, basis))
+        weight = one.weight(w, basis)
+        assert torch.equal(weight, exact.weight(w, basis))
+        assert torch.equal(one.restore(weight, basis), exact.restore(weight, basis))
+    assert torch.equal(Learned(128).plain(k), Learned(size).plain(k))
+    found, expected = (kind.candidates([w.float()], h, s.float(), (0.5,)) for kind in (Learned(128), Learned(size)))
+    assert found.keys() == expected.keys() == {"off", "0.5", "learned"}
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_rotation_by_blocks_that_do_not_divide_k():
     with pytest.raises(ValueError, match=r"blocks of 128 do not divide .*\[2, 192\]"):
-        Hadamard(128).input(torch.ones(2, 192), None)
+        rotate(torch.ones(2, 192), 128, 1.0)
 
 
 def test_a_hessian_of_few_tokens_keeps_a_diagonal_that_is_not_negative():

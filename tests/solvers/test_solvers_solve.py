@@ -251,7 +251,6 @@ def test_damping_retries_are_reported() -> None:
     ("change", "message"),
     [
         ({"k": 96}, "q, k, v: K = 96 is not a multiple of 64"),
-        ({"transform": ("hadamard", 128), "k": 192}, "q, k, v: K = 192 is not a multiple of 128"),
         ({"stats_k": 64}, "64 channels"),
         ({"h": None}, "needs the input's Hessian"),
         ({"h": torch.nan}, "q, k, v: The Hessian holds NaN"),

@@ -111,12 +111,12 @@ def rotate(x, SIZE: tl.constexpr, FACTOR: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def multiply_block(x, matrix, PARTS: tl.constexpr):
-    """[R, S] of any float dtype @ bfloat16 [S, S] -> float32.
+    """[R, S] of any float dtype @ bfloat16 [S, C] -> float32 [R, C].
 
     x is split into PARTS bfloat16 summands by truncation, which is exact when PARTS * 8 bits cover the significand of x,
     and each is multiplied on tensor cores: every product is exact, only the float32 sums round. bfloat16 x is one part.
     """
-    total = tl.zeros(x.shape, tl.float32)
+    total = tl.zeros((x.shape[0], matrix.shape[1]), tl.float32)
     if x.dtype == tl.bfloat16:
         return dot_f32(x, matrix, total)
     rest = x.to(tl.float32)
@@ -129,13 +129,12 @@ def multiply_block(x, matrix, PARTS: tl.constexpr):
 
 
 @triton.jit
-def load_e4m3(ptr, SIZE: tl.constexpr):
-    """A stored block (`ptq.scheme.learned`), float8 e4m3 bits uint8 [SIZE, SIZE] -> its values in bfloat16.
+def load_e4m3(ptr, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
+    """COLUMNS of a stored block (`ptq.scheme.learned`), float8 e4m3 bits uint8 [SIZE, SIZE] -> bfloat16 [SIZE, COLUMNS].
 
     By integer arithmetic, for devices without that type. Exact: four significant bits.
     """
-    index = tl.arange(0, SIZE)
-    bits = tl.load(ptr + index[:, None] * SIZE + index[None, :]).to(tl.int32)
+    bits = tl.load(ptr + tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, COLUMNS)[None, :]).to(tl.int32)
     magnitude = bits & 0x7F
     normal = ((magnitude << 20) + (112 << 23)).to(tl.float32, bitcast=True)  # bias 7 -> 127, divided by 256
     value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 7.62939453125e-06, normal)  # subnormals: 2^-9 / 256

@@ -24,6 +24,7 @@ from ptq.known import RESIDUAL_BLOCK
 from ptq.runtime.kernels import blocks as b
 from ptq.runtime.kernels import formats as f
 from ptq.runtime.kernels.residual import parts_of, residual_kernel
+from ptq.runtime.kernels.tiles import capability_family
 from ptq.scheme import Format, FormatError, Hadamard, HiF4, Scheme
 from ptq.scheme.format import EMPTY
 from ptq.scheme.hadamard import rotation_factors
@@ -38,6 +39,12 @@ STEPS = 8
 MANY_ROWS = 4096
 """From so many rows on; with fewer a program takes one tile, or there would be too few programs."""
 WARPS = 4
+WIDE_TILE, WIDE_WARPS = 8192, 8
+"""With units of 128: 64 rows of them, the fewest of the matrix instructions that several warps issue together."""
+WHOLE = (90, 100)
+"""Capability families that have these. Elsewhere a unit of 128 would lie across warps, and HiF4's `mse` spill registers: there
+a program takes PANEL columns of a learned block, and reads the block's input once for each panel."""
+PANEL = 64
 SMALL_TILE, SMALL_TILE_WARPS = 2048, 8
 """Where HiF4's `mse` writes packed codes, which spills registers with more elements a thread."""
 
@@ -90,16 +97,16 @@ def quantize(
     scale_shape = (m, width // fmt.group_size)
     scales = torch.empty(scale_shape, dtype=fmt.scale_dtype, device=x.device) if out == "packed" else None
     if m:
-        chosen = constants(scheme, out, x.dtype, k, e_ref, m)
-        unit, rows = scheme.multiple, chosen["ROWS"] * chosen["STEPS"]
-        grid = (triton.cdiv(m, rows) * (k // unit) if chosen["BLOCKS"] else triton.cdiv(m * (k // unit), rows),)
+        chosen = constants(scheme, out, x.dtype, k, e_ref, m, capability_family(x.device))
+        unit, rows = chosen["L"], chosen["ROWS"] * chosen["STEPS"]
+        grid = (triton.cdiv(m, rows) * (k // unit) if chosen["BLOCK"] else triton.cdiv(m * (k // unit), rows),)
         basis = basis if basis is None else basis.contiguous()
         arguments = (x, basis, values, scales, counters, m, x.stride(0), width)
-        quantize_kernel[grid](*arguments, **chosen, **options(scheme, out))
+        quantize_kernel[grid](*arguments, **chosen, **options(scheme, out, unit))
         if residual:
             parts = parts_of(tuple(residual), unit, x.device)
             of_parts = (x, basis, parts, values, scales, counters, m, x.stride(0), width)
-            residual_kernel[(triton.cdiv(m, rows) * len(parts),)](*of_parts, **chosen, **options(scheme, out))
+            residual_kernel[(triton.cdiv(m, rows) * len(parts),)](*of_parts, **chosen, **options(scheme, out, unit))
     return QuantizedInput(values, scales, e_ref if out == "fp8" else 0)
 
 
@@ -150,31 +157,38 @@ def significand_parts(dtype: torch.dtype, smooth: bool) -> int:
     return min(3, -(-bits // 8))
 
 
-def tile_of(scheme: Scheme, out: Output) -> tuple[int, int]:
-    """Elements of a tile, and warps of a program."""
+def tile_of(scheme: Scheme, out: Output, unit: int) -> tuple[int, int]:
+    """Elements of a tile of units, and warps of a program."""
+    if unit > PANEL:
+        return WIDE_TILE, WIDE_WARPS
     small = out == "packed" and (scheme.format.name, scheme.input_rule) == (HiF4.name, "mse")
     return (SMALL_TILE, SMALL_TILE_WARPS) if small else (TILE_ELEMENTS, WARPS)
 
 
-def options(scheme: Scheme, out: Output) -> dict[str, Any]:
+def options(scheme: Scheme, out: Output, unit: int) -> dict[str, Any]:
     """Compiler options. Contraction is off: what is to be fused says so."""
-    return {"num_warps": tile_of(scheme, out)[1], "num_stages": 3, "enable_fp_fusion": False}
+    return {"num_warps": tile_of(scheme, out, unit)[1], "num_stages": 3, "enable_fp_fusion": False}
 
 
-def constants(scheme: Scheme, out: Output, dtype: torch.dtype, k: int, e_ref: int, m: int) -> dict[str, Any]:
-    """Compile-time arguments of `quantize_kernel` for one scheme, row length and number of rows."""
-    transform, unit = scheme.transform, scheme.multiple
-    rotation = transform.block if isinstance(transform, Hadamard) else 0
+def constants(
+    scheme: Scheme, out: Output, dtype: torch.dtype, k: int, e_ref: int, m: int, family: int
+) -> dict[str, Any]:
+    """Compile-time arguments of `quantize_kernel` for one scheme, row length, number of rows and capability family."""
+    transform, unit = scheme.transform, scheme.unit(k)
+    block = transform.block_of(k) if transform.kernel == "blocks" else 0
+    rotation = transform.block_of(k) if isinstance(transform, Hadamard) else 0
+    if block and family not in WHOLE:
+        unit = min(unit, PANEL)
     return {
         "K": k,
         "L": unit,
-        "ROWS": tile_of(scheme, out)[0] // unit,
-        "STEPS": STEPS if m >= MANY_ROWS else 1,
+        "ROWS": tile_of(scheme, out, unit)[0] // unit,
+        "STEPS": STEPS * max(1, block // PANEL) if m >= MANY_ROWS else 1,  # a larger block is decoded for more rows
         "FORMAT": scheme.format.kernel_id,
         "OUT": out,
         "ROTATION": rotation,
         "FACTOR": rotation_factors(rotation)[0] if rotation else 1.0,
-        "BLOCKS": transform.kernel == "blocks",
+        "BLOCK": block,
         "PARTS": significand_parts(dtype, transform.kernel == "hadamard" and transform.tensor is not None),
         "RULE": scheme.format.kernel_rule(str(scheme.input_rule)),
         "E_REF": e_ref,
@@ -199,36 +213,39 @@ def quantize_kernel(
     OUT: tl.constexpr,
     ROTATION: tl.constexpr,
     FACTOR: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     RULE: tl.constexpr,
     E_REF: tl.constexpr,
 ):
     """STEPS tiles of ROWS units; a unit is L consecutive elements of a row, and rows hold K / L units.
 
-    With BLOCKS the units of a program lie in one column of units, whose matrix is decoded once; else they follow each other
-    along rows. width: of a row of the output, which may go on behind its K elements.
+    With learned blocks of BLOCK channels the units of a program lie in one column of units, whose columns of their block are
+    decoded once; else they follow each other along rows. width: of a row of the output, which may go on behind its K elements.
     """
     UNITS: tl.constexpr = K // L
-    if BLOCKS:
-        block = tl.program_id(0) % UNITS
+    if BLOCK > 0:
+        place = tl.program_id(0) % UNITS
         first = (tl.program_id(0) // UNITS) * (ROWS * STEPS)
-        matrix = b.load_e4m3(basis_ptr + block * L * L, L)
+        start = place * L // BLOCK * BLOCK
+        matrix = b.load_e4m3(basis_ptr + start * BLOCK + (place * L - start), BLOCK, L)
     else:
         first = tl.program_id(0) * (ROWS * STEPS)
     for step in range(STEPS):
         index = first + step * ROWS + tl.arange(0, ROWS)
-        if BLOCKS:
-            first_column = block * L
+        if BLOCK > 0:
+            first_column = place * L
             row = index
-            column = block * L + tl.arange(0, L)[None, :]
+            column = place * L + tl.arange(0, L)[None, :]
+            read = start + tl.arange(0, BLOCK)[None, :]
         else:
             first_column = (index % UNITS) * L
             row = index // UNITS
             column = (index % UNITS)[:, None] * L + tl.arange(0, L)[None, :]
+            read = column
         inside = row < M
-        x = tl.load(x_ptr + row.to(tl.int64)[:, None] * stride_m + column, mask=inside[:, None], other=0.0)
-        if BLOCKS:
+        x = tl.load(x_ptr + row.to(tl.int64)[:, None] * stride_m + read, mask=inside[:, None], other=0.0)
+        if BLOCK > 0:
             x = b.multiply_block(x, matrix, PARTS)
         elif basis_ptr is not None:
             x = x.to(tl.float32) * tl.load(basis_ptr + column, mask=inside[:, None], other=0.0).to(tl.float32)

@@ -48,37 +48,40 @@ def residual_kernel(
     OUT: tl.constexpr,
     ROTATION: tl.constexpr,
     FACTOR: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     RULE: tl.constexpr,
     E_REF: tl.constexpr,
 ):
     """The residual of one part of STEPS tiles of rows, behind the K elements of their output; `parts_of` numbers the parts.
 
-    A part has L elements, or 64 of a unit of more. Arguments are those of `quantize_kernel`.
+    A part has L elements, or 64 of a unit of more; of a learned block only its own columns are computed. Arguments are those of
+    `quantize_kernel`.
     """
     SIZE: tl.constexpr = L if L < RESIDUAL_SIZE else RESIDUAL_SIZE
     count = width - K
     position = tl.program_id(0) % (count // SIZE)
     first = (tl.program_id(0) // (count // SIZE)) * (ROWS * STEPS)
     part = tl.load(parts_ptr + position)
-    unit = part * SIZE // L
-    column = unit * L + tl.arange(0, L)[None, :]
     target = K + position * SIZE
-    if BLOCKS:
-        matrix = b.load_e4m3(basis_ptr + unit * L * L, L)
+    if BLOCK > 0:
+        start = part * SIZE // BLOCK * BLOCK
+        matrix = b.load_e4m3(basis_ptr + start * BLOCK + (part * SIZE - start), BLOCK, SIZE)
+        column = start + tl.arange(0, BLOCK)[None, :]
+    else:
+        column = part * SIZE // L * L + tl.arange(0, L)[None, :]
     for step in range(STEPS):
         row = first + step * ROWS + tl.arange(0, ROWS)
         inside = row < M
         x = tl.load(x_ptr + row.to(tl.int64)[:, None] * stride_m + column, mask=inside[:, None], other=0.0)
-        if BLOCKS:
+        if BLOCK > 0:
             x = b.multiply_block(x, matrix, PARTS)
         elif basis_ptr is not None:
             x = x.to(tl.float32) * tl.load(basis_ptr + column, mask=inside[:, None], other=0.0).to(tl.float32)
         if ROTATION > 0:
             x = b.rotate(x, ROTATION, FACTOR, PARTS)
         x = x.to(tl.float32)
-        if L > SIZE:
+        if BLOCK == 0 and L > SIZE:
             own = (tl.arange(0, L // SIZE) == part % (L // SIZE))[None, :, None]
             x = tl.sum(tl.where(own, tl.reshape(x, (ROWS, L // SIZE, SIZE)), 0.0), 1)
         rest = x - f.round_tile(x, FORMAT, SIZE, ROWS, RULE)

@@ -125,6 +125,19 @@ def test_learned_blocks(name, out, size, rows):
         check(x.T.contiguous().T.float() / 64, exact_blocks(384, size, 1), scheme, out)
 
 
+SOME_RULES = [("mxfp4", "even", "fp8"), ("hif4", "mse", "bf16"), ("hif4", "reference", "packed")]
+
+
+@pytest.mark.parametrize(("name", "rule", "out"), SOME_RULES)
+def test_blocks_of_128_where_k_divides_and_smaller_ones_elsewhere(name, rule, out):
+    for k, size in ((192, 64), (256, 128), (96, 32)):
+        x, smooth = exact_input(5, k, seed=k)
+        if k % formats.get(name).group_size:
+            continue
+        for transform, basis in (("hadamard", None), ("smoothed", smooth), ("learned", exact_blocks(k, size))):
+            check(x, basis, Scheme.of(name, transform=transform, block=128, input_rule=rule), out)
+
+
 @pytest.mark.parametrize("name", ["mxfp4", "hif4"])
 def test_learned_blocks_hold_every_e4m3_value(name):
     blocks = torch.arange(4096, dtype=torch.int32).remainder(127).to(torch.uint8).view(1, 64, 64)
@@ -168,10 +181,25 @@ def test_many_rows_are_walked_in_steps(monkeypatch):
     monkeypatch.setattr(module, "MANY_ROWS", 200)
     x, _ = exact_input(333, 64)
     grid = Scheme.of("mxfp4", transform="learned", block=64)
-    assert module.constants(grid, "fp8", x.dtype, 64, 0, 333)["STEPS"] == module.STEPS > 1
+    assert module.constants(grid, "fp8", x.dtype, 64, 0, 333, 90)["STEPS"] == module.STEPS > 1
     for name, rule, out in (("mxfp4", "even", "fp8"), ("hif4", "p2", "packed")):
         check(x, exact_blocks(64, 64), Scheme.of(name, transform="learned", block=64, input_rule=rule), out)
         check(x, None, Scheme.of(name, transform="hadamard", block=32, input_rule=rule), out)
+
+
+@pytest.mark.parametrize(("families", "unit"), [((90, 100), 128), ((), 64)], ids=["whole", "panels"])
+def test_a_block_of_128_is_taken_whole_or_in_panels(families, unit, monkeypatch):
+    """By the matrix instructions of the device; the codes are the same."""
+    module = sys.modules[quantize.__module__]
+    monkeypatch.setattr(module, "WHOLE", families)
+    monkeypatch.setattr(module, "MANY_ROWS", 60)
+    grid = Scheme.of("mxfp4", transform="learned", block=128)
+    chosen = module.constants(grid, "fp8", torch.bfloat16, 256, 0, 333, 90)
+    assert (chosen["L"], chosen["ROWS"], chosen["BLOCK"], chosen["STEPS"]) == (unit, 64, 128, 2 * module.STEPS)
+    x, _ = exact_input(70, 256)
+    x[7, 200] = float("nan")
+    for name, rule, out in SOME_RULES:
+        check(x, exact_blocks(256, 128), Scheme.of(name, transform="learned", block=128, input_rule=rule), out)
 
 
 def fma(x, y, z):
