@@ -38,7 +38,7 @@ def variants(format_name: str, widths: set[int]) -> dict[str, Recipe]:
     """Name -> recipe: the ladder, each ingredient alone, all without each, other values of keys.
 
     Args:
-        widths: every K of the model; only blocks that divide them all are tried.
+        widths: every K of the model; only blocks that divide one of them are tried.
     """
     fmt = get_format(format_name)
     rule = load_recipe(format_name, format_name).scheme.input_rule
@@ -67,7 +67,7 @@ def variants(format_name: str, widths: set[int]) -> dict[str, Recipe]:
     }
     chosen |= {f"all without {name}": update for name, update in without.items()}
     chosen["all, smoothing for learned transform"] = SMOOTHING
-    for size in (size for size in BLOCK_SIZES if all(k % size == 0 for k in widths)):
+    for size in (size for size in BLOCK_SIZES if any(k % size == 0 for k in widths)):
         learned = size % fmt.group_size == 0
         label = f"all, blocks of {size}" if learned else f"all, smoothing for learned transform, blocks of {size}"
         chosen[label] = (*(() if learned else SMOOTHING), f"scheme.block={size}")

@@ -55,7 +55,7 @@ def test_a_recipe_per_format_is_installed() -> None:
 @pytest.mark.parametrize(
     ("override", "path", "value"),
     [
-        ("scheme.block=128", "scheme.block", 128),
+        ("scheme.block=32", "scheme.block", 32),
         ("scheme.transform=hadamard", "scheme.transform", "hadamard"),
         ("scheme.input_rule=null", "scheme.input_rule", None),
         ("solver.rounding=rtn", "solver.rounding", "rtn"),

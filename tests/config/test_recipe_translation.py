@@ -69,9 +69,10 @@ def scheme(recipe: Recipe, format_name: str) -> Scheme:
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_the_default_recipes_are_todays(name: str) -> None:
+def test_the_default_recipes_are_todays_but_for_larger_blocks(name: str) -> None:
     value, lost = translate(earlier(DEFAULTS[name]))
-    today = load_recipe(name, name)
+    today = load_recipe(name, name, ("scheme.block=64",))
+    assert load_recipe(name, name).scheme.block == 128
     assert Recipe.model_validate(value | {"description": today.description}) == today  # it decides nothing
     assert lost == {}
 
