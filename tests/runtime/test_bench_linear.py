@@ -43,8 +43,8 @@ def test_figures_of_one_shape():
     for row in rows.values():
         assert row.tflops == pytest.approx(2 * 32 * 128 * 256 / row.seconds / 1e12)
         assert row.speedup == pytest.approx(base.seconds / row.seconds)
-    assert rows["mxfp4 ptq"].weight_bytes == 128 * 256 * (4 + 4.25 / 8) + 256 * 64  # cache, codes, blocks
-    assert rows["hif4 ptq"].weight_bytes == 128 * 256 * (4 + 4.5 / 8) + 256 * 64
+    assert rows["mxfp4 ptq"].weight_bytes == 128 * 256 * (4 + 4.25 / 8) + 256 * 128  # cache, codes, blocks
+    assert rows["hif4 ptq"].weight_bytes == 128 * 256 * (4 + 4.5 / 8) + 256 * 128
     assert rows["mxfp4 ptq"].error < 1e-6 and rows["hif4 ptq"].error < 1e-6
 
 

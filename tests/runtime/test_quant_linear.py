@@ -189,7 +189,7 @@ def test_quality_of_the_whole_layer(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "k"), [(Scheme.of("hif4"), 96), (Scheme.of("mxfp4"), 48), (rotated("mxfp4", 128, False), 64)]
+    ("scheme", "k"), [(Scheme.of("hif4"), 96), (Scheme.of("mxfp4"), 48), (rotated("mxfp4", 128, False), 48)]
 )
 def test_k_that_does_not_fit_is_refused(scheme: Scheme, k: int) -> None:
     with pytest.raises(formats.FormatError, match=f"K = {k}"):

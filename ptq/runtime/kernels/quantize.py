@@ -102,7 +102,7 @@ def quantize(
         grid = (triton.cdiv(m, rows) * (k // unit) if chosen["BLOCK"] else triton.cdiv(m * (k // unit), rows),)
         basis = basis if basis is None else basis.contiguous()
         arguments = (x, basis, values, scales, counters, m, x.stride(0), width)
-        quantize_kernel[grid](*arguments, **chosen, **options(scheme, out, unit))
+        quantize_kernel[grid](*arguments, EXTENDED=bool(residual), **chosen, **options(scheme, out, unit))
         if residual:
             parts = parts_of(tuple(residual), unit, x.device)
             of_parts = (x, basis, parts, values, scales, counters, m, x.stride(0), width)
@@ -217,11 +217,13 @@ def quantize_kernel(
     PARTS: tl.constexpr,
     RULE: tl.constexpr,
     E_REF: tl.constexpr,
+    EXTENDED: tl.constexpr,
 ):
     """STEPS tiles of ROWS units; a unit is L consecutive elements of a row, and rows hold K / L units.
 
     With learned blocks of BLOCK channels the units of a program lie in one column of units, whose columns of their block are
-    decoded once; else they follow each other along rows. width: of a row of the output, which may go on behind its K elements.
+    decoded once; else they follow each other along rows. width: of a row of the output, which with EXTENDED goes on behind its K
+    elements.
     """
     UNITS: tl.constexpr = K // L
     if BLOCK > 0:
@@ -251,7 +253,7 @@ def quantize_kernel(
             x = x.to(tl.float32) * tl.load(basis_ptr + column, mask=inside[:, None], other=0.0).to(tl.float32)
         if ROTATION > 0:
             x = b.rotate(x, ROTATION, FACTOR, PARTS)
-        before = row.to(tl.int64) * width
+        before = row.to(tl.int64) * (width if EXTENDED else K)
         f.store_tile(
             x.to(tl.float32), before + first_column, before[:, None] + column, inside, values_ptr, scales_ptr, counters_ptr,
             FORMAT, L, ROWS, OUT, RULE, E_REF,

@@ -136,6 +136,8 @@ def compile_quantize(family, basis, name, rule, out, rows=512, kernel=quantize.q
     if kernel is residual.residual_kernel:
         signature, aligned = signature | {"parts_ptr": "*i32"}, [*aligned, "parts_ptr"]
     constants = quantize.constants(scheme, out, torch.bfloat16, K, 0, rows, family)
+    if kernel is quantize.quantize_kernel:
+        constants["EXTENDED"] = False
     options = quantize.options(scheme, out, constants["L"])
     binary = compile_for(family, kernel, signature, constants, aligned, options)
     check_resources(binary, family)

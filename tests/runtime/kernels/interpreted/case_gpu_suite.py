@@ -56,7 +56,7 @@ def test_tables_of_kernels(monkeypatch):
 
 def test_table_of_a_block_shows_the_memory_saved():
     rows = {row["candidate"]: row for row in gpu_measure.block_linears(64, 128, 256, CPU, 1)}
-    values, blocks = 8 * 128 * 128 + 2 * 128 * 256, 64 * (9 * 128 + 256)
+    values, blocks = 8 * 128 * 128 + 2 * 128 * 256, 128 * (9 * 128 + 256)
     for name, bits in (("mxfp4", 4.25), ("hif4", 4.5)):
         assert rows[name]["memory ratio"] == pytest.approx((values * bits / 8 + blocks) / (2 * values))
 
