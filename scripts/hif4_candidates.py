@@ -26,9 +26,10 @@ from torch import Tensor
 from ptq.cli.common import quiet_libraries
 from ptq.config import load_recipe
 from ptq.quantization.settings import QuantizeSettings
-from ptq.scheme import FORMATS, hif4
+from ptq.scheme import FORMATS, hif4_search
 from ptq.scheme.format import NAN_SCALE, Codes, grouped
-from ptq.scheme.hif4 import SCALE_BIAS, HiF4, join_words, scale_values
+from ptq.scheme.hif4 import HiF4
+from ptq.scheme.hif4_words import SCALE_BIAS, join_words, scale_values
 from ptq.store.files import write_json
 from ptq.wan.loading import resolve_model
 
@@ -67,7 +68,7 @@ INPUT_SEARCHES = {
     "bytes 0..+1, free": Rule((0, 1)),
     "bytes 0..+2, free": Rule((0, 1, 2)),
     "bytes -1..+1, free": Rule((0, -1, 1)),
-    "bytes -4..+2, free": Rule(hif4.SEARCHED_OFFSETS),
+    "bytes -4..+2, free": Rule(hif4_search.SEARCHED_OFFSETS),
 }
 
 
@@ -138,7 +139,7 @@ def scale_words(x: Tensor, rule: Rule, weights_k: Tensor | None = None) -> Tenso
     """
     if rule.free:
         base = Base() if rule.power_of_two else HiF4()
-        with mock.patch.object(hif4, "SEARCHED_OFFSETS", rule.offsets):
+        with mock.patch.object(hif4_search, "SEARCHED_OFFSETS", rule.offsets):
             words = base.search_scales(x.reshape(-1, x.shape[-1]), weights_k)
         return words.view(*x.shape[:-1], -1)
     byte = exponent_bytes(x) if rule.power_of_two else HiF4().quantize(x).scales & 0xFF

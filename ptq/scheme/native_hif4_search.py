@@ -1,4 +1,4 @@
-"""The search of a weight's HiF4 scales, compiled by numba: the choice of the eager functions of `ptq.scheme.hif4`, bit for bit.
+"""The search of a weight's HiF4 scales, compiled by numba: the choice of `ptq.scheme.hif4_search.searched`, bit for bit.
 
 Nothing here is contracted to fused multiply-adds, flushed or reassociated. The file has no helpers elsewhere: numba's cache notices
 changes of a kernel's own file only.
@@ -22,7 +22,7 @@ f32, i32, u32 = np.float32, np.int32, np.uint32
 
 @kernel
 def search(w, start, first, steps, weights, lowest, spacing, offsets, words):
-    """The scale word of each group with the smallest weighted squared error: `ptq.scheme.hif4._searched_words`, bit for bit.
+    """The scale word of each group with the smallest weighted squared error: `ptq.scheme.hif4_search.searched`, bit for bit.
 
     Args:
         w: float32 [n, 64]; start: number of the first of these groups.

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ptq.formats import Codes, get
-from ptq.scheme.hif4 import split_words
+from ptq.scheme.hif4_words import split_words
 
 
 def groups(count, size, seed):

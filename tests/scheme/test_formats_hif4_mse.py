@@ -10,7 +10,7 @@ from reference import hif4_byte, hif4_errors, quantize_hif4_mse
 
 from ptq.formats import get
 from ptq.scheme import native
-from ptq.scheme.hif4 import split_words
+from ptq.scheme.hif4_words import split_words
 
 HIF4 = get("hif4")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ptq import formats
-from ptq.scheme import hif4, native
+from ptq.scheme import hif4_search, native
 from ptq.solvers import SolverError, round_to_nearest, round_to_scales, search_scales
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
@@ -116,7 +116,7 @@ def test_the_compiled_search_of_hif4_chooses_what_the_eager_one_does(rule, weigh
     torch.set_num_threads(2)
     found = search_scales(w, fmt, weights_k=weights, scale_rule=rule)
     torch.set_num_threads(1)
-    monkeypatch.setattr(hif4, "_searched_natively", hif4._searched)
+    monkeypatch.setattr(hif4_search, "searched_natively", hif4_search.searched)
     assert torch.equal(found, search_scales(w, fmt, weights_k=weights, scale_rule=rule))
     assert len(found.unique()) > 1000
 
