@@ -55,7 +55,7 @@ VARIATIONS: dict[str, dict[str, object]] = {
 MODULE_VARIATIONS = {name: VARIATIONS[name] for name in ("hadamard-32", "smoothed", "none", "rtn-learned")} | {
     "default": {},
     "hadamard-128": {"scheme.transform": "hadamard", "scheme.block": 128},
-    "learned-128": {"scheme.block": 128},
+    "learned-64": {"scheme.block": 64},
 }
 
 
