@@ -58,11 +58,12 @@ def time_facts(layout: ModelLayout, device: str) -> dict[str, str]:
     preset, config = layout.preset, next(iter(layout.experts.values()))
     size = call_size(layout, preset)
     call = call_seconds(layout, size, device)
-    block = call / int(config["num_layers"])
+    block, seconds = call / int(config["num_layers"]), preset.calls * call
+    total = f"{seconds:.2g} s" if seconds < 10 else ui.format_seconds(seconds)
     video = f"{preset.width}x{preset.height}, {preset.num_frames} frames, {preset.steps} steps"
     return {
         f"time of a block on {device}, estimated": f"{block:.3g} s ({size.tokens} tokens)",
-        f"time of a video on {device}, estimated": f"{ui.format_seconds(preset.calls * call)} ({video}; encoder and VAE apart)",
+        f"time of a video on {device}, estimated": f"{total} ({video}; encoder and VAE apart)",
     }
 
 
