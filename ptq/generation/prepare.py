@@ -180,7 +180,7 @@ def make_videos(
     """
 
     folder, length = out / STATE_DIR / EMBEDDINGS, settings.max_sequence_length
-    negative = settings.negative_prompt if settings.guidance_scale > 1.0 else None
+    negative = settings.negative_prompt if _preset(layout, settings).guided else None
     encoding = TextEncoding(layout, folder, settings.dtype, length, negative, device, offload)
 
     def load() -> Any:

@@ -34,8 +34,6 @@ from ptq.scheme.placement import DECODED
 FEW_ROWS = 64
 """Up to this many rows only backends that read the packed weight once and decode it in registers are considered."""
 VARIABLE = "PTQ_BACKEND"
-FAST = ("dot-scaled", "scaled-mm", "triton-fp8")
-"""Backends whose products run faster than those of bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,7 @@ class Backend:
         obstacle: why it cannot run a call on its device, or None.
         run: (x [..., K] on the device, weight with contiguous tensors, placement) -> [M, N] of any float dtype.
         few_rows: whether it is made for at most FEW_ROWS rows too.
+        fast: whether its products run faster than those of bfloat16.
     """
 
     name: str
@@ -89,6 +88,7 @@ class Backend:
     obstacle: Callable[[Call], str | None]
     run: Callable[[Tensor, PackedWeight, Placement], Tensor]
     few_rows: bool = False
+    fast: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,26 +181,31 @@ def recipe_schemes() -> dict[str, Scheme]:
 
 def preview(machine: Machine) -> dict[str, str]:
     """Format or recipe -> "backend: reason" for a large layer on this machine, for `ptq doctor`; what is forced counts."""
-    found = {}
-    for name, scheme in ({name: Scheme(get_format(name)) for name in FORMATS} | recipe_schemes()).items():
-        fp8 = scheme.format.exact_in_fp8(scheme.input_rule)
-        placement = Placement("e4m3", 0, None, "a usual weight") if fp8 else DECODED
-        try:
-            choice = choose(Call(scheme, 32760, 5120, 5120, placement, machine), forced_backend())
-        except UsageError as error:
-            found[name] = str(error)
-        else:
-            found[name] = f"{choice.backend.name}: {choice.reason}"
-    return found
+    schemes = {name: Scheme(get_format(name)) for name in FORMATS} | recipe_schemes()
+    choices = {name: _large_layer(scheme, machine) for name, scheme in schemes.items()}
+    return {
+        name: f"{choice.backend.name}: {choice.reason}" if isinstance(choice, Choice) else str(choice)
+        for name, choice in choices.items()
+    }
 
 
 def advice(machine: Machine) -> str:
     """Which recipe to take on this machine, by what a large layer of each would run on."""
-    backends = {name: text.partition(":")[0] for name, text in preview(machine).items()}
-    fast = [name for name in recipe_schemes() if backends[name] in FAST]
+    choices = {name: _large_layer(scheme, machine) for name, scheme in recipe_schemes().items()}
+    fast = {name: one.backend.name for name, one in choices.items() if isinstance(one, Choice) and one.backend.fast}
     if fast:
-        return f"{' or '.join(fast)} for speed ({backends[fast[0]]}), hif4 for quality"
+        return f"{' or '.join(fast)} for speed ({', '.join(dict.fromkeys(fast.values()))}), hif4 for quality"
     return "hif4 for quality; no recipe is faster than another here"
+
+
+def _large_layer(scheme: Scheme, machine: Machine) -> Choice | UsageError:
+    """What a layer of many rows and a usual weight would run on; the error where nothing can run it."""
+    fp8 = scheme.format.exact_in_fp8(scheme.input_rule)
+    placement = Placement("e4m3", 0, None, "a usual weight") if fp8 else DECODED
+    try:
+        return choose(Call(scheme, 32760, 5120, 5120, placement, machine), forced_backend())
+    except UsageError as error:
+        return error
 
 
 def machine_of(device: torch.device) -> Machine:

@@ -137,9 +137,18 @@ def quantized_input(x: Tensor, w: PackedWeight, out: Output) -> QuantizedInput:
 
 
 for backend in (
-    Backend("dot-scaled", "cuda", "block-scaled tensor cores multiply the codes", _dot_scaled_obstacle, _dot_scaled),
-    Backend("scaled-mm", "cuda", "values are exact in FP8, and so are the sums", _scaled_mm_obstacle, _scaled_mm),
-    Backend("triton-fp8", "cuda", "every value is exact in FP8", _triton_fp8_obstacle, _triton_fp8),
+    Backend(
+        "dot-scaled",
+        "cuda",
+        "block-scaled tensor cores multiply the codes",
+        _dot_scaled_obstacle,
+        _dot_scaled,
+        fast=True,
+    ),
+    Backend(
+        "scaled-mm", "cuda", "values are exact in FP8, and so are the sums", _scaled_mm_obstacle, _scaled_mm, fast=True
+    ),
+    Backend("triton-fp8", "cuda", "every value is exact in FP8", _triton_fp8_obstacle, _triton_fp8, fast=True),
     Backend("bf16-decode", "cuda", "exact in bfloat16", _bf16_decode_obstacle, _bf16_decode, few_rows=True),
 ):
     register_backend(backend)
