@@ -17,7 +17,7 @@ from ptq.quantization.job import Job
 from ptq.quantization.placing import Place, choose_place
 from ptq.quantization.probe import Rates, probe
 from ptq.quantization.residual import PROBES
-from ptq.solvers.basis import SEARCH_ROWS
+from ptq.solvers.measure import row_step
 from ptq.solvers.scales import CHUNK_ELEMENTS_CUDA
 from ptq.store.files import files_below
 from ptq.store.lora import describe_loras
@@ -26,9 +26,9 @@ from ptq.wan.estimates import LIBRARY_BYTES, forward_flops, hessian_flops, solve
 from ptq.wan.preflight import Needs
 from ptq.wan.replay import CACHED_CONTEXT_BYTES
 
-SOLVE_PHASES = ((4.0, 1.5), (3.0, 5.25), (2.0, 6.75))
-"""(matrices K x K, values N x K) in float32 alive while an input is factorised, its columns are rounded, and both roundings are
-compared: counted from the storages that are alive, the weight itself apart."""
+SOLVE_PHASES = ((4.0, 1.5), (3.0, 6.25))
+"""(matrices K x K, values N x K) in float32 alive while an input is factorised and while its columns are rounded: counted from
+the storages that are alive, the weight itself apart. Comparing both roundings takes less."""
 PLAIN_VALUES = 4.25
 """The values where there is no Hessian."""
 EAGER_VALUES = 9.0
@@ -43,8 +43,6 @@ DECODED_VALUES = 1
 
 OUTPUT_PRODUCTS = 3
 """Outputs of a Linear on sample tokens: original, rounded to nearest, as solved."""
-TRACES = 3
-"""Errors in trace form: rounded to nearest, as solved, and the signal."""
 
 
 def needs(job: Job) -> Needs:
@@ -88,7 +86,8 @@ def working_bytes(job: Job, expert: str) -> int:
     solving = 0.0
     for position, one in enumerate(inputs):  # each Hessian is gone once its Linears are solved
         solved = CODES_BYTES * sum(len(i.linears) * i.n * i.k for i in inputs[:position])
-        alone = _solve_bytes(job, len(one.linears) * one.n, one.k)
+        tokens = min(call.rows(one.rows), sample) * records
+        alone = _solve_bytes(job, len(one.linears), one.n, one.k, tokens)
         solving = max(solving, itemsize * values + solved + sum(squares[position + 1 :]) + samples + alone)
     replaying = (CODES_BYTES + job.settings.scheme.format.bits_per_value / 8) * values + forward
     if job.options.device == "cpu":  # layers keep their weight decoded, and quantized inputs are float32
@@ -99,11 +98,12 @@ def working_bytes(job: Job, expert: str) -> int:
     return int(_outside_bytes(job, expert) + probes + max(collecting, solving, replaying))
 
 
-def _solve_bytes(job: Job, rows: int, k: int) -> float:
-    """What solving an input holds, its Hessian included and its samples not."""
+def _solve_bytes(job: Job, linears: int, n: int, k: int, tokens: int) -> float:
+    """What solving an input of some Linears N x K holds, its Hessian included and its sample tokens not."""
+    rows = linears * n
     square, value, gpu = 4.0 * k**2, 4.0 * rows * k, job.options.device != "cpu"
     copy = value if job.options.dtype.itemsize < 4 else 0.0  # of the weight in float32
-    outputs = 4.0 * job.settings.recipe.records.tokens_per_record * (OUTPUT_PRODUCTS * rows + 2 * k)
+    outputs = 4.0 * tokens * (OUTPUT_PRODUCTS * linears * (n // row_step(n)) + 2 * k)
     peak = PLAIN_VALUES * value
     if job.settings.needs_hessian:
         peak = max(squares * square + values * value for squares, values in SOLVE_PHASES)
@@ -162,11 +162,14 @@ def _search_flops(job: Job, expert: str) -> float:
     settings, call = job.settings, job.call_size(expert)
     total = 0.0
     for item in job.layout.block_inputs(expert).values():
-        rows, searched = len(item.linears) * item.n, len(item.linears) * min(item.n, SEARCH_ROWS)
+        count = len(item.linears)
+        rows, looked_at = count * item.n, count * (item.n // row_step(item.n))
         sample = min(call.rows(item.rows), settings.recipe.records.tokens_per_record) * job.used_records(expert)
         candidates = 2 + len(settings.recipe.solver.smoothing) if settings.scheme.transform.needs_records else 0
-        total += 2.0 * sample * item.k * ((candidates + 1) * searched + OUTPUT_PRODUCTS * rows)
-        total += TRACES * rows * float(item.k) ** 2 if settings.needs_hessian else 0.0
+        total += 2.0 * sample * item.k * looked_at * (candidates + 2 if candidates else OUTPUT_PRODUCTS)
+        total += (
+            (rows + looked_at) * float(item.k) ** 2 if settings.needs_hessian else 0.0
+        )  # rounded to nearest, and the signal
     return total
 
 

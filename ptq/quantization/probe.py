@@ -82,8 +82,9 @@ def _first(context: BlockContext, tokens: int) -> BlockContext:
 def _round(w_nk: Tensor, fmt: Format) -> Tensor:
     k = w_nk.shape[1]
     eye = torch.eye(k, device=w_nk.device)
-    factor = Factor(torch.arange(k, device=w_nk.device), eye, eye.diagonal(), 0.0, 0, 0)
-    return gptq(w_nk, factor, fmt, scales=round_to_nearest(w_nk, fmt).scales).elements
+    ones = eye.diagonal()
+    factor = Factor(torch.arange(k, device=w_nk.device), eye, ones, 0.0 * ones, 0.0, 0, 0)
+    return gptq(w_nk, factor, fmt, scales=round_to_nearest(w_nk, fmt).scales).codes.elements
 
 
 def _prepare(w_nk: Tensor, fmt: Format, *, searched: bool) -> Tensor:

@@ -15,17 +15,14 @@ from torch import Tensor
 from ptq.config.recipe import SolverSettings
 from ptq.scheme import Scheme
 from ptq.solvers.factor import check_hessian
-from ptq.solvers.measure import relative, row_energies
+from ptq.solvers.measure import relative, row_energies, row_step
 from ptq.solvers.rtn import check_weight, round_to_nearest
 from ptq.solvers.stats import InputStats, SolverError
-
-SEARCH_ROWS = 1024
-"""Output rows of each Linear that the search looks at, evenly spaced: the error is a mean over rows."""
 
 
 @dataclass(frozen=True)
 class SampleOutputs:
-    """What the Linears of an input give for the sample tokens.
+    """What the Linears of an input give for the sample tokens, on the rows of `ptq.solvers.measure.sample_rows`.
 
     Attributes:
         target: with weights and inputs as they are, float32 [T, N].
@@ -46,7 +43,7 @@ class BasisChoice:
         name: of the candidate ("off", an exponent of smoothing, "learned").
         basis: what the layer stores, or None.
         errors: candidate -> relative output error, averaged over the Linears; empty where there was nothing to choose.
-        outputs: where there was, and every row was looked at.
+        outputs: where there was.
     """
 
     name: str
@@ -75,7 +72,7 @@ def search_basis(weights: Sequence[Tensor], stats: InputStats, scheme: Scheme, s
     candidates = transform.candidates(weights, stats.h_kk, stats.rms_k, settings.smoothing)
     if len(candidates) == 1:
         return BasisChoice(*next(iter(candidates.items())), {})
-    rows = [w[:: max(1, len(w) // SEARCH_ROWS)].float() for w in weights]
+    rows = [w[:: row_step(len(w))].float() for w in weights]
     sizes, stacked = [len(part) for part in rows], torch.cat(rows)  # rows are independent
     target = stats.x_tk @ stacked.T
     energies = [row_energies(target)]
@@ -91,8 +88,6 @@ def search_basis(weights: Sequence[Tensor], stats: InputStats, scheme: Scheme, s
         for name, row in zip(candidates, by_candidate, strict=True)
     }
     best = min(errors, key=errors.__getitem__)
-    outputs = None
-    if sizes == list(map(len, weights)):
-        signal, *errors_n = energies
-        outputs = SampleOutputs(target, signal, errors_n[list(errors).index(best)])
+    signal, *errors_n = energies
+    outputs = SampleOutputs(target, signal, errors_n[list(errors).index(best)])
     return BasisChoice(best, candidates[best], errors, outputs)

@@ -37,6 +37,7 @@ class Factor:
         feedback_kk: float [K, K], entry [k, i] = U_ik / U_kk for positions i < k; 1 on
             the diagonal, zero above it.
         pivots_k: float [K], U_kk^2 by position: what an error in that column costs once later columns have compensated.
+        added_k: float [K], what was added to the diagonal of H by position: damping, and a pivot for columns that have none.
         damping: the fraction of the mean diagonal that was added in the end.
         damping_retries: how many times it had to be raised.
         dead_columns: channels that were zero in every calibration token.
@@ -45,6 +46,7 @@ class Factor:
     order: Tensor
     feedback_kk: Tensor
     pivots_k: Tensor
+    added_k: Tensor
     damping: float
     damping_retries: int
     dead_columns: int
@@ -76,7 +78,8 @@ def factorize(h_kk: Tensor, *, damping: float, act_order: bool, dtype: torch.dty
     if live < len(h):
         h[dead[reverse]] = 0
         h[:, dead[reverse]] = 0
-    h.diagonal().add_(dead[reverse].to(dtype) * (mean or 1.0))
+    missing = dead[reverse].to(dtype) * (mean or 1.0)
+    h.diagonal().add_(missing)
     original = h.diagonal().clone()
     retries = 0
     while True:
@@ -94,7 +97,8 @@ def factorize(h_kk: Tensor, *, damping: float, act_order: bool, dtype: torch.dty
     del upper
     pivots = feedback.diagonal().clone()
     feedback /= pivots.unsqueeze(-1)
-    return Factor(order, feedback, pivots.square(), damping, retries, len(diagonal) - live)
+    added = missing.flip(0) + damping * mean
+    return Factor(order, feedback, pivots.square(), added, damping, retries, len(diagonal) - live)
 
 
 def _natural(h_kk: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,7 +29,22 @@ RoundBlock = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(target, weight, steps, feedback) -> elements, see `round_block`."""
 
 
-def gptq(w_nk: Tensor, factor: Factor, fmt: Format, *, scales: Tensor, block_columns: int = 128) -> Codes:
+@dataclass(frozen=True)
+class Rounding:
+    """A rounded weight and what it costs.
+
+    Attributes:
+        codes: of the weight [N, K].
+        trace_n: diag(E H E^T) of E = decoded - weight, float64 [N]: the squared output error of each row over the tokens in H.
+        error_n: squared error of each row of the weight, float64 [N].
+    """
+
+    codes: Codes
+    trace_n: Tensor
+    error_n: Tensor
+
+
+def gptq(w_nk: Tensor, factor: Factor, fmt: Format, *, scales: Tensor, block_columns: int = 128) -> Rounding:
     """Round a weight so that its output error on the calibration inputs is small.
 
     Args:
@@ -48,14 +64,16 @@ def gptq(w_nk: Tensor, factor: Factor, fmt: Format, *, scales: Tensor, block_col
     steps = fmt.steps(scales)
     if steps.shape != w_nk.shape:
         raise SolverError(f"Scales {list(scales.shape)} do not fit a {fmt.name} weight {list(w_nk.shape)}.")
-    rounded = _round_columns(w_nk, steps, factor, fmt, block_columns)
+    rounded, trace, error = _round_columns(w_nk, steps, factor, fmt, block_columns)
     elements = torch.empty((k, n), dtype=torch.uint8, device=w_nk.device)
     elements[factor.order] = rounded
-    return Codes(elements.T.contiguous(), scales)
+    return Rounding(Codes(elements.T.contiguous(), scales), trace, error)
 
 
-def _round_columns(w_nk: Tensor, steps_nk: Tensor, factor: Factor, fmt: Format, block_columns: int) -> Tensor:
-    """Elements uint8 [K, N] in the factor's column order."""
+def _round_columns(
+    w_nk: Tensor, steps_nk: Tensor, factor: Factor, fmt: Format, block_columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Elements uint8 [K, N] in the factor's column order, and the two errors of `Rounding`."""
     feedback = factor.feedback_kk
     # Columns become rows, so that each one is contiguous.
     weight = w_nk.T.contiguous()[factor.order].to(feedback.dtype)
@@ -69,7 +87,11 @@ def _round_columns(w_nk: Tensor, steps_nk: Tensor, factor: Factor, fmt: Format, 
         target = torch.addmm(part, onto[:, :start], weight[:start])  # there errors are in place of what was rounded
         elements.append(run(target, part, part_steps, onto[:, start:stop]))
         start = stop
-    return torch.cat(elements)
+    # With H + D = U U^T, e (H + D) e^T = |e U|^2, and (e U)_k = U_kk (target_k - value_k): what was rounded away, times a pivot.
+    squares, errors = steps.square_(), weight.square_()
+    trace = factor.pivots_k.to(squares.dtype) @ squares
+    trace = trace.double() - factor.added_k.to(errors.dtype) @ errors
+    return torch.cat(elements), trace.clamp_(min=0), errors.sum(0).double()
 
 
 def _implementation(weight: Tensor, fmt: Format) -> RoundBlock:
@@ -92,7 +114,7 @@ def round_block(target_cn: Tensor, weight_cn: Tensor, steps_cn: Tensor, feedback
     Args:
         target_cn: float [C, N], what each column is rounded from, without the feedback inside the block; used up.
         weight_cn: float [C, N]; becomes the errors.
-        steps_cn: float32 [C, N].
+        steps_cn: float32 [C, N]; becomes what was rounded away, the target with all feedback minus the value.
         feedback_cc: float [C, C], entry [k, i] of column i on column k > i.
 
     Returns:
@@ -102,6 +124,8 @@ def round_block(target_cn: Tensor, weight_cn: Tensor, steps_cn: Tensor, feedback
     for column, (row, steps) in enumerate(zip(target_cn, steps_cn, strict=True)):
         # The grid is defined in float32, for a float64 factor too.
         elements[column] = fmt.encode(row.float(), steps)
-        weight_cn[column] -= fmt.decode(elements[column], steps)
+        value = fmt.decode(elements[column], steps)
+        weight_cn[column] -= value
+        steps_cn[column] = row - value
         target_cn[column + 1 :] += feedback_cc[column + 1 :, column, None] * weight_cn[column]
     return elements

@@ -5,6 +5,8 @@ Sums stay on their device as float64 tensors; who reports them reads all of an i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +16,31 @@ BLOCK = 2048
 ROWS = 512
 """Rows taken at a time on a CPU: products of a few megabytes, because larger ones cost more in fresh memory pages than in
 arithmetic."""
+
+SAMPLE_ROWS = 1024
+"""Output rows of each Linear on which output errors are estimated."""
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """Some rows of Linears that stand above each other: their positions, and how many are of each Linear."""
+
+    index: Tensor
+    sizes: list[int]
+
+
+def row_step(n: int) -> int:
+    """Distance of the rows of n that are looked at: `SAMPLE_ROWS` of them or up to twice as many, all where there are no more."""
+    return max(1, n // SAMPLE_ROWS)
+
+
+def sample_rows(sizes: Sequence[int], device: torch.device) -> SampleRows:
+    """Every `row_step` row of Linears with so many rows each."""
+    ranges, first = [], 0
+    for n in sizes:
+        ranges.append(torch.arange(first, first + n, row_step(n), device=device))
+        first += n
+    return SampleRows(torch.cat(ranges), list(map(len, ranges)))
 
 
 def sqnr_db(error: float, signal: float) -> float | None:

@@ -39,7 +39,7 @@ def round_columns(first, last, target, weight, steps, feedback, thresholds, leve
     Args:
         target: float [C, N], what each column is rounded from, without the feedback of this block.
         weight: float [C, N]; becomes the errors.
-        steps: float32 [C, N]. feedback: float [C, C], entry [i, j] of column i on column j > i.
+        steps: float32 [C, N]; becomes what was rounded away. feedback: float [C, C], entry [i, j] of column i on column j > i.
         thresholds, levels: float32 [7] and [8], see `ptq.solvers.grid.Grid`.
         elements: uint8 [C, N], written.
     """
@@ -76,6 +76,7 @@ def round_columns(first, last, target, weight, steps, feedback, thresholds, leve
                 index[r] = i32(reached | (i32(8) if negative else i32(0)))
             for r in range(rows):
                 elements[i, low + r] = index[r]
+                steps[i, low + r] = buffer[i, r] - value[r]
                 error[r] = weight[i, low + r] - value[r]
                 weight[i, low + r] = error[r]
             for j in range(i + 1, columns):

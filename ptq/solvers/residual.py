@@ -39,14 +39,15 @@ class BlockGains:
 
 
 def block_gains(
-    x_tk: Tensor, xq_tk: Tensor, values: Sequence[Tensor], signals: Sequence[float], scheme: Scheme
+    x_tk: Tensor, xq_tk: Tensor, values: Sequence[Tensor], signals: Sequence[float], rows: int, scheme: Scheme
 ) -> BlockGains:
     """Measure every block of one input.
 
     Args:
         x_tk, xq_tk: sample tokens in the basis and the same quantized, float32 [T, K].
-        values: of the quantized weights [N_i, K] that read it, in the basis.
-        signals: squared output of each over the sample tokens; one without any output has no say.
+        values: of the quantized weights [N_i, K] that read it, in the basis; rows of them that stand for all.
+        signals: squared output of each over the sample tokens and these rows; one without any output has no say.
+        rows: of all these weights together.
     """
     gains = []
     for block in range(count_blocks(x_tk.shape[1])):
@@ -58,7 +59,7 @@ def block_gains(
         left = noise - scheme.format.fake_quantize(noise, scale_rule=scheme.input_rule)
         before, after = (float((one @ gram * one).sum(dtype=torch.float64)) for one in (noise, left))
         gains.append(max(before - after, 0.0))
-    return BlockGains(tuple(gains), sum(len(w_nk) for w_nk in values))
+    return BlockGains(tuple(gains), rows)
 
 
 def choose_blocks(inputs: Mapping[Key, BlockGains], budget: float) -> dict[Key, tuple[int, ...]]:

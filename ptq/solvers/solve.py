@@ -5,6 +5,8 @@ Mathematics on tensors only: no module names, no files, no replay. What comes ou
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,9 +17,9 @@ from ptq.config.recipe import SolverSettings
 from ptq.scheme import Codes, Format, FormatError, Scheme
 from ptq.scheme.transform import OFF
 from ptq.solvers.basis import BasisChoice, SampleOutputs, search_basis
-from ptq.solvers.factor import Factor, factorize
-from ptq.solvers.gptq import gptq
-from ptq.solvers.measure import relative, row_energies, sqnr_db, trace_errors
+from ptq.solvers.factor import factorize
+from ptq.solvers.gptq import Rounding, gptq
+from ptq.solvers.measure import relative, row_energies, sample_rows, sqnr_db, trace_errors
 from ptq.solvers.residual import BlockGains, block_gains
 from ptq.solvers.rtn import round_to_nearest, round_to_scales
 from ptq.solvers.scales import search_scales
@@ -33,9 +35,10 @@ class LayerSolution:
         basis: what the layer stores of it, or None; the same tensor for all Linears of the input.
         stats: plain values for the report.
             weight_sqnr_db: of the codes, in their basis.
-            trace_error_rtn, trace_error: relative squared output error in trace form over all calibration tokens, of
-            plain rounding in the same basis and of the codes (with a Hessian). Inputs are unquantized.
             rows_kept_rtn: output rows for which plain rounding was the better of the two and was kept (with a Hessian).
+            trace_error_rtn, trace_error: relative squared output error in trace form over all calibration tokens, of
+            plain rounding in the same basis and of the codes (with a Hessian). Inputs are unquantized. These and the next are
+            of the rows of `ptq.solvers.measure.sample_rows`.
             output_error_rtn, output_error: the same over the sample tokens with quantized inputs (with statistics).
             tokens, sample_tokens: in the Hessian (without one: all), and in the sample (with statistics).
             basis (its name), basis_errors (where searched); damping, damping_retries, dead_columns (gptq).
@@ -88,63 +91,75 @@ def _solve(
     h_kk = None
     if stats is not None and stats.h_kk is not None:
         h_kk = scheme.transform.hessian(stats.h_kk, choice.basis)
+    sizes = [len(weight) for weight in weights.values()]
+    rows = sample_rows(sizes, stacked.device)
     rounded, shared = _rounded(stacked, rtn, h_kk, fmt, settings)
     shared |= {"basis": choice.name, "basis_errors": choice.errors}
-    figures, gains = rounded.figures, None
-    sizes = [len(weight) for weight in weights.values()]
+    figures = [_totals(rounded.figures, sizes)]
+    sampled, gains = {name: figure[rows.index] for name, figure in rounded.traces.items()}, None
+    if h_kk is not None:
+        sampled["trace"] = trace_errors(stacked[rows.index], h_kk)
     if stats is not None:
         shared |= {"tokens": stats.n_tokens, "sample_tokens": len(stats.x_tk)}
         inputs = scheme.quantize_input(stats.x_tk, choice.basis)
         outputs = choice.outputs
         if outputs is None:
-            target = scheme.transform_input(stats.x_tk, choice.basis) @ stacked.T
-            plain = (inputs @ rounded.plain.T).sub_(target)
+            target = scheme.transform_input(stats.x_tk, choice.basis) @ stacked[rows.index].T
+            plain = (inputs @ _values(rtn, rows.index, fmt).T).sub_(target)
             outputs = SampleOutputs(target, row_energies(target), row_energies(plain))
-        chosen = (inputs @ rounded.values.T).sub_(outputs.target)
-        figures |= {
+        values = _values(rounded.codes, rows.index, fmt)
+        chosen = (inputs @ values.T).sub_(outputs.target)
+        sampled |= {
             "output_error_rtn": outputs.rtn_error,
             "output_error": row_energies(chosen),
             "output": outputs.energy,
         }
         if settings.residual:
             x_tk = scheme.transform_input(stats.x_tk, choice.basis)
-            signals = [float(rows.sum()) for rows in outputs.energy.split(sizes)]
-            gains = block_gains(x_tk, inputs, rounded.values.split(sizes), signals, scheme)
+            signals = [float(part.sum()) for part in outputs.energy.split(rows.sizes)]
+            gains = block_gains(x_tk, inputs, values.split(rows.sizes), signals, len(stacked), scheme)
+    if sampled:
+        figures.append(_totals(sampled, rows.sizes))
     parts = zip(rounded.codes.elements.split(sizes), rounded.codes.scales.split(sizes), strict=True)
     return {
-        name: LayerSolution(Codes(*part), choice.basis, _report(totals) | shared, gains)
-        for name, part, totals in zip(weights, parts, _totals(figures, sizes), strict=True)
+        name: LayerSolution(Codes(*part), choice.basis, _report(functools.reduce(operator.or_, own)) | shared, gains)
+        for name, part, own in zip(weights, parts, zip(*figures, strict=True), strict=True)
     }
 
 
 @dataclass(frozen=True)
 class _Rounded:
-    """A weight as it will be stored, and what that costs: codes, their values and those of plain rounding, both float32 [N, K],
-    name -> a figure of each row [N]."""
+    """A weight as it will be stored, and what that costs: name -> a figure of each row [N]; `traces` are looked at on sample rows."""
 
     codes: Codes
-    values: Tensor
-    plain: Tensor
     figures: dict[str, Tensor]
+    traces: dict[str, Tensor]
 
 
 def _rounded(
     w_nk: Tensor, rtn: Codes, h_kk: Tensor | None, fmt: Format, settings: SolverSettings
 ) -> tuple[_Rounded, dict[str, object]]:
     """A weight in the basis, rounded, and what to report for all its Linears."""
-    if h_kk is None:
-        scales = search_scales(w_nk, fmt, scale_rule=settings.weight_rule) if settings.clip_search else None
-        codes = rtn if scales is None else round_to_scales(w_nk, scales, fmt)
-        values = fmt.dequantize(codes)
-        figures = {"weight_error": (values - w_nk).square_().sum(-1), "weight": w_nk.square().sum(-1)}
-        return _Rounded(codes, values, values if codes is rtn else fmt.dequantize(rtn), figures), {}
-    factor, report = None, {}
-    if settings.rounding == "gptq":
+    scales = rtn.scales
+    if settings.clip_search:
+        weights = None if h_kk is None else h_kk.diagonal()
+        scales = search_scales(w_nk, fmt, weights_k=weights, scale_rule=settings.weight_rule)
+    if h_kk is not None and settings.rounding == "gptq":
         factor = factorize(h_kk, damping=settings.damping, act_order=settings.act_order)
         report = {name: getattr(factor, name) for name in ("damping", "damping_retries", "dead_columns")}
-    codes = _round(w_nk, rtn, factor, h_kk, fmt, settings)
-    del factor
-    return _keep_better(w_nk, rtn, codes, h_kk, fmt), report
+        solved = gptq(w_nk, factor, fmt, scales=scales)
+        del factor
+        return _keep_better(w_nk, rtn, solved, h_kk, fmt), report
+    codes = round_to_scales(w_nk, scales, fmt) if settings.clip_search else rtn
+    if h_kk is None:
+        error = (fmt.dequantize(codes) - w_nk).square_().sum(-1)
+        return _Rounded(codes, {"weight_error": error, "weight": w_nk.square().sum(-1)}, {}), {}
+    return _keep_better(w_nk, rtn, _measured(codes, w_nk, h_kk, fmt), h_kk, fmt), {}
+
+
+def _values(codes: Codes, rows: Tensor, fmt: Format) -> Tensor:
+    """Values of some rows of a weight."""
+    return fmt.dequantize(Codes(codes.elements[rows], codes.scales[rows]))
 
 
 def _check_group(
@@ -174,41 +189,25 @@ def _check_group(
         )
 
 
-def _round(
-    w_nk: Tensor, rtn: Codes, factor: Factor | None, h_kk: Tensor, fmt: Format, settings: SolverSettings
-) -> Codes:
-    """The codes that the settings ask for, on searched or given scales."""
-    scales = rtn.scales
-    if settings.clip_search:
-        scales = search_scales(w_nk, fmt, weights_k=h_kk.diagonal(), scale_rule=settings.weight_rule)
-    if factor is not None:
-        return gptq(w_nk, factor, fmt, scales=scales)
-    return round_to_scales(w_nk, scales, fmt) if settings.clip_search else rtn
-
-
-def _keep_better(w_nk: Tensor, rtn: Codes, codes: Codes, h_kk: Tensor, fmt: Format) -> _Rounded:
+def _keep_better(w_nk: Tensor, rtn: Codes, solved: Rounding, h_kk: Tensor, fmt: Format) -> _Rounded:
     """Row by row the better of plain rounding and the solver's codes: rows are independent, and so are their scales."""
-    plain, solved = fmt.dequantize(rtn), fmt.dequantize(codes)
-    traces_rtn, errors_rtn = _row_errors(plain, w_nk, h_kk)
-    traces, errors = _row_errors(solved, w_nk, h_kk)
-    kept = traces_rtn < traces
-    column = kept.unsqueeze(-1)
+    plain = _measured(rtn, w_nk, h_kk, fmt)
+    kept = plain.trace_n < solved.trace_n
+    column, codes = kept.unsqueeze(-1), solved.codes
     best = Codes(torch.where(column, rtn.elements, codes.elements), torch.where(column, rtn.scales, codes.scales))
     figures = {
-        "weight_error": torch.where(kept, errors_rtn, errors),
+        "weight_error": torch.where(kept, plain.error_n, solved.error_n),
         "weight": w_nk.square().sum(-1),
-        "trace_error_rtn": traces_rtn,
-        "trace_error": torch.minimum(traces_rtn, traces),
-        "trace": trace_errors(w_nk, h_kk),
         "kept_rtn": kept,
     }
-    return _Rounded(best, torch.where(column, plain, solved), plain, figures)
+    traces = {"trace_error_rtn": plain.trace_n, "trace_error": torch.minimum(plain.trace_n, solved.trace_n)}
+    return _Rounded(best, figures, traces)
 
 
-def _row_errors(values: Tensor, w_nk: Tensor, h_kk: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row the squared output error over the calibration tokens, and the squared error of the weight."""
-    error = values - w_nk
-    return trace_errors(error, h_kk), error.square_().sum(-1)
+def _measured(codes: Codes, w_nk: Tensor, h_kk: Tensor, fmt: Format) -> Rounding:
+    """Codes of a weight in the basis of the Hessian, and what they cost."""
+    error = fmt.dequantize(codes).sub_(w_nk)
+    return Rounding(codes, trace_errors(error, h_kk), error.square_().sum(-1).double())
 
 
 def _totals(figures: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, float]]:

@@ -63,6 +63,7 @@ def round_columns_kernel(
         at = i * n + rows
         feedback = tl.load(feedback_ptr + i * columns + before, mask=before < i, other=0.0)
         x = tl.load(target_ptr + at, mask=inside, other=0.0) + tl.sum(feedback[:, None] * errors, axis=0)
+        target = x
         x = x.to(tl.float32)
         step = tl.load(steps_ptr + at, mask=inside, other=1.0)
         y = tl.div_rn(tl.abs(x), step)
@@ -77,4 +78,5 @@ def round_columns_kernel(
         value = tl.where(negative, -level, level) * step
         error = tl.load(weight_ptr + at, mask=inside, other=0.0) - value
         tl.store(weight_ptr + at, error, mask=inside)
+        tl.store(steps_ptr + at, (target - value).to(tl.float32), mask=inside)
         errors = tl.where((before == i)[:, None], error[None, :], errors)

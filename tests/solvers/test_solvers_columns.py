@@ -59,6 +59,7 @@ def test_the_compiled_walk_equals_the_eager_one_bit_for_bit(
     expected, found = round_block(*eager, fmt), native_columns.round_block(*compiled, grid)
     assert torch.equal(found, expected)
     assert torch.equal(compiled[1], eager[1]), "the errors"
+    assert torch.equal(compiled[2], eager[2]), "what was rounded away"
     if columns > 1:
         assert len(expected.unique()) == 15, "every element but -0"
 
@@ -92,7 +93,7 @@ def test_a_format_without_such_a_grid_is_rounded_by_its_own_functions() -> None:
         factorize(x.T @ x, damping=0.01, act_order=True),
         Lopsided(),
         scales=round_to_nearest(w, formats.get("mxfp4")).scales,
-    )
+    ).codes
     negative = codes.elements[codes.elements > 8]
     assert len(negative) > 20 and not (negative & 1).any()
 

@@ -67,7 +67,7 @@ def test_equals_column_by_column_reference(name: str, act_order: bool, seed: int
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(128)
     order = torch.argsort(h.diagonal(), descending=True).tolist() if act_order else list(range(128))
     expected = obq(w, damped, fmt, scales, order)
-    codes = gptq(w, factored(h, act_order=act_order), fmt, scales=scales, block_columns=48)
+    codes = gptq(w, factored(h, act_order=act_order), fmt, scales=scales, block_columns=48).codes
     assert torch.equal(fmt.dequantize(codes).double(), expected)
     assert not torch.equal(codes.elements, round_to_scales(w, scales, fmt).elements)
 
@@ -76,7 +76,7 @@ def test_equals_column_by_column_reference(name: str, act_order: bool, seed: int
 def test_identity_hessian_rounds_to_nearest(name: str) -> None:
     fmt, w = formats.get(name), weight(16, 256)
     rtn = round_to_nearest(w, fmt)
-    codes = gptq(w, factored(torch.eye(256), dtype=torch.float32), fmt, scales=rtn.scales)
+    codes = gptq(w, factored(torch.eye(256), dtype=torch.float32), fmt, scales=rtn.scales).codes
     assert torch.equal(codes.elements, round_to_scales(w, rtn.scales, fmt).elements)
     if name == "mxfp4":
         assert torch.equal(codes.elements, rtn.elements)
@@ -97,8 +97,8 @@ def test_act_order_ignores_the_order_of_groups(name: str) -> None:
     scales = round_to_nearest(w, fmt).scales
     shuffled_groups = torch.tensor([3, 0, 4, 1, 2])
     columns = torch.arange(k).reshape(groups, -1)[shuffled_groups].flatten()
-    straight = gptq(w, factored(h), fmt, scales=scales)
-    shuffled = gptq(w[:, columns], factored(h[columns][:, columns]), fmt, scales=scales[:, shuffled_groups])
+    straight = gptq(w, factored(h), fmt, scales=scales).codes
+    shuffled = gptq(w[:, columns], factored(h[columns][:, columns]), fmt, scales=scales[:, shuffled_groups]).codes
     assert torch.equal(straight.elements[:, columns], shuffled.elements)
 
 
@@ -108,10 +108,10 @@ def test_block_size_and_shared_factor_do_not_change_codes(name: str) -> None:
     w, h = weight(12, 256), hessian(256)
     scales = round_to_nearest(w, fmt).scales
     factor = factored(h)
-    whole = gptq(w, factor, fmt, scales=scales).elements
+    whole = gptq(w, factor, fmt, scales=scales).codes.elements
     for block in (1, 7, 128, 1000):
-        assert torch.equal(gptq(w, factor, fmt, scales=scales, block_columns=block).elements, whole)
-    parts = [gptq(w[i : i + 4], factored(h), fmt, scales=scales[i : i + 4]) for i in (0, 4, 8)]
+        assert torch.equal(gptq(w, factor, fmt, scales=scales, block_columns=block).codes.elements, whole)
+    parts = [gptq(w[i : i + 4], factored(h), fmt, scales=scales[i : i + 4]).codes for i in (0, 4, 8)]
     assert torch.equal(torch.cat([part.elements for part in parts]), whole)
 
 
@@ -120,7 +120,7 @@ def test_codes_survive_packing_and_keep_their_scales(name: str) -> None:
     fmt = formats.get(name)
     w, h = weight(8, 128), hessian(128)
     scales = round_to_nearest(w, fmt).scales
-    codes = gptq(w, factored(h, dtype=torch.float32), fmt, scales=scales)
+    codes = gptq(w, factored(h, dtype=torch.float32), fmt, scales=scales).codes
     unpacked = fmt.unpack(*fmt.pack(codes))
     assert torch.equal(unpacked.elements, codes.elements)
     assert torch.equal(codes.scales, scales)
@@ -129,13 +129,27 @@ def test_codes_survive_packing_and_keep_their_scales(name: str) -> None:
     assert torch.equal(round_to_scales(fmt.dequantize(codes), scales, fmt).elements, codes.elements)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_reported_errors_are_those_of_the_codes(name: str, act_order: bool, dtype: torch.dtype) -> None:
+    """Errors over the tokens, without damping, from what was rounded away; two columns are dead."""
+    fmt, w, x = formats.get(name), weight(48, 256), correlated(512, 256)
+    x[:, [3, 200]] = 0
+    h = x.T @ x
+    solved = gptq(w, factored(h, act_order=act_order, dtype=dtype), fmt, scales=round_to_nearest(w, fmt).scales)
+    error = fmt.dequantize(solved.codes).double() - w
+    torch.testing.assert_close(solved.trace_n, ((error @ h.double()) * error).sum(1), rtol=2e-5, atol=0.0)
+    torch.testing.assert_close(solved.error_n, error.square().sum(1), rtol=2e-5, atol=0.0)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(FORMATS), st.integers(0, 10**6), st.sampled_from([20, 200, 1000]))
 def test_mean_error_is_below_rounding_to_nearest(name: str, seed: int, tokens: int) -> None:
     fmt = formats.get(name)
     w, h = weight(32, 128, seed), hessian(128, seed, tokens)
     scales = round_to_nearest(w, fmt).scales
-    solved = gptq(w, factored(h, dtype=torch.float32), fmt, scales=scales)
+    solved = gptq(w, factored(h, dtype=torch.float32), fmt, scales=scales).codes
     rtn = round_to_scales(w, scales, fmt)
     errors = [float(trace_errors(fmt.dequantize(codes) - w, h).sum()) for codes in (solved, rtn)]
     assert errors[0] < 0.8 * errors[1]
@@ -150,7 +164,7 @@ def test_dead_channels_are_rounded_to_nearest_and_leave_the_others_alone(name: s
     h = x.T @ x
     scales = round_to_nearest(w, fmt).scales
     factor = factored(h)
-    codes = gptq(w, factor, fmt, scales=scales)
+    codes = gptq(w, factor, fmt, scales=scales).codes
     assert factor.dead_columns == 4
     nearest = round_to_scales(w, scales, fmt).elements
     assert torch.equal(codes.elements[:, dead], nearest[:, dead])
@@ -158,7 +172,7 @@ def test_dead_channels_are_rounded_to_nearest_and_leave_the_others_alone(name: s
     live[dead] = False
     other = w.clone()
     other[:, dead] = 0
-    again = gptq(other, factor, fmt, scales=scales).elements
+    again = gptq(other, factor, fmt, scales=scales).codes.elements
     assert torch.equal(again[:, live], codes.elements[:, live])
 
 
@@ -178,7 +192,7 @@ def test_all_channels_dead_is_rounding_to_nearest() -> None:
     scales = round_to_nearest(w, fmt).scales
     factor = factored(torch.zeros(64, 64), dtype=torch.float32)
     assert factor.dead_columns == 64
-    assert torch.equal(gptq(w, factor, fmt, scales=scales).elements, round_to_scales(w, scales, fmt).elements)
+    assert torch.equal(gptq(w, factor, fmt, scales=scales).codes.elements, round_to_scales(w, scales, fmt).elements)
 
 
 def test_singular_hessian_is_damped_more_and_counted() -> None:
@@ -198,7 +212,7 @@ def test_singular_hessian_still_beats_rounding_to_nearest(name: str) -> None:
     x = correlated(16, 128)
     h = x.T @ x
     scales = round_to_nearest(w, fmt).scales
-    solved = gptq(w, factored(h, damping=0.0, dtype=torch.float32), fmt, scales=scales)
+    solved = gptq(w, factored(h, damping=0.0, dtype=torch.float32), fmt, scales=scales).codes
     nearest = round_to_scales(w, scales, fmt)
     assert not torch.equal(solved.elements, nearest.elements)
     errors = [float(trace_errors(fmt.dequantize(c) - w, h).sum()) for c in (solved, nearest)]
@@ -247,5 +261,5 @@ def test_non_finite_weight_is_an_error() -> None:
 def test_zero_weight_gives_zero_codes(name: str) -> None:
     fmt = formats.get(name)
     w = torch.zeros(4, 128)
-    codes = gptq(w, factored(hessian(128), dtype=torch.float32), fmt, scales=round_to_nearest(w, fmt).scales)
+    codes = gptq(w, factored(hessian(128), dtype=torch.float32), fmt, scales=round_to_nearest(w, fmt).scales).codes
     assert not codes.elements.any()

@@ -20,7 +20,7 @@ def test_gains_are_the_error_that_a_residual_takes_away(scheme, k):
     xq = scheme.quantize_input(x, None)
     weights = [randn(24, k, seed=1), randn(8, k, seed=2) * 10, torch.zeros(4, k)]
     signals = [float((x @ w.T).square().sum()) for w in weights]
-    found = block_gains(x, xq, weights, signals, scheme)
+    found = block_gains(x, xq, weights, signals, 36, scheme)
     expected = []
     for block in range(2):
         part = slice(64 * block, 64 * block + 64)

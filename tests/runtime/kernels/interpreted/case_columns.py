@@ -22,10 +22,11 @@ def test_columns_equal_the_eager_walk(name, columns, n, dtype):
     # Above the diagonal nothing is read: a kernel that does not mask it is noticed.
     feedback = torch.randn(columns, columns, generator=generator, dtype=dtype) * 0.05
     fmt = formats.get(name)
-    found_errors, errors = weight.clone(), weight.clone()
-    found = round_block_triton(target.clone(), found_errors, steps, feedback, grid_of(fmt))
-    expected = round_block(target.clone(), errors, steps, feedback, fmt)
+    found_errors, errors, found_rest, rest = weight.clone(), weight.clone(), steps.clone(), steps.clone()
+    found = round_block_triton(target.clone(), found_errors, found_rest, feedback, grid_of(fmt))
+    expected = round_block(target.clone(), errors, rest, feedback, fmt)
     if dtype == torch.float64:
         assert torch.equal(found, expected) and torch.allclose(found_errors, errors, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(found_rest, rest, rtol=1e-6, atol=1e-7), "what was rounded away"
     else:
         assert (found != expected).float().mean() < 1e-3
