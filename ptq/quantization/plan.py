@@ -17,7 +17,7 @@ from ptq.quantization.job import Job
 from ptq.quantization.placing import Place, choose_place
 from ptq.quantization.probe import Rates, probe
 from ptq.quantization.residual import PROBES
-from ptq.solvers.measure import row_step
+from ptq.solvers.measure import SAMPLE_TOKENS, row_step
 from ptq.solvers.scales import CHUNK_ELEMENTS_CUDA
 from ptq.store.files import files_below
 from ptq.store.lora import describe_loras
@@ -31,8 +31,8 @@ SOLVE_PHASES = ((4.0, 1.5), (3.0, 6.25))
 the storages that are alive, the weight itself apart. Comparing both roundings takes less."""
 PLAIN_VALUES = 4.25
 """The values where there is no Hessian."""
-EAGER_VALUES = 9.0
-"""The values while a GPU rounds to nearest, by the eager functions."""
+EAGER_VALUES = 7.0
+"""The values while a GPU decodes the codes of plain rounding, by the eager functions."""
 SEARCH_BYTES = 80
 """Temporaries of the search of scales, a weight of its chunk."""
 CODES_BYTES = 1.1
@@ -103,7 +103,7 @@ def _solve_bytes(job: Job, linears: int, n: int, k: int, tokens: int) -> float:
     rows = linears * n
     square, value, gpu = 4.0 * k**2, 4.0 * rows * k, job.options.device != "cpu"
     copy = value if job.options.dtype.itemsize < 4 else 0.0  # of the weight in float32
-    outputs = 4.0 * tokens * (OUTPUT_PRODUCTS * linears * (n // row_step(n)) + 2 * k)
+    outputs = 4.0 * min(tokens, SAMPLE_TOKENS) * (OUTPUT_PRODUCTS * linears * (n // row_step(n)) + 2 * k)
     peak = PLAIN_VALUES * value
     if job.settings.needs_hessian:
         peak = max(squares * square + values * value for squares, values in SOLVE_PHASES)
@@ -165,6 +165,7 @@ def _search_flops(job: Job, expert: str) -> float:
         count = len(item.linears)
         rows, looked_at = count * item.n, count * (item.n // row_step(item.n))
         sample = min(call.rows(item.rows), settings.recipe.records.tokens_per_record) * job.used_records(expert)
+        sample = min(sample, SAMPLE_TOKENS)
         candidates = 2 + len(settings.recipe.solver.smoothing) if settings.scheme.transform.needs_records else 0
         total += 2.0 * sample * item.k * looked_at * (candidates + 2 if candidates else OUTPUT_PRODUCTS)
         total += (

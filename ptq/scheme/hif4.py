@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ptq.known import FORMATS
 from ptq.scheme import native
-from ptq.scheme.format import EMPTY, NAN_SCALE, Format, with_sign
+from ptq.scheme.format import EMPTY, NAN_SCALE, Format, grouped, with_sign
 from ptq.scheme.hif4_search import searched_words
 from ptq.scheme.hif4_words import BINADE, SCALE_BIAS, join_words, scale_values, split_words
 
@@ -103,7 +103,9 @@ class HiF4(Format):
 
     def search_scales(self, w_rk: Tensor, weights_k: Tensor | None, scale_rule: str | None = None) -> Tensor:
         p2 = scale_rule == "p2"
-        byte = self.quantize(w_rk, scale_rule="p2" if p2 else None).scales & 0xFF
+        self._check_input(w_rk)
+        amax = grouped(w_rk.abs(), self.group_size).amax(-1)
+        byte = _power_of_two_bytes(amax)[0] if p2 else _scale_bytes(amax)
         return searched_words(w_rk, byte, weights_k, p2)
 
 
@@ -165,11 +167,16 @@ def _power_of_two_scales(magnitude: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     v16 = magnitude.amax(2, keepdim=True)
     v8 = v16.amax(1, keepdim=True)
     amax = v8.amax(0).flatten()
-    exponent = ((amax.view(torch.int32) >> 23) - 129).clamp(-SCALE_BIAS, P2_MAX_EXPONENT)
+    byte, exponent = _power_of_two_bytes(amax)
     s = _power_of_two(exponent)
     e8 = v8 >= 4.0 * s
-    byte = torch.where(torch.isfinite(amax), (exponent + SCALE_BIAS) * BINADE, NAN_SCALE)
     return byte, _power_of_two(-exponent), e8, v16 >= torch.where(e8, 4.0, 2.0) * s
+
+
+def _power_of_two_bytes(amax: Tensor) -> tuple[Tensor, Tensor]:
+    """Group maximum -> E6M2 byte under `p2`, 0xFF if not finite, and the exponent of its S."""
+    exponent = ((amax.view(torch.int32) >> 23) - 129).clamp(-SCALE_BIAS, P2_MAX_EXPONENT)
+    return torch.where(torch.isfinite(amax), (exponent + SCALE_BIAS) * BINADE, NAN_SCALE), exponent
 
 
 def _search(magnitude: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

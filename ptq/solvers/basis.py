@@ -14,15 +14,16 @@ from torch import Tensor
 
 from ptq.config.recipe import SolverSettings
 from ptq.scheme import Scheme
+from ptq.solvers.conversion import DEFINITION, Conversion
 from ptq.solvers.factor import check_hessian
-from ptq.solvers.measure import relative, row_energies, row_step
+from ptq.solvers.measure import relative, row_energies, row_step, sample_tokens
 from ptq.solvers.rtn import check_weight, round_to_nearest
 from ptq.solvers.stats import InputStats, SolverError
 
 
 @dataclass(frozen=True)
 class SampleOutputs:
-    """What the Linears of an input give for the sample tokens, on the rows of `ptq.solvers.measure.sample_rows`.
+    """What the Linears of an input give, on the tokens and rows of `ptq.solvers.measure`.
 
     Attributes:
         target: with weights and inputs as they are, float32 [T, N].
@@ -52,12 +53,19 @@ class BasisChoice:
     outputs: SampleOutputs | None = None
 
 
-def search_basis(weights: Sequence[Tensor], stats: InputStats, scheme: Scheme, settings: SolverSettings) -> BasisChoice:
+def search_basis(
+    weights: Sequence[Tensor],
+    stats: InputStats,
+    scheme: Scheme,
+    settings: SolverSettings,
+    conversion: Conversion = DEFINITION,
+) -> BasisChoice:
     """Try every candidate of the scheme's transform and keep the one with the smallest output error.
 
     Args:
         weights: the Linears [N_i, K] that read this input.
         stats: of the input.
+        conversion: how inputs and weights are quantized.
 
     Raises:
         SolverError: a transform that needs a Hessian without one, non-finite weights or Hessian.
@@ -74,11 +82,13 @@ def search_basis(weights: Sequence[Tensor], stats: InputStats, scheme: Scheme, s
         return BasisChoice(*next(iter(candidates.items())), {})
     rows = [w[:: row_step(len(w))].float() for w in weights]
     sizes, stacked = [len(part) for part in rows], torch.cat(rows)  # rows are independent
-    target = stats.x_tk @ stacked.T
+    x_tk = sample_tokens(stats.x_tk)
+    target = x_tk @ stacked.T
     energies = [row_energies(target)]
     for basis in candidates.values():
-        codes = round_to_nearest(transform.weight(stacked, basis), scheme.format, scale_rule=settings.weight_rule)
-        output = scheme.quantize_input(stats.x_tk, basis) @ scheme.format.dequantize(codes).T
+        w_nk, rule = transform.weight(stacked, basis), settings.weight_rule
+        codes = round_to_nearest(w_nk, scheme.format, scale_rule=rule, conversion=conversion)
+        output = conversion.input(x_tk, basis, scheme) @ scheme.format.dequantize(codes).T
         energies.append(row_energies(output.sub_(target)))
     table = torch.stack(energies).double()
     signals, *by_candidate = torch.stack([part.sum(1) for part in table.split(sizes, dim=1)], 1).tolist()

@@ -19,6 +19,8 @@ arithmetic."""
 
 SAMPLE_ROWS = 1024
 """Output rows of each Linear on which output errors are estimated."""
+SAMPLE_TOKENS = 1024
+"""Sample tokens on which they are."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class SampleRows:
 
     index: Tensor
     sizes: list[int]
+
+
+def sample_tokens(x_tk: Tensor) -> Tensor:
+    """Evenly spaced ones of the sample tokens, `SAMPLE_TOKENS` or up to twice as many; all where there are no more."""
+    return x_tk[:: max(1, len(x_tk) // SAMPLE_TOKENS)]
 
 
 def row_step(n: int) -> int:

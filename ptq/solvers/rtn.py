@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from ptq.scheme import Codes, Format
+from ptq.solvers.conversion import DEFINITION, Conversion
 from ptq.solvers.stats import SolverError
 
 
-def round_to_nearest(w_nk: Tensor, fmt: Format, *, scale_rule: str | None = None) -> Codes:
+def round_to_nearest(
+    w_nk: Tensor, fmt: Format, *, scale_rule: str | None = None, conversion: Conversion = DEFINITION
+) -> Codes:
     """The format's own conversion of a weight, float [N, K]: the baseline every solver is compared with.
 
     Raises:
@@ -19,7 +22,7 @@ def round_to_nearest(w_nk: Tensor, fmt: Format, *, scale_rule: str | None = None
         FormatError: K is not a multiple of the group, unknown scale rule.
     """
     check_weight(w_nk)
-    return fmt.quantize(w_nk.float(), scale_rule=scale_rule)
+    return conversion.weight(w_nk.float(), fmt, scale_rule)
 
 
 def round_to_scales(w_nk: Tensor, scales: Tensor, fmt: Format) -> Codes:

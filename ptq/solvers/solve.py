@@ -17,9 +17,10 @@ from ptq.config.recipe import SolverSettings
 from ptq.scheme import Codes, Format, FormatError, Scheme
 from ptq.scheme.transform import OFF
 from ptq.solvers.basis import BasisChoice, SampleOutputs, search_basis
+from ptq.solvers.conversion import DEFINITION, Conversion
 from ptq.solvers.factor import factorize
 from ptq.solvers.gptq import Rounding, gptq
-from ptq.solvers.measure import relative, row_energies, sample_rows, sqnr_db, trace_errors
+from ptq.solvers.measure import relative, row_energies, sample_rows, sample_tokens, sqnr_db, trace_errors
 from ptq.solvers.residual import BlockGains, block_gains
 from ptq.solvers.rtn import round_to_nearest, round_to_scales
 from ptq.solvers.scales import search_scales
@@ -39,8 +40,8 @@ class LayerSolution:
             trace_error_rtn, trace_error: relative squared output error in trace form over all calibration tokens, of
             plain rounding in the same basis and of the codes (with a Hessian). Inputs are unquantized. These and the next are
             of the rows of `ptq.solvers.measure.sample_rows`.
-            output_error_rtn, output_error: the same over the sample tokens with quantized inputs (with statistics).
-            tokens, sample_tokens: in the Hessian (without one: all), and in the sample (with statistics).
+            output_error_rtn, output_error: the same over sample tokens with quantized inputs (with statistics).
+            tokens, sample_tokens: in the Hessian (without one: all), and those of the last two (with statistics).
             basis (its name), basis_errors (where searched); damping, damping_retries, dead_columns (gptq).
             All without residual blocks, which are chosen afterwards.
         gains: of residual blocks of its input, the same for all Linears of it; None where the recipe has none.
@@ -55,7 +56,11 @@ class LayerSolution:
 
 
 def solve_group(
-    weights: Mapping[str, Tensor], stats: InputStats | None, scheme: Scheme, settings: SolverSettings
+    weights: Mapping[str, Tensor],
+    stats: InputStats | None,
+    scheme: Scheme,
+    settings: SolverSettings,
+    conversion: Conversion = DEFINITION,
 ) -> dict[str, LayerSolution]:
     """Quantize all Linears that share one input.
 
@@ -64,6 +69,7 @@ def solve_group(
         stats: of the shared input. None only for rounding to nearest, in a basis that needs no records.
         scheme: how the layers are quantized.
         settings: the recipe's solver.
+        conversion: how inputs and weights are quantized.
 
     Raises:
         SolverError: K does not fit the scheme, statistics missing or of another K, non-finite weights or Hessian, no
@@ -71,23 +77,27 @@ def solve_group(
     """
     try:
         _check_group(weights, stats, scheme, settings)
-        return _solve(weights, stats, scheme, settings)
+        return _solve(weights, stats, scheme, settings, conversion)
     except SolverError as error:
         raise SolverError(f"{', '.join(weights)}: {error}") from error
 
 
 def _solve(
-    weights: Mapping[str, Tensor], stats: InputStats | None, scheme: Scheme, settings: SolverSettings
+    weights: Mapping[str, Tensor],
+    stats: InputStats | None,
+    scheme: Scheme,
+    settings: SolverSettings,
+    conversion: Conversion,
 ) -> dict[str, LayerSolution]:
     fmt = scheme.format
     if stats is None:
         first = next(iter(weights.values()))
         choice = BasisChoice(OFF, scheme.transform.plain(first.shape[1], first.device), {})
     else:
-        choice = search_basis(list(weights.values()), stats, scheme, settings)
+        choice = search_basis(list(weights.values()), stats, scheme, settings, conversion)
     # Rows are independent: Linears of one input are one tall matrix.
     stacked = torch.cat([scheme.transform.weight(w, choice.basis) for w in weights.values()])
-    rtn = round_to_nearest(stacked, fmt, scale_rule=settings.weight_rule)
+    rtn = round_to_nearest(stacked, fmt, scale_rule=settings.weight_rule, conversion=conversion)
     h_kk = None
     if stats is not None and stats.h_kk is not None:
         h_kk = scheme.transform.hessian(stats.h_kk, choice.basis)
@@ -100,11 +110,12 @@ def _solve(
     if h_kk is not None:
         sampled["trace"] = trace_errors(stacked[rows.index], h_kk)
     if stats is not None:
-        shared |= {"tokens": stats.n_tokens, "sample_tokens": len(stats.x_tk)}
-        inputs = scheme.quantize_input(stats.x_tk, choice.basis)
+        x_tk = sample_tokens(stats.x_tk)
+        shared |= {"tokens": stats.n_tokens, "sample_tokens": len(x_tk)}
+        inputs = conversion.input(x_tk, choice.basis, scheme)
         outputs = choice.outputs
         if outputs is None:
-            target = scheme.transform_input(stats.x_tk, choice.basis) @ stacked[rows.index].T
+            target = scheme.transform_input(x_tk, choice.basis) @ stacked[rows.index].T
             plain = (inputs @ _values(rtn, rows.index, fmt).T).sub_(target)
             outputs = SampleOutputs(target, row_energies(target), row_energies(plain))
         values = _values(rounded.codes, rows.index, fmt)
@@ -115,9 +126,12 @@ def _solve(
             "output": outputs.energy,
         }
         if settings.residual:
-            x_tk = scheme.transform_input(stats.x_tk, choice.basis)
-            signals = [float(part.sum()) for part in outputs.energy.split(rows.sizes)]
-            gains = block_gains(x_tk, inputs, values.split(rows.sizes), signals, len(stacked), scheme)
+            whole = len(stats.x_tk) / len(x_tk)  # noise is measured on all sample tokens
+            signals = [whole * float(part.sum()) for part in outputs.energy.split(rows.sizes)]
+            changed, noisy = (
+                change(stats.x_tk, choice.basis) for change in (scheme.transform_input, scheme.quantize_input)
+            )
+            gains = block_gains(changed, noisy, values.split(rows.sizes), signals, len(stacked), scheme)
     if sampled:
         figures.append(_totals(sampled, rows.sizes))
     parts = zip(rounded.codes.elements.split(sizes), rounded.codes.scales.split(sizes), strict=True)

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptq.config import load_recipe
-from ptq.scheme import Format, Scheme, hif4_search
+from ptq.scheme import Codes, Format, Scheme, hif4_search
 from ptq.solvers import InputStats, solve_group
+from ptq.solvers.conversion import Definition
 from ptq.solvers.grid import grid_of
 
 WIDTHS = {
@@ -74,11 +75,26 @@ def statistics(k: int) -> InputStats:
     return InputStats(h_kk, x.abs().amax(0), 64, 64, x)
 
 
+class Launched(Definition):
+    """Conversions as `ptq.runtime.conversion` makes them on a GPU: one launch each, and what is done with its output."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def input(self, x_tk: Tensor, basis: Tensor | None, scheme: Scheme) -> Tensor:
+        self.launches += 1
+        return super().input(x_tk, basis, scheme).bfloat16().float()
+
+    def weight(self, w_nk: Tensor, fmt: Format, scale_rule: str | None) -> Codes:
+        self.launches += 1
+        return fmt.unpack(*fmt.quantize_and_pack(w_nk, scale_rule=scale_rule))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize("name", ["hif4"])
 def test_a_block_of_true_width_takes_few_operations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As on a GPU, decoding and the search of scales by tensor operations; conversions (`Format.quantize`) count as compiled here.
+    # As on a GPU: decoding and the search of scales by tensor operations, conversions by kernels.
     monkeypatch.setattr(Format, "_decoding", lambda *_: None)
     monkeypatch.setattr(hif4_search, "searched_natively", hif4_search.searched)
     recipe = load_recipe(name, name)
@@ -89,8 +105,10 @@ def test_a_block_of_true_width_takes_few_operations(name: str, monkeypatch: pyte
         for linears in {count for width, count in WIDTHS.values() if width == k}:
             weights = {str(i): torch.randn(ROWS, k, generator=torch.Generator().manual_seed(i)) for i in range(linears)}
             stats = statistics(k)
+            launched = Launched()
             with Operations() as operations:
-                solve_group(weights, stats, scheme, recipe.solver)
+                solve_group(weights, stats, scheme, recipe.solver, launched)
+            operations.count += launched.launches
             counted[k, linears] = operations
     views = sum(counted[width].views for width in WIDTHS.values())
     total = sum(counted[width].count for width in WIDTHS.values())

@@ -1,9 +1,13 @@
-"""GPTQ's columns under the interpreter, against the eager walk."""
+"""What a solve launches on a GPU, under the interpreter: GPTQ's columns and both conversions, against their definitions."""
 
 import pytest
 import torch
 
 from ptq import formats
+from ptq.runtime.conversion import KernelConversion
+from ptq.scheme import Scheme
+from ptq.scheme.learned import encode_blocks
+from ptq.solvers.conversion import DEFINITION
 from ptq.solvers.gptq import round_block
 from ptq.solvers.grid import grid_of
 from ptq.solvers.triton_columns import round_block as round_block_triton
@@ -30,3 +34,19 @@ def test_columns_equal_the_eager_walk(name, columns, n, dtype):
         assert torch.allclose(found_rest, rest, rtol=1e-6, atol=1e-7), "what was rounded away"
     else:
         assert (found != expected).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize(("name", "rule"), [("hif4", "mse"), ("hif4", "p2"), ("mxfp4", "even")])
+def test_conversions_equal_their_definitions(name, rule):
+    """In blocks of small powers of two every sum is exact, so the codes are equal."""
+    generator = torch.Generator().manual_seed(7)
+    scheme = Scheme.of(name, transform="learned", block=128, input_rule=rule)
+    x = torch.randn(40, 256, generator=generator).bfloat16().float()
+    basis = encode_blocks(torch.eye(128).roll(3, 0).repeat(2, 1, 1) * torch.tensor([1.0, 0.5]).repeat(64))
+    found, expected = (conversion.input(x, basis, scheme) for conversion in (KernelConversion(), DEFINITION))
+    assert found.dtype == torch.float32 and torch.equal(found, expected) and expected.unique().numel() > 15
+    w = torch.randn(24, 128, generator=generator)
+    for scale_rule in (None, rule):
+        codes, by_definition = (c.weight(w, scheme.format, scale_rule) for c in (KernelConversion(), DEFINITION))
+        assert torch.equal(codes.elements, by_definition.elements) and torch.equal(codes.scales, by_definition.scales)
+    assert not KernelConversion.takes(scheme, torch.device("cpu"))
