@@ -27,9 +27,10 @@ from ptq.cli.common import quiet_libraries
 from ptq.config import load_recipe
 from ptq.quantization.settings import QuantizeSettings
 from ptq.scheme import FORMATS, hif4_search
-from ptq.scheme.format import NAN_SCALE, Codes, grouped
+from ptq.scheme.format import NAN_SCALE, Codes
 from ptq.scheme.hif4 import HiF4
 from ptq.scheme.hif4_words import SCALE_BIAS, join_words, scale_values
+from ptq.scheme.tensors import grouped
 from ptq.store.files import write_json
 from ptq.wan.loading import resolve_model
 

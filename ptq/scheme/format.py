@@ -1,4 +1,4 @@
-"""What every 4-bit block format offers: the `Format` interface, its `Codes`, nibble packing, the table of formats.
+"""What every 4-bit block format offers: the `Format` interface, its `Codes`, the table of formats.
 
 A format cuts the last dimension K into groups, gives each group a scale and each element a nibble. Two views of the
 same codes exist: (elements, scales) for arithmetic, and (weight_packed, weight_scale) as stored in a checkpoint.
@@ -26,10 +26,9 @@ from ptq import known
 from ptq.errors import FormatError
 from ptq.scheme import native
 from ptq.scheme.placement import DECODED, Placement, place_rows
+from ptq.scheme.tensors import into, pack_nibbles, to_columns, unpack_nibbles
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FP16_MAX = 65504.0
-"""Largest finite float16."""
 NAN_SCALE = 0xFF
 """Lowest byte of the scale of a group that holds a NaN or an infinity."""
 EMPTY = 1 << 12
@@ -350,40 +349,3 @@ def get_format(name: str) -> Format:
     if name not in FORMATS:
         raise known.unknown("format", name, FORMATS)
     return FORMATS[name]
-
-
-def grouped(x: Tensor, size: int) -> Tensor:
-    """[..., K] -> [..., K/size, size] (a view where `x` is contiguous)."""
-    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
-
-
-def with_sign(magnitude: Tensor, x: Tensor) -> Tensor:
-    """uint8 magnitude index 0..7 and the signed source -> nibble; a zero magnitude never carries a sign."""
-    negative = (x < 0) & (magnitude > 0)
-    return magnitude | (negative.to(torch.uint8) << 3)
-
-
-def to_columns(x: Tensor, group: int) -> Tensor:
-    """[..., K] of any float dtype -> contiguous float32 [group, n], n groups."""
-    return x.detach().reshape(-1, group).T.float().contiguous()
-
-
-def into(dtype: torch.dtype, values: Tensor) -> Tensor:
-    """float32 values, or values that are in `dtype` already, in that dtype; in float16 they saturate, so that no finite
-    group comes back infinite."""
-    if dtype == torch.float16:
-        values = values.clamp(-FP16_MAX, FP16_MAX)
-    return values.to(dtype)
-
-
-def pack_nibbles(elements: Tensor) -> Tensor:
-    """uint8 [..., K] nibbles -> uint8 [..., K/2], even k in the low nibble."""
-    # Two nibbles read as one little-endian 16-bit word: much faster than strided access to every second byte.
-    words = elements.contiguous().view(torch.int16)
-    return (words | (words >> 4)).to(torch.uint8)
-
-
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """uint8 [..., K/2] -> uint8 [..., K] nibbles, inverse of `pack_nibbles`."""
-    words = packed.to(torch.int16)
-    return ((words | (words << 4)) & 0x0F0F).view(torch.uint8)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ptq.known import FORMATS
 from ptq.scheme import native
-from ptq.scheme.format import EMPTY, NAN_SCALE, Format, grouped, with_sign
+from ptq.scheme.format import EMPTY, NAN_SCALE, Format
 from ptq.scheme.hif4_search import searched_words
 from ptq.scheme.hif4_words import BINADE, SCALE_BIAS, join_words, scale_values, split_words
+from ptq.scheme.tensors import grouped, with_sign
 
 SCALE_MIN, SCALE_MAX = 2.0**-48, 49152.0
 BF16_ONE_SEVENTH = 0.142578125

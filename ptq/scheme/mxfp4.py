@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ptq.known import FORMATS
 from ptq.scheme import native
-from ptq.scheme.format import EMPTY, NAN_SCALE, Format, grouped, with_sign
+from ptq.scheme.format import EMPTY, NAN_SCALE, Format
+from ptq.scheme.tensors import grouped, with_sign
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MAX_EXPONENT = 2

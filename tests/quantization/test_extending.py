@@ -28,8 +28,8 @@ from ptq.quantization.settings import QuantizeSettings
 from ptq.report.method import describe_method
 from ptq.runtime import QuantLinear, backends, ops
 from ptq.scheme import FORMATS, TRANSFORMS, Format, FormatError, Scheme, Transform, register_format, register_transform
-from ptq.scheme.format import with_sign
 from ptq.scheme.placement import DECODED
+from ptq.scheme.tensors import with_sign
 from ptq.store.files import read_json
 from ptq.wan.layout import read_layout
 from ptq.wan.loading import load_pipeline

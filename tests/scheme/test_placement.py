@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq import formats
-from ptq.scheme.format import pack_nibbles
 from ptq.scheme.mxfp4 import MAGNITUDES
 from ptq.scheme.placement import DECODED, DTYPES, E4M3_RANGE, E5M2_RANGE, FACTOR_LIMIT, place_rows, summarize
+from ptq.scheme.tensors import pack_nibbles
 
 place = formats.get("mxfp4").place
 E2M1 = torch.tensor(MAGNITUDES + tuple(-value for value in MAGNITUDES), dtype=torch.float64)

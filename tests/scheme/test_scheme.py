@@ -30,9 +30,9 @@ from ptq.scheme import (
     register_format,
     register_transform,
 )
-from ptq.scheme.format import with_sign
 from ptq.scheme.hadamard import BLOCK_SIZES
 from ptq.scheme.placement import DECODED
+from ptq.scheme.tensors import with_sign
 from ptq.scheme.transform import UNCHANGED
 
 BLOCKS = {"none": (0,), "hadamard": BLOCK_SIZES, "smoothed": (0, *BLOCK_SIZES), "learned": (32, 64, 128)}

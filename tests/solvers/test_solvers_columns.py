@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ptq import formats
-from ptq.scheme.format import with_sign
 from ptq.scheme.mxfp4 import MXFP4
+from ptq.scheme.tensors import with_sign
 from ptq.solvers import factorize, gptq, native_columns, round_to_nearest
 from ptq.solvers.gptq import round_block
 from ptq.solvers.grid import grid_of

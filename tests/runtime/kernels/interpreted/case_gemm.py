@@ -17,10 +17,10 @@ from ptq.runtime.kernels.gemm_packed import gemm_packed
 from ptq.runtime.kernels.quantize import quantize
 from ptq.runtime.kernels.tiles import Tile, lookup
 from ptq.scheme import Placement, Scheme
-from ptq.scheme.format import pack_nibbles
 from ptq.scheme.learned import encode_blocks
 from ptq.scheme.placement import DECODED, E4M3_RANGE
 from ptq.scheme.residual import to_flags
+from ptq.scheme.tensors import pack_nibbles
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
