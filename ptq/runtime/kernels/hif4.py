@@ -51,24 +51,27 @@ def rounded(x, RULE: tl.constexpr, NIBBLES: tl.constexpr):
         finite = amax.to(tl.int32, bitcast=True) < b.INF_BITS
         if RULE == P2:
             byte, four = _power_of_two(amax)
-            two = four * 0.5
+            four = tl.where(finite, four, float("nan"))  # nothing is larger, and so is every step
             e8 = v8 >= four[:, None]
-            e16 = v16 >= tl.where(e8, four[:, None], two[:, None])[:, :, None]
-        else:
-            byte = _scale_byte(amax, finite)
-            r = _reciprocal(byte, True)
-            e8 = v8 * r[:, None] >= 4.0
-            e16 = v16 * r[:, None, None] * tl.where(e8, 0.5, 1.0)[:, :, None] >= 2.0
-        e8 = e8.to(tl.int32)
-        exponent = e8[:, :, None] + e16.to(tl.int32)
-        scale = e6m2_value(byte)[:, None, None] * 0.25
-        quarter = tl.where(finite[:, None, None], _shifted(scale, exponent), float("nan"))
-        if RULE == P2:
+            limit = tl.where(e8, four[:, None], (four * 0.5)[:, None])[:, :, None]
+            e16 = v16 >= limit
+            quarter = limit * tl.where(e16, 0.25, 0.125)
             result = _round_in_place(fours, quarter[:, :, :, None], NIBBLES)
         else:
-            factor = _shifted(r[:, None, None] * 4.0, -exponent)
+            byte = _scale_byte(amax, finite)
+            r = tl.where(finite, _reciprocal(byte, True) * 4.0, 0.0)  # with 0 nothing is raised
+            e8 = v8 * r[:, None] >= 16.0
+            of_eight = tl.where(e8, (r * 0.5)[:, None], r[:, None])[:, :, None]
+            e16 = v16 * of_eight >= 8.0
+            factor = of_eight * tl.where(e16, 0.5, 1.0)
+            # What the exponents take from the factor's bits, they add to the scale's.
+            scale = tl.where(finite, e6m2_value(byte) * 0.25, float("nan")).to(tl.int32, bitcast=True)
+            quarter = (scale + r.to(tl.int32, bitcast=True))[:, None, None] - factor.to(tl.int32, bitcast=True)
+            quarter = quarter.to(tl.float32, bitcast=True)
             result = _round(fours, factor[:, :, :, None], quarter[:, :, :, None], NIBBLES)
         result = tl.reshape(result, (R, L))
+        e8 = e8.to(tl.int32)
+        exponent = e8[:, :, None] + e16.to(tl.int32)
     e8_bits = tl.xor_sum(e8 << (8 + tl.arange(0, 8))[None, :], 1)
     place = 16 + 2 * tl.arange(0, 8)[None, :, None] + tl.arange(0, 2)[None, None, :]
     e16_bits = tl.xor_sum(tl.xor_sum((exponent - e8[:, :, None]) << place, 2), 1)

@@ -29,27 +29,40 @@ def round_groups(groups, byte):
 
 
 @triton.jit
-def round_in_place(groups, byte, RULE: tl.constexpr, E_REF: tl.constexpr):
-    """float32 [G, 32] with scale bytes int32 [G] -> values / 2^E_REF, for an e5m2 output; NaN where the byte is 255.
+def round_in_place(groups, RULE: tl.constexpr, E_REF: tl.constexpr):
+    """float32 [G, 32] -> values / 2^E_REF, for an e5m2 output; NaN where a group is not finite.
 
     As `e2m1_round`, but what is added and subtracted, 1.5 * 2^22 times the binade of an element as it is, has an ulp of the
     E2M1 step there, so nothing is scaled. It is a factor of fused operations. Below 2^-126, where a binade would be subnormal,
     all becomes 0 in e5m2 anyway. In a block with a maximum of 2^107 or more it is beyond float32, and all elements saturate,
     also those that would be rounded to 0.
     """
-    unit = tl.where(byte == 255, 0x7FC00000, tl.maximum(byte, 1) << 23).to(tl.float32, bitcast=True)
+    unit = _units(groups, RULE)
     binade = b.larger(groups, unit[:, None]).to(tl.int32, bitcast=True) & 0x7F800000  # of a NaN: infinity
     sign = groups.to(tl.int32, bitcast=True) & -2147483648
     binade = (binade | sign).to(tl.float32, bitcast=True)
     value = b.fused(-binade, 6291456.0, b.fused(binade, 6291456.0, groups))
     # `even` and `ceil` leave a maximum that rounds to 6 (in range; beyond it e5m2 saturates), the others one up to 8.
     if (RULE != EVEN and RULE != CEIL) or E_REF != 0:
-        largest = e8m0_value(byte)[:, None] * 6.0
+        largest = unit[:, None] * 6.0
         value = tl.minimum(value, largest, propagate_nan=tl.PropagateNan.ALL)
         value = tl.maximum(value, -largest, propagate_nan=tl.PropagateNan.ALL)
     if E_REF != 0:
         value = value * b.power_of_two(tl.full((1, 1), -E_REF, tl.int32))
     return value
+
+
+@triton.jit
+def _units(groups, RULE: tl.constexpr):
+    """Scales of float32 groups [G, 32], at least 2^-126, for `round_in_place`: float32 [G], NaN where a group is not finite."""
+    if RULE < 0:
+        byte = scale_bytes(groups, RULE)
+        bits = tl.where(byte == 255, 0x7FC00000, tl.maximum(byte, 1) << 23)
+    else:  # `scale_bytes` without the shifts; from a maximum of 2^107 on everything saturates, whatever the scale
+        amax = b.max_abs(groups, 1).to(tl.int32, bitcast=True)
+        bits = tl.maximum(amax + (RULE - (2 << 23)), 1 << 23) & 0x7F800000
+        bits = tl.where(amax < b.INF_BITS, bits, 0x7FC00000)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -126,8 +139,8 @@ def store(
 ):  # fmt: skip
     """Round float32 [ROWS, L] and store it; see `ptq.runtime.kernels.formats.store_tile`."""
     groups = tl.reshape(x, (ROWS * L // 32, 32))
-    byte = scale_bytes(groups, RULE)
     if OUT == "packed":
+        byte = scale_bytes(groups, RULE)
         value = tl.where((byte == 255)[:, None], 0.0, round_groups(groups, byte))
         nibbles = tl.reshape(e2m1_nibbles(value), (ROWS, L))
         scales = tl.reshape(byte, (ROWS, L // 32)).to(tl.uint8)
@@ -137,6 +150,7 @@ def store(
         tl.store(values_ptr + offset, b.to_bf16(value), mask=inside[:, None])
     else:
         if counters_ptr is not None:
+            byte = scale_bytes(groups, RULE)
             count_outside(round_groups(groups, byte), byte, E_REF, counters_ptr)
-        value = tl.reshape(round_in_place(groups, byte, RULE, E_REF), (ROWS, L))
+        value = tl.reshape(round_in_place(groups, RULE, E_REF), (ROWS, L))
         tl.store(values_ptr + offset, b.to_e5m2(value), mask=inside[:, None])
