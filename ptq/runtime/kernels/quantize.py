@@ -179,11 +179,13 @@ def constants(
     rotation = transform.block_of(k) if isinstance(transform, Hadamard) else 0
     if block and family not in WHOLE:
         unit = min(unit, PANEL)
+    rows = tile_of(scheme, out, unit)[0] // unit
     return {
         "K": k,
         "L": unit,
-        "ROWS": tile_of(scheme, out, unit)[0] // unit,
-        "STEPS": STEPS * max(1, block // PANEL) if m >= MANY_ROWS else 1,  # a larger block is decoded for more rows
+        "ROWS": rows,
+        # A larger block is decoded for more rows.
+        "STEPS": STEPS * max(1, block // PANEL) if m >= max(MANY_ROWS, rows) else 1,
         "FORMAT": scheme.format.kernel_id,
         "OUT": out,
         "ROTATION": rotation,
@@ -219,7 +221,7 @@ def quantize_kernel(
     E_REF: tl.constexpr,
     EXTENDED: tl.constexpr,
 ):
-    """STEPS tiles of ROWS units; a unit is L consecutive elements of a row, and rows hold K / L units.
+    """STEPS tiles of ROWS units; a unit is L consecutive elements of a row, and rows hold K / L units. Several steps need M >= ROWS.
 
     With learned blocks of BLOCK channels the units of a program lie in one column of units, whose columns of their block are
     decoded once; else they follow each other along rows. width: of a row of the output, which with EXTENDED goes on behind its K
@@ -231,22 +233,28 @@ def quantize_kernel(
         first = (tl.program_id(0) // UNITS) * (ROWS * STEPS)
         start = place * L // BLOCK * BLOCK
         matrix = b.load_e4m3(basis_ptr + start * BLOCK + (place * L - start), BLOCK, L)
+        below = tl.arange(0, ROWS).to(tl.int64)[:, None] * stride_m + (start + tl.arange(0, BLOCK)[None, :])
     else:
         first = tl.program_id(0) * (ROWS * STEPS)
+    # The last tiles of a column are moved up until all their rows exist: nothing is masked, some rows are written twice, alike.
+    SHIFTED: tl.constexpr = BLOCK > 0 and STEPS > 1 and counters_ptr is None
     for step in range(STEPS):
-        index = first + step * ROWS + tl.arange(0, ROWS)
+        top = first + step * ROWS
+        if SHIFTED:
+            top = tl.minimum(top, M - ROWS)
+        index = top + tl.arange(0, ROWS)
         if BLOCK > 0:
             first_column = place * L
             row = index
             column = place * L + tl.arange(0, L)[None, :]
-            read = start + tl.arange(0, BLOCK)[None, :]
+            at = x_ptr + top.to(tl.int64) * stride_m + below
         else:
             first_column = (index % UNITS) * L
             row = index // UNITS
             column = (index % UNITS)[:, None] * L + tl.arange(0, L)[None, :]
-            read = column
-        inside = row < M
-        x = tl.load(x_ptr + row.to(tl.int64)[:, None] * stride_m + read, mask=inside[:, None], other=0.0)
+            at = x_ptr + row.to(tl.int64)[:, None] * stride_m + column
+        inside = tl.full((ROWS,), True, tl.int1) if SHIFTED else row < M
+        x = tl.load(at, mask=inside[:, None], other=0.0)
         if BLOCK > 0:
             x = b.multiply_block(x, matrix, PARTS)
         elif basis_ptr is not None:

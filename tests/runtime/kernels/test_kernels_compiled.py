@@ -170,12 +170,12 @@ def test_residual_blocks(family, job, basis):
 assert quantize.WIDE_TILE // quantize.WIDE_WARPS == quantize.TILE_ELEMENTS // quantize.WARPS
 ELEMENTS_A_THREAD = quantize.TILE_ELEMENTS // (32 * quantize.WARPS)
 BUDGET = {
-    ("mxfp4", "even", "fp8"): (12, 13),
-    ("hif4", "p2", "fp8"): (20, 18),
-    ("hif4", "reference", "bf16"): (24, 26),
-    ("hif4", "mse", "bf16"): (80, 80),
+    ("mxfp4", "even", "fp8"): (10.7, 11.5),
+    ("hif4", "p2", "fp8"): (14.9, 15.5),
+    ("hif4", "reference", "bf16"): (21.2, 22.1),
+    ("hif4", "mse", "bf16"): (78.5, 79.5),
 }
-"""With learned blocks of 64 and of 128."""
+"""With learned blocks of 64 and of 128, as compiled today with a small margin (triton 3.9.0). The goals are 12, 20, 24, 80."""
 
 
 BLACKWELL_BUDGET = {

@@ -81,7 +81,9 @@ def test_residual_blocks(name, rule, out, transform, block, monkeypatch):
     scheme = Scheme.of(name, transform=transform, block=block, input_rule=rule)
     check(x, basis, scheme, out, residual=(0, 3))
     if (name, rule) == ("mxfp4", "even"):
-        monkeypatch.setattr("ptq.runtime.kernels.quantize.MANY_ROWS", 1)  # a program walks several tiles
+        for setting, value in (("MANY_ROWS", 130), ("STEPS", 2)):  # a program walks several tiles
+            monkeypatch.setattr(f"ptq.runtime.kernels.quantize.{setting}", value)
+        x, _ = exact_input(130, 256)
         plain, wide = (quantize(x, basis, scheme, out, residual=blocks).values for blocks in ((), (1,)))
         assert torch.equal(wide[:, : plain.shape[1]].view(torch.uint8), plain.view(torch.uint8))
         assert wide.shape[1] - plain.shape[1] == (32 if out == "packed" else 64)
@@ -176,7 +178,7 @@ def test_blocks_beyond_all_that_float32_products_hold_saturate():
 
 
 def test_many_rows_are_walked_in_steps(monkeypatch):
-    """A program takes several tiles from MANY_ROWS rows on; the last one is not full."""
+    """A program takes several tiles from MANY_ROWS rows on; the last one is moved up to where all its rows exist."""
     module = sys.modules[quantize.__module__]
     monkeypatch.setattr(module, "MANY_ROWS", 200)
     x, _ = exact_input(333, 64)
@@ -185,6 +187,12 @@ def test_many_rows_are_walked_in_steps(monkeypatch):
     for name, rule, out in (("mxfp4", "even", "fp8"), ("hif4", "p2", "packed")):
         check(x, exact_blocks(64, 64), Scheme.of(name, transform="learned", block=64, input_rule=rule), out)
         check(x, None, Scheme.of(name, transform="hadamard", block=32, input_rule=rule), out)
+    large, counters = x[:70] * 2.0**20, torch.zeros(2, dtype=torch.int32)
+    monkeypatch.setattr(module, "MANY_ROWS", 64)
+    quantize(large, exact_blocks(64, 64), grid, "fp8", counters=counters)  # no row is counted twice
+    packed = quantize(large, exact_blocks(64, 64), grid, "packed")
+    expected = count_outside_reference(grid.format, packed.values, packed.scales)
+    assert tuple(counters.tolist()) == expected and expected[0] > 70
 
 
 @pytest.mark.parametrize(("families", "unit"), [((90, 100), 128), ((), 64)], ids=["whole", "panels"])
@@ -193,6 +201,7 @@ def test_a_block_of_128_is_taken_whole_or_in_panels(families, unit, monkeypatch)
     module = sys.modules[quantize.__module__]
     monkeypatch.setattr(module, "WHOLE", families)
     monkeypatch.setattr(module, "MANY_ROWS", 60)
+    monkeypatch.setattr(module, "STEPS", 1)  # of 64 columns
     grid = Scheme.of("mxfp4", transform="learned", block=128)
     chosen = module.constants(grid, "fp8", torch.bfloat16, 256, 0, 333, 90)
     assert (chosen["L"], chosen["ROWS"], chosen["BLOCK"], chosen["STEPS"]) == (unit, 64, 128, 2 * module.STEPS)
