@@ -33,16 +33,25 @@ class Binary:
         return len(re.findall(pattern, self.sass))
 
     def loop(self) -> int:
-        """SASS instructions of the longest loop, all of what a program does again and again."""
-        position, labels, longest = 0, {}, 0
+        """SASS instructions of the largest loop, all of what a program does again and again.
+
+        Blocks of instructions that reach each other, wherever the compiler put them: a wait may be repeated behind the last
+        instruction of the kernel, and what is peeled off a loop can lie between that and the loop.
+        """
+        labels, sizes, jumps = {}, [0], [[]]
         for line in self.sass.splitlines():
-            if label := re.match(r"\s*(\.L_x_\d+):", line):
-                labels[label[1]] = position
-            elif re.match(r"\s*/\*[0-9a-f]{4,}\*/", line):
-                position += 1
-                back = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-                longest = max(longest, position - labels.get(back[1], position) if back else 0)
-        return longest
+            label = re.match(r"\s*(\.L_x_\d+):", line)
+            jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+            sizes[-1] += bool(re.match(r"\s*/\*[0-9a-f]{4,}\*/", line))
+            if label or jump or "EXIT" in line:  # a block ends
+                jumps[-1] += [jump[1]] if jump else []
+                jumps[-1] += [len(sizes)] if label or re.search(r"@|BRA\.(U|DIV)", line) else []
+                labels |= {label[1]: len(sizes)} if label else {}
+                sizes, jumps = [*sizes, 0], [*jumps, []]
+        after = [{labels.get(target, target) for target in some} for some in jumps]
+        for via in range(len(after)):
+            after = [reached | after[via] if via in reached else reached for reached in after]
+        return max(sum(sizes[i] for i in reached if here in after[i]) for here, reached in enumerate(after))
 
 
 def compile_for(capability, kernel, signature, constants, aligned=(), options=None) -> Binary:
