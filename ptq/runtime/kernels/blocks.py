@@ -102,21 +102,21 @@ def hadamard_signs(SIZE: tl.constexpr):
 
 @triton.jit
 def rotate(x, SIZE: tl.constexpr, FACTOR: tl.constexpr, PARTS: tl.constexpr):
-    """Block Hadamard of [R, L] in blocks of SIZE, times FACTOR (a power of two); see `multiply_block`."""
+    """Block Hadamard of [R, L] in blocks of SIZE, times FACTOR (a power of two); see `add_product`."""
     R: tl.constexpr = x.shape[0]
     L: tl.constexpr = x.shape[1]
     blocks = tl.reshape(x, (R * L // SIZE, SIZE))
-    return tl.reshape(multiply_block(blocks, (hadamard_signs(SIZE) * FACTOR).to(tl.bfloat16), PARTS), (R, L))
+    total = tl.zeros((R * L // SIZE, SIZE), tl.float32)
+    return tl.reshape(add_product(total, blocks, (hadamard_signs(SIZE) * FACTOR).to(tl.bfloat16), PARTS), (R, L))
 
 
 @triton.jit
-def multiply_block(x, matrix, PARTS: tl.constexpr):
-    """[R, S] of any float dtype @ bfloat16 [S, C] -> float32 [R, C].
+def add_product(total, x, matrix, PARTS: tl.constexpr):
+    """float32 [R, C] + [R, S] of any float dtype @ bfloat16 [S, C].
 
     x is split into PARTS bfloat16 summands by truncation, which is exact when PARTS * 8 bits cover the significand of x,
     and each is multiplied on tensor cores: every product is exact, only the float32 sums round. bfloat16 x is one part.
     """
-    total = tl.zeros((x.shape[0], matrix.shape[1]), tl.float32)
     if x.dtype == tl.bfloat16:
         return dot_f32(x, matrix, total)
     rest = x.to(tl.float32)
@@ -129,16 +129,38 @@ def multiply_block(x, matrix, PARTS: tl.constexpr):
 
 
 @triton.jit
-def load_e4m3(ptr, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
-    """COLUMNS of a stored block (`ptq.scheme.learned`), float8 e4m3 bits uint8 [SIZE, SIZE] -> bfloat16 [SIZE, COLUMNS].
+def load_e4m3(ptr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """ROWS and COLUMNS from ptr on of a stored block (`ptq.scheme.learned`), float8 e4m3 bits uint8 [SIZE, SIZE] -> bfloat16.
 
     By integer arithmetic, for devices without that type. Exact: four significant bits.
     """
-    bits = tl.load(ptr + tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, COLUMNS)[None, :]).to(tl.int32)
+    bits = tl.load(ptr + tl.arange(0, ROWS)[:, None] * SIZE + tl.arange(0, COLUMNS)[None, :]).to(tl.int32)
+    # A sum of one: where bytes become an operand by elementwise operations only, the compiler lays out both operands of `mma.sync`
+    # for bytes, which takes four moves a multiplication.
+    bits = tl.sum(tl.reshape(bits, (ROWS, COLUMNS, 1)), 2)
     magnitude = bits & 0x7F
     normal = ((magnitude << 20) + (112 << 23)).to(tl.float32, bitcast=True)  # bias 7 -> 127, divided by 256
     value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 7.62939453125e-06, normal)  # subnormals: 2^-9 / 256
     return tl.where(bits >= 0x80, -value, value).to(tl.bfloat16)
+
+
+@triton.jit
+def load_block(ptr, SIZE: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """COLUMNS from ptr on of a stored block [SIZE, SIZE], as two operands of DEPTH rows, or twice the one of SIZE; bfloat16."""
+    upper = load_e4m3(ptr, SIZE, DEPTH, COLUMNS)
+    if DEPTH < SIZE:
+        return upper, load_e4m3(ptr + DEPTH * SIZE, SIZE, DEPTH, COLUMNS)
+    return upper, upper
+
+
+@triton.jit
+def multiply_block(at, mask, block, SIZE: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr):
+    """What lies at the pointers [R, DEPTH], and DEPTH elements behind them if that is not SIZE, @ `load_block` -> float32 [R, COLUMNS]."""
+    total = tl.zeros((at.shape[0], block[0].shape[1]), tl.float32)
+    total = add_product(total, tl.load(at, mask=mask, other=0.0), block[0], PARTS)
+    if DEPTH < SIZE:
+        total = add_product(total, tl.load(at + DEPTH, mask=mask, other=0.0), block[1], PARTS)
+    return total
 
 
 @triton.jit

@@ -34,14 +34,14 @@ def round_in_place(groups, RULE: tl.constexpr, E_REF: tl.constexpr):
 
     As `e2m1_round`, but what is added and subtracted, 1.5 * 2^22 times the binade of an element as it is, has an ulp of the
     E2M1 step there, so nothing is scaled. It is a factor of fused operations. Below 2^-126, where a binade would be subnormal,
-    all becomes 0 in e5m2 anyway. In a block with a maximum of 2^107 or more it is beyond float32, and all elements saturate,
-    also those that would be rounded to 0.
+    all becomes 0 in e5m2 anyway. In a block with a maximum of 2^104 or more, where it could be beyond float32, nothing is added:
+    what is not rounded there saturates, or would have been 0.
     """
     unit = _units(groups, RULE)
     binade = b.larger(groups, unit[:, None]).to(tl.int32, bitcast=True) & 0x7F800000  # of a NaN: infinity
-    sign = groups.to(tl.int32, bitcast=True) & -2147483648
-    binade = (binade | sign).to(tl.float32, bitcast=True)
-    value = b.fused(-binade, 6291456.0, b.fused(binade, 6291456.0, groups))
+    binade = binade.to(tl.float32, bitcast=True)
+    magic = tl.where(unit < 2.0**102, 6291456.0, 0.0)[:, None]
+    value = b.fused(-binade, magic, b.fused(binade, magic, groups))
     # `even` and `ceil` leave a maximum that rounds to 6 (in range; beyond it e5m2 saturates), the others one up to 8.
     if (RULE != EVEN and RULE != CEIL) or E_REF != 0:
         largest = unit[:, None] * 6.0

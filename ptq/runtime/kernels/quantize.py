@@ -43,7 +43,8 @@ WIDE_TILE, WIDE_WARPS = 8192, 8
 """With units of 128: 64 rows of them, the fewest of the matrix instructions that several warps issue together."""
 WHOLE = (90, 100)
 """Capability families that have these. Elsewhere a unit of 128 would lie across warps, and HiF4's `mse` spill registers: there
-a program takes PANEL columns of a learned block, and reads the block's input once for each panel."""
+a program takes PANEL columns of a learned block, and reads the block's input once for each panel. It also multiplies by a block
+in two halves of its depth, because the compiler gives each warp whole rows only where one product goes on with another's sum."""
 PANEL = 64
 SMALL_TILE, SMALL_TILE_WARPS = 2048, 8
 """Where HiF4's `mse` writes packed codes, which spills registers with more elements a thread."""
@@ -191,6 +192,7 @@ def constants(
         "ROTATION": rotation,
         "FACTOR": rotation_factors(rotation)[0] if rotation else 1.0,
         "BLOCK": block,
+        "DEPTH": block if family in WHOLE else block // 2,
         "PARTS": significand_parts(dtype, transform.kernel == "hadamard" and transform.tensor is not None),
         "RULE": scheme.format.kernel_rule(str(scheme.input_rule)),
         "E_REF": e_ref,
@@ -216,6 +218,7 @@ def quantize_kernel(
     ROTATION: tl.constexpr,
     FACTOR: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
     PARTS: tl.constexpr,
     RULE: tl.constexpr,
     E_REF: tl.constexpr,
@@ -224,7 +227,7 @@ def quantize_kernel(
     """STEPS tiles of ROWS units; a unit is L consecutive elements of a row, and rows hold K / L units. Several steps need M >= ROWS.
 
     With learned blocks of BLOCK channels the units of a program lie in one column of units, whose columns of their block are
-    decoded once; else they follow each other along rows. width: of a row of the output, which with EXTENDED goes on behind its K
+    decoded once, as operands of DEPTH rows; else they follow each other along rows. width: of a row of the output, which with EXTENDED goes on behind its K
     elements.
     """
     UNITS: tl.constexpr = K // L
@@ -232,8 +235,8 @@ def quantize_kernel(
         place = tl.program_id(0) % UNITS
         first = (tl.program_id(0) // UNITS) * (ROWS * STEPS)
         start = place * L // BLOCK * BLOCK
-        matrix = b.load_e4m3(basis_ptr + start * BLOCK + (place * L - start), BLOCK, L)
-        below = tl.arange(0, ROWS).to(tl.int64)[:, None] * stride_m + (start + tl.arange(0, BLOCK)[None, :])
+        block = b.load_block(basis_ptr + start * BLOCK + (place * L - start), BLOCK, DEPTH, L)
+        below = tl.arange(0, ROWS).to(tl.int64)[:, None] * stride_m + (start + tl.arange(0, DEPTH)[None, :])
     else:
         first = tl.program_id(0) * (ROWS * STEPS)
     # The last tiles of a column are moved up until all their rows exist: nothing is masked, some rows are written twice, alike.
@@ -254,10 +257,11 @@ def quantize_kernel(
             column = (index % UNITS)[:, None] * L + tl.arange(0, L)[None, :]
             at = x_ptr + row.to(tl.int64)[:, None] * stride_m + column
         inside = tl.full((ROWS,), True, tl.int1) if SHIFTED else row < M
-        x = tl.load(at, mask=inside[:, None], other=0.0)
         if BLOCK > 0:
-            x = b.multiply_block(x, matrix, PARTS)
-        elif basis_ptr is not None:
+            x = b.multiply_block(at, inside[:, None], block, BLOCK, DEPTH, PARTS)
+        else:
+            x = tl.load(at, mask=inside[:, None], other=0.0)
+        if BLOCK == 0 and basis_ptr is not None:
             x = x.to(tl.float32) * tl.load(basis_ptr + column, mask=inside[:, None], other=0.0).to(tl.float32)
         if ROTATION > 0:
             x = b.rotate(x, ROTATION, FACTOR, PARTS)

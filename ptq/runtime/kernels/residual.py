@@ -49,6 +49,7 @@ def residual_kernel(
     ROTATION: tl.constexpr,
     FACTOR: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
     PARTS: tl.constexpr,
     RULE: tl.constexpr,
     E_REF: tl.constexpr,
@@ -66,17 +67,19 @@ def residual_kernel(
     target = K + position * SIZE
     if BLOCK > 0:
         start = part * SIZE // BLOCK * BLOCK
-        matrix = b.load_e4m3(basis_ptr + start * BLOCK + (part * SIZE - start), BLOCK, SIZE)
-        column = start + tl.arange(0, BLOCK)[None, :]
+        block = b.load_block(basis_ptr + start * BLOCK + (part * SIZE - start), BLOCK, DEPTH, SIZE)
+        column = start + tl.arange(0, DEPTH)[None, :]
     else:
         column = part * SIZE // L * L + tl.arange(0, L)[None, :]
     for step in range(STEPS):
         row = first + step * ROWS + tl.arange(0, ROWS)
         inside = row < M
-        x = tl.load(x_ptr + row.to(tl.int64)[:, None] * stride_m + column, mask=inside[:, None], other=0.0)
+        at = x_ptr + row.to(tl.int64)[:, None] * stride_m + column
         if BLOCK > 0:
-            x = b.multiply_block(x, matrix, PARTS)
-        elif basis_ptr is not None:
+            x = b.multiply_block(at, inside[:, None], block, BLOCK, DEPTH, PARTS)
+        else:
+            x = tl.load(at, mask=inside[:, None], other=0.0)
+        if BLOCK == 0 and basis_ptr is not None:
             x = x.to(tl.float32) * tl.load(basis_ptr + column, mask=inside[:, None], other=0.0).to(tl.float32)
         if ROTATION > 0:
             x = b.rotate(x, ROTATION, FACTOR, PARTS)

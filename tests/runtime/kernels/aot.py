@@ -32,26 +32,27 @@ class Binary:
         """Number of SASS lines that match."""
         return len(re.findall(pattern, self.sass))
 
-    def loop(self) -> int:
+    def loop(self) -> list[str]:
         """SASS instructions of the largest loop, all of what a program does again and again.
 
         Blocks of instructions that reach each other, wherever the compiler put them: a wait may be repeated behind the last
         instruction of the kernel, and what is peeled off a loop can lie between that and the loop.
         """
-        labels, sizes, jumps = {}, [0], [[]]
+        labels, blocks, jumps = {}, [[]], [[]]
         for line in self.sass.splitlines():
             label = re.match(r"\s*(\.L_x_\d+):", line)
             jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-            sizes[-1] += bool(re.match(r"\s*/\*[0-9a-f]{4,}\*/", line))
+            blocks[-1] += [line] if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line) else []
             if label or jump or "EXIT" in line:  # a block ends
                 jumps[-1] += [jump[1]] if jump else []
-                jumps[-1] += [len(sizes)] if label or re.search(r"@|BRA\.(U|DIV)", line) else []
-                labels |= {label[1]: len(sizes)} if label else {}
-                sizes, jumps = [*sizes, 0], [*jumps, []]
+                jumps[-1] += [len(blocks)] if label or re.search(r"@|BRA\.(U|DIV)", line) else []
+                labels |= {label[1]: len(blocks)} if label else {}
+                blocks, jumps = [*blocks, []], [*jumps, []]
         after = [{labels.get(target, target) for target in some} for some in jumps]
         for via in range(len(after)):
             after = [reached | after[via] if via in reached else reached for reached in after]
-        return max(sum(sizes[i] for i in reached if here in after[i]) for here, reached in enumerate(after))
+        loops = ([i for i in sorted(reached) if here in after[i]] for here, reached in enumerate(after))
+        return max(([line for i in loop for line in blocks[i]] for loop in loops), key=len)
 
 
 def compile_for(capability, kernel, signature, constants, aligned=(), options=None) -> Binary:
