@@ -32,6 +32,7 @@ from ptq.quantization.block import collect_statistics, find_and_collect, forward
 from ptq.quantization.calls import ExpertCalls
 from ptq.quantization.residual import input_gains, probed
 from ptq.quantization.settings import QuantizeSettings
+from ptq.quantization.tune import Tuner
 from ptq.runtime import QuantLinear
 from ptq.scheme import get_format
 from ptq.scheme.residual import columns
@@ -70,12 +71,14 @@ class WideBlocks(nn.Module):
 
 @dataclass
 class Solved:
-    """One recipe on one expert: solutions of each block, measured gains and closed-form ones of each input."""
+    """One recipe on one expert: solutions of each block, measured gains and closed-form ones of each input, blocks that kept what
+    tuning made of their codes."""
 
     settings: QuantizeSettings
     solutions: list[dict[str, LayerSolution]]
     gains: dict[Key, BlockGains]
     closed: dict[Key, BlockGains]
+    kept: int = 0
 
     @property
     def products(self) -> int:
@@ -121,11 +124,19 @@ class Expert:
     def _forward(self, block: nn.Module, stream) -> None:
         forward_stream(block, self.other.batches, stream, stream, self.replay.device)
 
+    def _tuner(self, settings: QuantizeSettings) -> Tuner:
+        tune = settings.recipe.solver.tune
+        assert tune is not None
+        return Tuner(self.own.batches, tune, settings.scheme, settings.seed, self.replay.device)
+
     def solve(self, recipes: Mapping[str, QuantizeSettings]) -> dict[str, Solved]:
         solved = {name: Solved(settings, [], {}, {}) for name, settings in recipes.items()}
         stream, some, groups = self.own.start(), next(iter(recipes.values())), []
         probes = probed(self.own.batches)
+        tuners = {name: self._tuner(settings) for name, settings in recipes.items() if settings.recipe.solver.tune}
         for index, block in enumerate(self.blocks):
+            for tuner in tuners.values():
+                tuner.keep(stream)
             before = [probe.of(stream).clone() for probe in probes]
             replayed = (self.own.batches, stream, some, self.replay.device)
             if groups:
@@ -138,8 +149,11 @@ class Expert:
             def outputs(block=block, before=before) -> list[Tensor]:
                 return [run_block(block, x, probe.context()) for x, probe in zip(before, probes, strict=True)]
 
-            for one in solved.values():
+            for name, one in solved.items():
                 solutions = solve_block(block, groups, dict(collectors), one.settings)
+                if name in tuners:
+                    solutions, row = tuners[name].tune(block, groups, solutions, stream, index)
+                    one.kept += row.kept
                 one.solutions.append(solutions)
                 if one.settings.recipe.solver.residual:
                     kept = input_gains(block, groups, solutions, one.settings.scheme, outputs, after)

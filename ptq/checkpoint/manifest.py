@@ -41,7 +41,7 @@ class LayerEntry(Schema):
     tokens, weights only (absent where the recipe needs no Hessian). weight_sqnr_db: None where weight or error is zero.
     tokens: of the records, in the Hessian (where the recipe needs none: replayed); sample_tokens: those of the searches.
     basis: off, the exponent of smoothing, or learned; basis_errors: output errors of what it was chosen from.
-    residual_blocks: their numbers; errors of single layers are without them, those of blocks and experts with them.
+    residual_blocks: their numbers. Errors of single layers are without them and before tuning, those of blocks and experts with both.
     """
 
     expert: PlainName
@@ -64,8 +64,23 @@ class LayerEntry(Schema):
     residual_blocks: tuple[Count, ...] = Field(default=(), strict=False)
 
 
+class TuningEntry(Schema):
+    """How tuning a block's codes went: records that it was tuned on and that were held out, and the error of the block's output on the
+    latter (squared norm ratio, original inputs), before and after."""
+
+    records: Count
+    held_out: Count
+    before: NotNegative
+    after: NotNegative
+
+    @property
+    def kept(self) -> bool:
+        """Whether the block has the tuned codes."""
+        return self.after < self.before
+
+
 class BlockEntry(Schema):
-    """Error of the propagated stream after a block, relative to the original stream (squared norm ratio)."""
+    """Error of the propagated stream after a block, relative to the original stream (squared norm ratio); how its codes were tuned."""
 
     expert: PlainName
     block: Count
@@ -73,6 +88,7 @@ class BlockEntry(Schema):
     high_precision: bool
     reason: str | None = None
     seconds: NotNegative
+    tuning: TuningEntry | None = None
 
 
 class ExpertEntry(Schema):

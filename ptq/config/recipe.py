@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ptq.config.load import CONFIGS, list_configs, load_yaml, parse_yaml, validate
+from ptq.config.tuning import Tuning
 from ptq.errors import UsageError, shown
 
 MOST = 2**31 - 1
@@ -65,6 +66,7 @@ class SolverSettings(_Strict):
         act_order: round columns by descending Hessian diagonal.
         residual: share of an expert's products, N x K of each Linear, that residual blocks may add; which ones is chosen on the
             records. 0: none.
+        tune: tune the codes of each block on what it returns; None: do not. `true` is every default of it.
     """
 
     rounding: Literal["rtn", "gptq"] = "rtn"
@@ -74,6 +76,7 @@ class SolverSettings(_Strict):
     damping: float = Field(default=0.03, gt=0, le=1)
     act_order: bool = True
     residual: float = Field(default=0.0, ge=0, le=0.5)
+    tune: Tuning = None
 
     @property
     def needs_hessian(self) -> bool:
@@ -83,7 +86,13 @@ class SolverSettings(_Strict):
     @property
     def needs_records(self) -> bool:
         """Whether anything is taken from the calibration records."""
-        return self.needs_hessian or self.residual > 0
+        return self.needs_hessian or self.residual > 0 or self.tune is not None
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_was_tuning(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `tune` where it is off: what earlier runs and manifests hold is the same."""
+        value: dict[str, Any] = dump(self)
+        return {key: one for key, one in value.items() if key != "tune" or one is not None}
 
     def describe(self) -> str:
         """How weights are rounded."""

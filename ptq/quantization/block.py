@@ -6,7 +6,8 @@ that read it. The quantized block then runs on the propagated stream, which is w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -142,15 +143,38 @@ def solve_cost(linears: Iterable[nn.Module]) -> float:
     return float(k**3 + k**2 * sum(weight.shape[0] for weight in weights))
 
 
-def install(block: nn.Module, solutions: Mapping[str, LayerSolution], scheme: Scheme) -> None:
-    """Replace the block's Linears by quantized ones, in place."""
+def quantized_layers(
+    block: nn.Module, solutions: Mapping[str, LayerSolution], scheme: Scheme
+) -> dict[str, QuantLinear]:
+    """Name -> quantized layer for the place of each Linear, on its device."""
+    layers = {}
     for name, solution in solutions.items():
         linear = block.get_submodule(name)
         # The layer's own copy: on disk Linears of one input do not share the basis.
         basis = None if solution.basis is None else solution.basis.clone()
         bias = None if linear.bias is None else linear.bias.to(solution.codes.elements.device, torch.float32)
         layer = QuantLinear.from_codes(solution.codes, scheme, bias, basis, solution.residual)
-        block.set_submodule(name, layer.to(linear.weight.device))
+        layers[name] = layer.to(linear.weight.device)
+    return layers
+
+
+def install(block: nn.Module, solutions: Mapping[str, LayerSolution], scheme: Scheme) -> None:
+    """Replace the block's Linears by quantized ones, in place."""
+    for name, layer in quantized_layers(block, solutions, scheme).items():
+        block.set_submodule(name, layer)
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """For a while, other layers in the place of the model's."""
+    own = {name: model.get_submodule(name) for name in layers}
+    try:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        yield
+    finally:
+        for name, layer in own.items():
+            model.set_submodule(name, layer)
 
 
 def stream_error(batches: Sequence[ReplayBatch], reference: Stream, candidate: Stream, device: torch.device) -> float:

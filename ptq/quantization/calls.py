@@ -32,14 +32,38 @@ class ReplayBatch:
     Attributes:
         name: of the batch in streams.
         records: R of them.
+        size: of each of them.
         importances: in errors of the denoiser's output, d_sigma^2; mean 1 over the expert. In statistics all weigh the same.
         context: of all of them, their order in the first dimension.
     """
 
     name: str
     records: tuple[Record, ...]
+    size: CallSize
     importances: tuple[float, ...]
     context: Callable[[], BlockContext]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One record of a batch, to be run on its own or beside records of other batches."""
+
+    batch: ReplayBatch
+    index: int
+
+    @property
+    def name(self) -> str:
+        """Of the record."""
+        return self.batch.records[self.index].record
+
+    def of(self, stream: Stream) -> Tensor:
+        """Its hidden states [1, tokens, D] in a stream."""
+        return stream[self.batch.name][self.index : self.index + 1]
+
+    def context(self) -> BlockContext:
+        """Its context alone."""
+        whole, own = self.batch.context(), slice(self.index, self.index + 1)
+        return BlockContext(whole.context[own], whole.temb[own], whole.rotary)
 
 
 def record_size(calibration: CalibrationSet, record: Record, config: Mapping[str, Any]) -> CallSize:
@@ -111,13 +135,14 @@ class ExpertCalls:
         """Of the records that are replayed."""
         weights = importances(records)
         sizes = [record_size(calibration, record, replay.config) for record in records]
-        self.batches = [self._batch(records[part], weights[part]) for part in neighbours(sizes)]
+        self.batches = [self._batch(records[part], sizes[part.start], weights[part]) for part in neighbours(sizes)]
         """The records in their order, neighbours of one size together."""
 
-    def _batch(self, records: Sequence[Record], weights: Sequence[float]) -> ReplayBatch:
+    def _batch(self, records: Sequence[Record], size: CallSize, weights: Sequence[float]) -> ReplayBatch:
         return ReplayBatch(
             records[0].record,
             tuple(records),
+            size,
             tuple(weights),
             lambda: self._replay.context(self._cached(records), lambda: self._load(records)),
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ptq import ui
 from ptq.checkpoint.layers import layer_names, read_layer
-from ptq.checkpoint.manifest import BlockEntry, ExpertEntry, LayerEntry
+from ptq.checkpoint.manifest import BlockEntry, ExpertEntry, LayerEntry, TuningEntry
 from ptq.checkpoint.safetensors_file import TensorEntry
 from ptq.quantization.block import (
     collect_statistics,
@@ -26,10 +26,12 @@ from ptq.quantization.job import Job
 from ptq.quantization.placing import Place, solve_device
 from ptq.quantization.residual import ChosenBlocks, choose_residual, input_gains, listed, probed
 from ptq.quantization.shared_inputs import InputGroup
+from ptq.quantization.tune import Tuner
 from ptq.quantization.workdir import STREAMS_DIR, WorkDir
 from ptq.quantization.writer import BlockWriter
 from ptq.runtime import QuantLinear
 from ptq.scheme.residual import to_flags
+from ptq.solvers.solve import LayerSolution
 from ptq.wan.block import block_prefix
 from ptq.wan.replay import run_block
 
@@ -68,6 +70,11 @@ class ExpertRun:
         self._original = self._start()
         self._propagated = self._calls.copy(self._original, place, work.path / STREAMS_DIR)
         self._residual: ChosenBlocks | None = None
+        tune, settings = self.settings.recipe.solver.tune, self.settings
+        self._tuner = None
+        if tune is not None:
+            where = (self.replay.device, place, work.path / STREAMS_DIR)
+            self._tuner = Tuner(self._batches, tune, settings.scheme, settings.seed, *where)
 
     def run(self, bar: ui.Progress) -> ExpertResult:
         """Quantize every block, or take it from an earlier run, and measure the denoiser's output error."""
@@ -99,9 +106,8 @@ class ExpertRun:
                     start, block = time.monotonic(), self.replay.load_block(index)
                     if index in missing:
                         info = self._solve(index, block)
-                        self._put(
-                            writer, index, block, {**info, "block": self._row(index, time.monotonic() - start, None)}
-                        )
+                        row = self._row(index, time.monotonic() - start, None, info.pop("tuning"))
+                        self._put(writer, index, block, {**info, "block": row})
                     else:
                         forward_stream(block, self._batches, self._original, self._original, self.replay.device)
                 bar.advance(note=f"{self.name} block {index}, codes")
@@ -126,10 +132,11 @@ class ExpertRun:
                 rows = [{**row, "residual_blocks": self._residual[index][row["layer"]]} for row in info["layers"]]
                 info = {**info, "layers": rows}
             seconds = info["block"]["seconds"] if finished else time.monotonic() - start
-            return entries, {**info, "block": self._row(index, seconds, reason)}
+            tuning = info["block"]["tuning"] if finished else None
+            return entries, {**info, "block": self._row(index, seconds, reason, tuning)}
         info = self._solve(index, block)
         forward_stream(block, self._batches, self._propagated, self._propagated, device)
-        info["block"] = self._row(index, time.monotonic() - start, None)
+        info["block"] = self._row(index, time.monotonic() - start, None, info.pop("tuning"))
         self._put(writer, index, block, info)
         return {}, info
 
@@ -139,12 +146,15 @@ class ExpertRun:
         probes = probed(self._batches) if self.settings.recipe.solver.residual else []
         before = [probe.of(self._original).clone() for probe in probes]
         replayed = (self._batches, self._original, self.settings, device)
+        if self._tuner is not None:
+            self._tuner.keep(self._original)
         if self._groups:
             collectors = collect_statistics(block, self._groups, *replayed)
         else:  # they are the same in every block
             self._groups, collectors = find_and_collect(block, self._targets, *replayed)
             self._say_where(block)
         solutions = solve_block(block, self._groups, collectors, self.settings, self._processes)
+        solutions, tuning = self._tuned(index, block, solutions)
         layers = []
         for linear, solution in solutions.items():
             n, k = solution.codes.elements.shape
@@ -160,7 +170,22 @@ class ExpertRun:
 
             inputs = input_gains(block, self._groups, solutions, self.settings.scheme, outputs, after)
         install(block, solutions, self.settings.scheme)
-        return {"layers": layers, "inputs": inputs}
+        return {"layers": layers, "inputs": inputs, "tuning": tuning}
+
+    def _tuned(
+        self, index: int, block: nn.Module, solutions: dict[str, LayerSolution]
+    ) -> tuple[dict[str, LayerSolution], dict[str, Any] | None]:
+        """The solutions to go on with, and the manifest's row of tuning them; one process tunes for all."""
+        if self._tuner is None:
+            return solutions, None
+        start, result = time.monotonic(), {}
+        if self._processes.first:
+            result["tuned"] = self._tuner.tune(block, self._groups, solutions, self._original, index)
+        solutions, row = self._processes.merge(result)["tuned"]
+        ui.info(
+            f"Block {index} of {self.name}, {row.held_out} records held out: error {row.before:.3e}, tuned in {ui.format_seconds(time.monotonic() - start)} {row.after:.3e}, {'kept' if row.kept else 'not kept'}."
+        )
+        return solutions, row.model_dump(mode="json")
 
     def _put(self, writer: BlockWriter, index: int, block: nn.Module, info: dict[str, Any]) -> None:
         """Write a solved block; one process does."""
@@ -177,7 +202,7 @@ class ExpertRun:
                 f"{small} of the {len(costs)} inputs of a block of {self.name} are solved on the CPU: they are too small to be faster on {device}."
             )
 
-    def _row(self, index: int, seconds: float, reason: str | None) -> dict[str, Any]:
+    def _row(self, index: int, seconds: float, reason: str | None, tuning: dict[str, Any] | None) -> dict[str, Any]:
         """The manifest's row of a block, from the two streams as they stand behind it."""
         row = BlockEntry(
             expert=self.name,
@@ -186,6 +211,7 @@ class ExpertRun:
             high_precision=reason is not None,
             reason=reason,
             seconds=round(seconds, 3),
+            tuning=None if tuning is None else TuningEntry.model_validate(tuning),
         )
         return row.model_dump(mode="json")
 

@@ -23,6 +23,7 @@ from ptq.quantization.calls import ExpertCalls, record_size, records_together, s
 from ptq.quantization.placing import StreamsOption
 from ptq.quantization.processes import ALONE, Processes
 from ptq.quantization.settings import QuantizeSettings
+from ptq.quantization.tune import split
 from ptq.quantization.workdir import refuse_taken
 from ptq.rules import check_budget
 from ptq.scheme import FormatError
@@ -121,8 +122,8 @@ class Job:
         """Refuse contradictory inputs before any work.
 
         Raises:
-            UsageError: an output directory that is taken, packed input, records of another model or of only one expert, widths that do not fit the scheme,
-                too many protected blocks.
+            UsageError: an output directory that is taken, packed input, records of another model or of only one expert, too few to
+                hold some out of tuning, widths that do not fit the scheme, too many protected blocks.
         """
         layout, calibration = self.layout, self.calibration
         refuse_taken(self.out)
@@ -143,6 +144,7 @@ class Job:
                 raise UsageError(
                     f"{calibration.directory} has no records of {expert}. Record more steps (--steps, --records-per-prompt) so that every expert is called."
                 )
+            self.tuning_records(expert)
             for name, (_, k) in layout.linear_shapes(expert).items():
                 try:
                     self.settings.scheme.check_width(k)
@@ -201,9 +203,22 @@ class Job:
         return min(self.used_records(expert), records_together(self.call_size(expert)))
 
     def stream_bytes(self, expert: str) -> int:
-        """Bytes of both streams of hidden states of an expert's records."""
-        tokens = self.call_size(expert).tokens
-        return 2 * self.options.dtype.itemsize * self.layout.width(expert) * tokens * self.used_records(expert)
+        """Bytes of both streams of hidden states of an expert's records, and of a block's inputs where it is tuned."""
+        tokens, records = (
+            self.call_size(expert).tokens,
+            2 * self.used_records(expert) + sum(self.tuning_records(expert)),
+        )
+        return self.options.dtype.itemsize * self.layout.width(expert) * tokens * records
+
+    def tuning_records(self, expert: str) -> tuple[int, int]:
+        """How many records of an expert its blocks are tuned on, and how many are held out for that.
+
+        Raises:
+            UsageError: none can be held out.
+        """
+        tune = self.settings.recipe.solver.tune
+        tuned, held_out = split(self.calibration.of_expert(expert), tune.prompts) if tune else ([], [])
+        return len(tuned), len(held_out)
 
     def coverage(self, residual: Mapping[str, Mapping[str, Sequence[int]]] | None = None) -> Coverage:
         """How much of the model is W4A4, over all experts. Linear parameters are 2-D weights of the experts (embedders and

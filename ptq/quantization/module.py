@@ -104,7 +104,7 @@ def quantize_module(
 
     Raises:
         UsageError: no batches, a batch that is no mapping or cannot be copied, unknown or unsuitable target names,
-            nothing to quantize.
+            nothing to quantize, a recipe with solver.tune.
         SolverError: non-finite weights or activations.
     """
     settings = _settings(format, recipe, seed)
@@ -136,6 +136,10 @@ def _settings(format_name: str, recipe: str | Recipe | None, seed: int) -> Quant
     name = recipe if isinstance(recipe, str) else format_name if recipe is None else "custom"
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(name, format_name)
     check_format(resolved, name, format_name)
+    if resolved.solver.tune is not None:
+        raise UsageError(
+            f"Recipe {name} tunes the codes of transformer blocks (solver.tune), and quantize_module sees single Linears only. Set solver.tune to false."
+        )
     return QuantizeSettings(format_name, resolved, name, {}, seed=seed)
 
 

@@ -29,6 +29,8 @@ from ptq.wan.replay import CACHED_CONTEXT_BYTES
 SOLVE_PHASES = ((4.0, 1.5), (3.0, 6.25))
 """(matrices K x K, values N x K) in float32 alive while an input is factorised and while its columns are rounded: counted from
 the storages that are alive, the weight itself apart. Comparing both roundings takes less."""
+TARGET_PHASE = (3.0, 7.5)
+"""The same while it is found what the codes were rounded from."""
 PLAIN_VALUES = 4.25
 """The values where there is no Hessian."""
 EAGER_VALUES = 7.0
@@ -40,6 +42,17 @@ CODES_BYTES = 1.1
 DECODED_VALUES = 1
 """Copies of a Linear while its codes are decoded, at the first call of the quantized block on a CPU."""
 
+
+TUNING_VALUES = 7.0
+"""float32 values a weight while a block is tuned: target, latent, its step, rounded value, gradient, two moments, and of the
+largest Linears temporaries."""
+TUNING_COPIES = (23.0, 5.5, 2.5)
+"""Tensors of the size of a call's hidden states, of its feed-forward and of its modulation that are alive on the way back through a
+block: counted from the storages that are."""
+TUNING_FORWARDS = 3.0
+"""A step of tuning in forwards of its records: there and back."""
+TUNING_ROUNDINGS = 1.0
+"""What a step does to each weight, in the time that a weight takes to be rounded to nearest and searched."""
 
 OUTPUT_PRODUCTS = 3
 """Outputs of a Linear on sample tokens: original, rounded to nearest, as solved."""
@@ -83,9 +96,9 @@ def working_bytes(job: Job, expert: str) -> int:
     squares = [4 * i.k**2 if job.settings.needs_hessian else 0 for i in inputs]
     forward = _forward_bytes(job, expert)
     collecting = itemsize * values + sum(squares) + samples + forward
-    solving = 0.0
+    solving, targets = 0.0, 4 if job.settings.recipe.solver.tune else 0
     for position, one in enumerate(inputs):  # each Hessian is gone once its Linears are solved
-        solved = CODES_BYTES * sum(len(i.linears) * i.n * i.k for i in inputs[:position])
+        solved = (CODES_BYTES + targets) * sum(len(i.linears) * i.n * i.k for i in inputs[:position])
         tokens = min(call.rows(one.rows), sample) * records
         alone = _solve_bytes(job, len(one.linears), one.n, one.k, tokens)
         solving = max(solving, itemsize * values + solved + sum(squares[position + 1 :]) + samples + alone)
@@ -95,7 +108,10 @@ def working_bytes(job: Job, expert: str) -> int:
         wide = 6 * job.together(expert) * call.tokens * int(job.layout.experts[expert]["ffn_dim"])
         replaying += 4 * values + max(wide, 4 * DECODED_VALUES * largest)
     probes = PROBES * itemsize * call.tokens * job.layout.width(expert) if job.settings.recipe.solver.residual else 0
-    return int(_outside_bytes(job, expert) + probes + max(collecting, solving, replaying))
+    phases = [collecting, solving, replaying]
+    if job.settings.recipe.solver.tune:
+        phases.append((itemsize + CODES_BYTES + 4 * TUNING_VALUES) * values + _tuning_bytes(job, expert))
+    return int(_outside_bytes(job, expert) + probes + max(phases))
 
 
 def _solve_bytes(job: Job, linears: int, n: int, k: int, tokens: int) -> float:
@@ -106,7 +122,8 @@ def _solve_bytes(job: Job, linears: int, n: int, k: int, tokens: int) -> float:
     outputs = 4.0 * min(tokens, SAMPLE_TOKENS) * (OUTPUT_PRODUCTS * linears * (n // row_step(n)) + 2 * k)
     peak = PLAIN_VALUES * value
     if job.settings.needs_hessian:
-        peak = max(squares * square + values * value for squares, values in SOLVE_PHASES)
+        phases = (*SOLVE_PHASES, TARGET_PHASE) if job.settings.recipe.solver.tune else SOLVE_PHASES
+        peak = max(squares * square + values * value for squares, values in phases)
         chunk = min(rows * k, CHUNK_ELEMENTS_CUDA) if gpu else 0
         peak = max(peak, 3 * square + 1.25 * value + SEARCH_BYTES * chunk)
     return copy + max(peak, square + EAGER_VALUES * value if gpu else 0.0, outputs + 3.5 * value)
@@ -114,14 +131,28 @@ def _solve_bytes(job: Job, linears: int, n: int, k: int, tokens: int) -> float:
 
 def _forward_bytes(job: Job, expert: str) -> float:
     """One call of a block: attention or feed-forward, whichever is larger; norms and gates are float32 whatever the dtype."""
+    hidden, wide, modulation, kept = _call_bytes(job, expert, job.together(expert))
+    attention, feed_forward = (8, 4) if job.options.dtype.itemsize == 4 else (11, 5)
+    return max(attention * hidden, feed_forward * hidden + 2 * wide) + modulation + kept
+
+
+def _tuning_bytes(job: Job, expert: str) -> float:
+    """One call of a block, there and back."""
+    together = min(job.together(expert), job.tuning_records(expert)[0])
+    hidden, wide, modulation, kept = _call_bytes(job, expert, together)
+    factor = 4 / job.options.dtype.itemsize  # quantized inputs, norms and gradients of most are float32
+    copies = (count * size for count, size in zip(TUNING_COPIES, (hidden, wide, modulation), strict=True))
+    return factor * sum(copies) + kept
+
+
+def _call_bytes(job: Job, expert: str, together: int) -> tuple[float, float, float, float]:
+    """Of so many records: hidden states, feed-forward and modulation; and the contexts that are kept of all records."""
     config, call, itemsize = job.layout.experts[expert], job.call_size(expert), job.options.dtype.itemsize
-    together = job.together(expert)
     tokens = together * call.tokens
     hidden, wide = itemsize * tokens * job.layout.width(expert), itemsize * tokens * int(config["ffn_dim"])
-    attention, feed_forward = (8, 4) if itemsize == 4 else (11, 5)
     modulation = 24.0 * job.layout.width(expert) * (call.tokens if job.layout.variant.expand_timesteps else 1)
     kept = min(CACHED_CONTEXT_BYTES, job.used_records(expert) * modulation)
-    return max(attention * hidden, feed_forward * hidden + 2 * wide) + together * modulation + kept
+    return hidden, wide, together * modulation, kept
 
 
 def _outside_bytes(job: Job, expert: str) -> int:
@@ -149,6 +180,11 @@ def seconds(job: Job, rates: Rates | None = None) -> float:
             total += records * hessian_flops(config, replace(size, **limited)) / rate.hessian
         if job.settings.recipe.solver.rounding == "gptq":
             total += solve_flops(config) / rate.solve
+        if tune := job.settings.recipe.solver.tune:
+            tuned, held_out = job.tuning_records(expert)
+            together = min(tuned, job.together(expert))
+            total += (TUNING_FORWARDS * tune.steps * together + 2 * held_out) * forward
+            total += TUNING_ROUNDINGS * tune.steps * blocks * _block_values(job, expert) / rate.values
         total += blocks * (_block_values(job, expert) / rate.values + _search_flops(job, expert) / rate.hessian)
     return total
 
@@ -203,6 +239,10 @@ def describe(job: Job) -> dict[str, str]:
         f"{coverage.bits_per_quantized_value:g}, with what layers store of their basis {coverage.bits_with_basis:.2f}"
     )
     plan["W4A4 share of Linear parameters"] = f"{coverage.parameter_share:.2%}"
+    if tune := settings.recipe.solver.tune:
+        counts = {expert: job.tuning_records(expert) for expert in job.layout.experts}
+        each = "; ".join(f"{expert} on {tuned} records, {held} held out" for expert, (tuned, held) in counts.items())
+        plan["tuning"] = f"{tune.steps} steps a block, {each}"
     if settings.recipe.solver.residual:
         plan["residual blocks"] = (
             f"at most {settings.recipe.solver.residual:.1%} more products of each expert, N x K of its Linears"

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ptq.quantization.block import install
-from ptq.quantization.calls import ReplayBatch, spread
+from ptq.quantization.block import quantized_layers, replaced
+from ptq.quantization.calls import Probe, ReplayBatch, spread
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.shared_inputs import InputGroup
-from ptq.quantization.streams import Stream
 from ptq.quantization.workdir import InputGains, WorkDir
 from ptq.scheme import Scheme
 from ptq.solvers.residual import BlockGains, choose_blocks
 from ptq.solvers.solve import LayerSolution
 from ptq.wan.block import block_prefix
-from ptq.wan.replay import BlockContext
 
 PROBES = 4
 """Records that pass through a block once for each of its inputs."""
@@ -48,36 +46,14 @@ def sensitivity(
         outputs: runs the model. reference: what it gives with every Linear original.
     """
     own = sum(float(str(solutions[name].stats["output_error"] or 0.0)) for name in names)
-    linears = {name: model.get_submodule(name) for name in names}
-    try:
-        install(model, {name: solutions[name] for name in names}, scheme)
+    with replaced(model, quantized_layers(model, {name: solutions[name] for name in names}, scheme)):
         error = sum(_relative_error(y, y0) for y, y0 in zip(outputs(), reference, strict=True))
-    finally:
-        for name, linear in linears.items():
-            model.set_submodule(name, linear)
     return error / own if own else 0.0
 
 
 def _relative_error(y: Tensor, reference: Tensor) -> float:
     y, reference = y.float(), reference.to(y.device, torch.float32)
     return float((y - reference).square().sum() / reference.square().sum().clamp(min=1e-30))
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A record that sensitivities are measured on: number `index` of a batch."""
-
-    batch: ReplayBatch
-    index: int
-
-    def of(self, stream: Stream) -> Tensor:
-        """Its hidden states [1, tokens, D] in a stream."""
-        return stream[self.batch.name][self.index : self.index + 1]
-
-    def context(self) -> BlockContext:
-        """Its context alone."""
-        whole, own = self.batch.context(), slice(self.index, self.index + 1)
-        return BlockContext(whole.context[own], whole.temb[own], whole.rotary)
 
 
 def probed(batches: Sequence[ReplayBatch]) -> list[Probe]:

@@ -70,6 +70,17 @@ def gptq(w_nk: Tensor, factor: Factor, fmt: Format, *, scales: Tensor, block_col
     return Rounding(Codes(elements.T.contiguous(), scales), trace, error)
 
 
+def rounded_from(w_nk: Tensor, codes: Codes, factor: Factor, fmt: Format) -> Tensor:
+    """What `gptq` rounded to these codes: the weight and all that was pushed onto each column, float32 [N, K].
+
+    One product, from the errors that the codes tell.
+    """
+    errors = (w_nk - fmt.dequantize(codes))[:, factor.order].to(factor.feedback_kk.dtype)
+    target = w_nk.float().clone()
+    target[:, factor.order] += (errors @ factor.feedback_kk.tril(-1).T).float()
+    return target
+
+
 def _round_columns(
     w_nk: Tensor, steps_nk: Tensor, factor: Factor, fmt: Format, block_columns: int
 ) -> tuple[Tensor, Tensor, Tensor]:

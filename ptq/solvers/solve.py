@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ptq.scheme.transform import OFF
 from ptq.solvers.basis import BasisChoice, SampleOutputs, search_basis
 from ptq.solvers.conversion import DEFINITION, Conversion
 from ptq.solvers.factor import factorize
-from ptq.solvers.gptq import Rounding, gptq
+from ptq.solvers.gptq import Rounding, gptq, rounded_from
 from ptq.solvers.measure import relative, row_energies, sample_rows, sample_tokens, sqnr_db, trace_errors
 from ptq.solvers.residual import BlockGains, block_gains
 from ptq.solvers.rtn import round_to_nearest, round_to_scales
@@ -43,9 +43,10 @@ class LayerSolution:
             output_error_rtn, output_error: the same over sample tokens with quantized inputs (with statistics).
             tokens, sample_tokens: in the Hessian (without one: all), and those of the last two (with statistics).
             basis (its name), basis_errors (where searched); damping, damping_retries, dead_columns (gptq).
-            All without residual blocks, which are chosen afterwards.
+            All without residual blocks, which are chosen afterwards, and before the codes of a block are tuned.
         gains: of residual blocks of its input, the same for all Linears of it; None where the recipe has none.
         residual: the blocks that were chosen (`ptq.solvers.residual.choose`); None where the recipe has none, or not yet.
+        target: what the codes were rounded from, float32 [N, K]; None where the recipe does not tune.
     """
 
     codes: Codes
@@ -53,6 +54,7 @@ class LayerSolution:
     stats: dict[str, object]
     gains: BlockGains | None = None
     residual: tuple[int, ...] | None = None
+    target: Tensor | None = None
 
 
 def solve_group(
@@ -135,19 +137,25 @@ def _solve(
     if sampled:
         figures.append(_totals(sampled, rows.sizes))
     parts = zip(rounded.codes.elements.split(sizes), rounded.codes.scales.split(sizes), strict=True)
-    return {
+    solutions = {
         name: LayerSolution(Codes(*part), choice.basis, _report(functools.reduce(operator.or_, own)) | shared, gains)
         for name, part, own in zip(weights, parts, zip(*figures, strict=True), strict=True)
     }
+    if rounded.target is None:
+        return solutions
+    targets = zip(solutions.items(), rounded.target.split(sizes), strict=True)
+    return {name: replace(one, target=target) for (name, one), target in targets}
 
 
 @dataclass(frozen=True)
 class _Rounded:
-    """A weight as it will be stored, and what that costs: name -> a figure of each row [N]; `traces` are looked at on sample rows."""
+    """A weight as it will be stored, and what that costs: name -> a figure of each row [N]; `traces` are looked at on sample rows.
+    For tuning, what the codes were rounded from."""
 
     codes: Codes
     figures: dict[str, Tensor]
     traces: dict[str, Tensor]
+    target: Tensor | None = None
 
 
 def _rounded(
@@ -162,13 +170,19 @@ def _rounded(
         factor = factorize(h_kk, damping=settings.damping, act_order=settings.act_order)
         report = {name: getattr(factor, name) for name in ("damping", "damping_retries", "dead_columns")}
         solved = gptq(w_nk, factor, fmt, scales=scales)
+        target = rounded_from(w_nk, solved.codes, factor, fmt) if settings.tune else None
         del factor
-        return _keep_better(w_nk, rtn, solved, h_kk, fmt), report
+        rounded = _keep_better(w_nk, rtn, solved, h_kk, fmt)
+        if target is not None:
+            target = torch.where(rounded.figures["kept_rtn"].unsqueeze(-1), w_nk, target)
+        return replace(rounded, target=target), report
     codes = round_to_scales(w_nk, scales, fmt) if settings.clip_search else rtn
+    target = w_nk if settings.tune else None
     if h_kk is None:
         error = (fmt.dequantize(codes) - w_nk).square_().sum(-1)
-        return _Rounded(codes, {"weight_error": error, "weight": w_nk.square().sum(-1)}, {}), {}
-    return _keep_better(w_nk, rtn, _measured(codes, w_nk, h_kk, fmt), h_kk, fmt), {}
+        return _Rounded(codes, {"weight_error": error, "weight": w_nk.square().sum(-1)}, {}, target), {}
+    rounded = _keep_better(w_nk, rtn, _measured(codes, w_nk, h_kk, fmt), h_kk, fmt)
+    return replace(rounded, target=target), {}
 
 
 def _values(codes: Codes, rows: Tensor, fmt: Format) -> Tensor:

@@ -53,7 +53,9 @@ def model_card(manifest: Manifest, judged: Evaluation | None = None) -> str:
     hub = manifest.base_model.get("hub_id")
     base = hub or f"a model in the structure of {variant_title(manifest.variant)}"
     table = "\n".join(f"| {name} | {value} |" for name, value in _rows(manifest, base, title).items())
-    residual = f" {twice}" if (twice := manifest.recipe.solver.describe_residual()) else ""
+    solver = manifest.recipe.solver
+    tuned = f" {solver.tune.describe()}" if solver.tune else ""
+    residual = f" {twice}" if (twice := solver.describe_residual()) else ""
     text = f"""---
 {_front_matter(manifest, title)}---
 
@@ -87,7 +89,7 @@ Error of the denoiser's output on the calibration records, relative to the origi
 
 ## How it was made
 
-{get_format(manifest.format).description} {manifest.recipe.describe_inputs()} {manifest.recipe.solver.describe()}.{residual}
+{get_format(manifest.format).description} {manifest.recipe.describe_inputs()} {solver.describe()}.{tuned}{residual}
 The resolved recipe, the errors of every layer and the sha256 of every file are in `ptq_manifest.json`. {manifest.statement}
 """
     return f"{text}{_signed(text.encode()).decode()}\n"

@@ -49,14 +49,17 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_random_pipeline(path, "TI2V-5B", layers=1, width=512, ffn=1408)
 
 
-@pytest.mark.parametrize("size", [128, 768], ids=["weights", "tokens"])
-@pytest.mark.parametrize("recipe", ["hif4", "rtn"])
+@pytest.mark.parametrize(
+    ("recipe", "size"), [("hif4", 128), ("hif4", 768), ("rtn", 128), ("rtn", 768), ("tuned", 128), ("tuned", 512)]
+)
 def test_estimated_memory_is_within_15_percent_of_the_storages_alive(
-    wide: Path, tmp_path: Path, size: int, recipe: str
+    wide: Path, tmp_path: Path, recipe: str, size: int
 ) -> None:
     torch.set_num_threads(1)
-    records = make_records(wide, tmp_path / "records", prompts=1, records=2, height=size, width=size, num_frames=5)
-    settings = QuantizeSettings("hif4", load_recipe(recipe, "hif4"), recipe, {})
+    made = {"height": size, "width": size, "num_frames": 5}
+    records = make_records(wide, tmp_path / "records", prompts=2, records=1, **made)
+    name, changes = ("rtn", ("solver.tune.steps=2",)) if recipe == "tuned" else (recipe, ())
+    settings = QuantizeSettings("hif4", load_recipe(name, "hif4", changes), name, {})
     job = Job(read_layout(wide), CalibrationSet(records.directory), settings, tmp_path / "out")
     estimate = working_bytes(job, "transformer") + job.stream_bytes("transformer")
     with LiveStorages() as live:

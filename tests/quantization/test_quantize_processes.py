@@ -52,7 +52,7 @@ def test_two_processes_give_the_codes_of_one(request, tmp_path, recipe, monkeypa
     if made:
         whole, settings, batches, blocks = made[0]["full"], make_settings("hif4", *FULL), (), 2 * 3
     else:
-        settings = shipped(recipe, *(["solver.residual=0.3"] if recipe == "hif4-fast" else []))
+        settings = shipped(recipe, *(["solver.residual=0.3", "solver.tune.steps=2"] if recipe == "hif4-fast" else []))
         whole, batches, blocks = tmp_path / "whole", (run_in_small_batches,), 2
         monkeypatch.setattr(calls, "BATCH_TOKENS", 100)
         run(model, records, whole, settings)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ptq import formats
 from ptq.solvers import Factor, SolverError, factorize, gptq, round_to_nearest, round_to_scales
+from ptq.solvers.gptq import rounded_from
 from ptq.solvers.measure import trace_errors
 
 FORMATS = ("mxfp4", "hif4")
@@ -37,10 +38,11 @@ def weight(n: int, k: int, seed: int = 1) -> Tensor:
     return torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
 
 
-def obq(w_nk: Tensor, h_kk: Tensor, fmt: formats.Format, scales: Tensor, order: list[int]) -> Tensor:
+def obq(w_nk: Tensor, h_kk: Tensor, fmt: formats.Format, scales: Tensor, order: list[int]) -> tuple[Tensor, Tensor]:
     """Optimal Brain Quantization in a fixed order, as published: invert the Hessian of what is left, round one column,
-    spread its error, remove it. Values on the grid found by exhaustive comparison. float64 [N, K]."""
+    spread its error, remove it. Values on the grid found by exhaustive comparison, and what each was rounded from; float64 [N, K]."""
     w = w_nk.double().clone()
+    target = torch.empty_like(w)
     steps = fmt.steps(scales).double()
     grid = torch.cat((-GRIDS[fmt.name].flip(0), GRIDS[fmt.name]))
     remaining = list(order)
@@ -50,11 +52,12 @@ def obq(w_nk: Tensor, h_kk: Tensor, fmt: formats.Format, scales: Tensor, order: 
         nearest = (w[:, column, None] - levels).abs().argmin(-1, keepdim=True)
         rounded = levels.gather(1, nearest)[:, 0]
         at = remaining.index(column)
+        target[:, column] = w[:, column]
         error = (w[:, column] - rounded) / inverse[at, at]
         w[:, remaining] -= error[:, None] * inverse[at][None]
         w[:, column] = rounded
         remaining.remove(column)
-    return w
+    return w, target
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -66,9 +69,11 @@ def test_equals_column_by_column_reference(name: str, act_order: bool, seed: int
     scales = round_to_nearest(w, fmt).scales
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(128)
     order = torch.argsort(h.diagonal(), descending=True).tolist() if act_order else list(range(128))
-    expected = obq(w, damped, fmt, scales, order)
-    codes = gptq(w, factored(h, act_order=act_order), fmt, scales=scales, block_columns=48).codes
+    expected, target = obq(w, damped, fmt, scales, order)
+    factor = factored(h, act_order=act_order)
+    codes = gptq(w, factor, fmt, scales=scales, block_columns=48).codes
     assert torch.equal(fmt.dequantize(codes).double(), expected)
+    torch.testing.assert_close(rounded_from(w, codes, factor, fmt), target.float(), rtol=1e-5, atol=1e-6)
     assert not torch.equal(codes.elements, round_to_scales(w, scales, fmt).elements)
 
 
