@@ -51,7 +51,7 @@ TUNING_COPIES = (23.0, 5.5, 2.5)
 block: counted from the storages that are."""
 TUNING_FORWARDS = 3.0
 """A step of tuning in forwards of its records: there and back."""
-TUNING_ROUNDINGS = 1.0
+TUNING_ROUNDINGS = 2.0
 """What a step does to each weight, in the time that a weight takes to be rounded to nearest and searched."""
 
 OUTPUT_PRODUCTS = 3
