@@ -35,6 +35,9 @@ from ptq.wan.loading import resolve_model
 FORMATS = ("hif4", "mxfp4")
 HELD_OUT = 16, 8
 """Held-out prompts, and records of each: those of the other tables."""
+GRID = {8: (8, 16, 24, 36, 48, 72, 144), 4: (24, 48, 72, 144), 2: (48, 96, 144), 16: (12, 18)}
+"""Records of each prompt -> numbers of prompts: 192 and 288 records from 12 to 144 prompts. With guidance two records, both
+branches of one step, are the fewest that a prompt has."""
 
 
 def draw(pool: CalibrationSet, start: int, prompts: int, records_per_prompt: int) -> CalibrationSet:
@@ -109,22 +112,22 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/prompt-study"))
     parser.add_argument("--out", type=Path, default=Path("docs/data"))
     parser.add_argument("--figures", type=Path, default=Path("docs/img"))
-    parser.add_argument("--prompts", type=int, nargs="+", default=[8, 16, 24, 48, 72, 144])
-    parser.add_argument("--records", type=int, nargs="+", default=[8, 4, 2], help="of each prompt")
     parser.add_argument("--pool", type=int, default=144, help="prompts that are recorded")
     parser.add_argument("--draws", type=int, default=4, help="of each number of prompts, at most")
     args = parser.parse_args()
     quiet_libraries()
+    pairs = [(records, prompts) for records, counts in GRID.items() for prompts in counts]
     layout = resolve_model(args.model)
     calls = layout.preset.steps * len(BRANCHES)
     pool = record(args.model, layout, args.work, "pool", calibration_prompts(args.pool), calls)
     other = record(args.model, layout, args.work, "held-out", held_out_prompts(HELD_OUT[0]), HELD_OUT[1])
     table = args.out / f"prompts-{args.model}.json"
+    recipes = {name: one.recipe.model_dump(mode="json") for name, one in settings_of(None).items()}
     done = read_json(table) if table.exists() else {}
-    if not done:
+    if done.get("recipes") != recipes:  # of other defaults
         plain = sweep(layout, draw(pool, 0, 1, calls), other, settings_of("rtn"))
-        done = {"rtn": {row.name: row.error for row in plain}, "draws": []}
-    for index, records, prompts in itertools.product(range(args.draws), args.records, args.prompts):
+        done = {"recipes": recipes, "rtn": {row.name: row.error for row in plain}, "draws": []}
+    for index, (records, prompts) in itertools.product(range(args.draws), pairs):
         start = index * prompts
         made = {(row["draw"], row["records_per_prompt"], row["prompts"]) for row in done["draws"]}
         if start + prompts > args.pool or (index, records, prompts) in made:
