@@ -123,7 +123,7 @@ def test_a_chosen_job_brings_what_it_needs():
 @pytest.mark.slow
 def test_a_changed_recipe_is_noticed_and_results_are_used_again(tmp_path):
     other = tmp_path / "other"
-    shutil.copytree(ROOT / "ptq", other / "ptq", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    shutil.copytree(ROOT / "ptq", other / "ptq", ignore=shutil.ignore_patterns("assets"))
     recipe = other / "ptq/configs/recipes/hif4.yaml"
 
     def compare() -> subprocess.CompletedProcess[str]:
