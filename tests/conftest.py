@@ -6,6 +6,7 @@ still reach both experts.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,10 @@ import pytest
 from once import made_once
 
 from ptq import known
+
+os.environ["OMP_NUM_THREADS"] = "1"
+"""Of torch and numpy, here and in child processes. Tiny models run faster on one thread, idle threads of numpy's products take
+five times the processor time of a small evaluation, and results do not depend on the machine's core count."""
 
 SHIPPED = list(known.FORMATS), list(known.TRANSFORMS)
 """What is known before `ptq.scheme` is imported."""
@@ -36,14 +41,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with a slow test come first: no process is left with one when the others have nothing more to do."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Tiny models run faster on one thread, and results do not depend on the machine's core count."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,7 +17,7 @@ from ptq.evaluation import pairs
 from ptq.store.evaluation import read_evaluation
 from ptq.store.files import read_json, read_jsonl
 
-COUNT = 24
+COUNT = 12
 
 
 @pytest.fixture(scope="module")
