@@ -12,7 +12,8 @@ from ptq.errors import UsageError
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "formats"), [("tiny-outliers", ["hif4", "mxfp4"]), ("tiny-i2v", ["mxfp4"])])
-def test_the_whole_job(model: str, formats: list[str], tmp_path: Path) -> None:
+def test_the_whole_job(model: str, formats: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ptq.cli.demo_job.CALIBRATION_PROMPTS", 4)
     out = tmp_path / "demo"
     arguments = ["demo", "--model", model, "--units", "2", "--out", str(out), "--json"]
     if len(formats) == 1:
