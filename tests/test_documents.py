@@ -38,9 +38,12 @@ def shown_commands(path: Path) -> list[str]:
     return sorted({match[1] for match in found if match and re.match(r"ptq [a-z-]+( |$)", match[1])})
 
 
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
 def parameters(name: str, words: list[str]) -> set[str] | None:
     """Options of a command; None where there is no such command."""
-    command = typer.main.get_command(app).commands.get(name)  # type: ignore[attr-defined]
+    command = COMMANDS.get(name)
     if command is not None and hasattr(command, "commands"):
         command = command.commands.get(words[0] if words else "")
     if command is None:

@@ -12,18 +12,12 @@ from typer.testing import CliRunner
 import ptq as ptq_package
 from ptq.checkpoint.manifest import read_manifest
 from ptq.cli.main import app
+from ptq.known import FORMATS
 from ptq.runtime import QuantLinear
 from ptq.store.calibration import CalibrationSet
 from ptq.wan.presets import load_preset
 from ptq.wan.variants import VARIANTS
 
-QUANTIZED = [
-    ("hif4", "hif4", None),
-    ("mxfp4", "mxfp4", None),
-    ("hif4-rtn", "hif4", "rtn"),
-    ("mxfp4-rtn", "mxfp4", "rtn"),
-]
-"""Name of a checkpoint, format, recipe (None: the format's default)."""
 SIZE = ["--height", "32", "--width", "32", "--num-frames", "5", "--device", "cpu"]
 CLIPS = sorted((Path(__file__).resolve().parents[2] / "shared").glob("data/**/*.mp4"))
 
@@ -57,11 +51,11 @@ def test_from_prompts_to_videos(random_pipelines: dict[str, Path], prompts: Path
     records = tmp_path / "records"
     ptq("calibrate", model, "--prompts", prompts, "--out", records, *size, "--steps", 6, "--records-per-prompt", 4)
     models = {"original": model}
-    for name, format_name, recipe in QUANTIZED if kind.release == "Wan 2.1" else QUANTIZED[:2]:
+    for name in FORMATS:
         models[name] = tmp_path / name
-        options = ["--format", format_name, *(["--recipe", recipe] if recipe else []), *size[6:], "--json"]
+        options = ["--format", name, *size[6:], "--json"]
         facts = json.loads(ptq("quantize", model, "--calibration", records, "--out", models[name], *options))
-        assert facts["format"] == format_name
+        assert facts["format"] == name
     runs, final = {}, {}
     images = ["--image-to-video"] if kind.image == "optional" else []
     for name, source in models.items():
