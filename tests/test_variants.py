@@ -19,6 +19,7 @@ from ptq.wan.presets import load_preset
 from ptq.wan.variants import VARIANTS
 
 SIZE = ["--height", "32", "--width", "32", "--num-frames", "5", "--device", "cpu"]
+pytestmark = pytest.mark.slow
 CLIPS = sorted((Path(__file__).resolve().parents[2] / "shared").glob("data/**/*.mp4"))
 
 
