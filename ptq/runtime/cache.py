@@ -12,8 +12,11 @@ import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import Tensor
+
+T = TypeVar("T")
 
 DEFAULT_LIMIT_MB = 1024
 
@@ -27,22 +30,30 @@ class DecodedCache:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.used_bytes = 0
-        self._entries: OrderedDict[tuple[int, ...], tuple[tuple[State, ...], Tensor, int]] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, ...], tuple[tuple[State, ...], Any, int]] = OrderedDict()
 
-    def get(self, stored: tuple[Tensor, ...], nbytes: int, decode: Callable[[], Tensor]) -> Tensor | None:
+    def find(self, stored: tuple[Tensor | None, ...]) -> Any:
+        """What is cached of these tensors, or None."""
+        identity = tuple(map(id, stored))
+        entry = self._entries.get(identity)
+        if entry is None or entry[0] != tuple(map(tensor_state, stored)):
+            return None
+        self._entries.move_to_end(identity)
+        return entry[1]
+
+    def get(self, stored: tuple[Tensor | None, ...], nbytes: int, decode: Callable[[], T]) -> T | None:
         """What these tensors decode to, decoding them when absent; None when `nbytes` exceeds the limit.
 
         Args:
-            stored: codes and scales of a weight, or a layer's learned blocks.
-            nbytes: size of the decoded tensor.
+            stored: all that a layer holds, None for what it has not, or its learned blocks alone.
+            nbytes: size of what is decoded.
         """
         if nbytes > self.limit_bytes:
             return None
+        found: T | None = self.find(stored)
+        if found is not None:
+            return found
         identity, states = tuple(map(id, stored)), tuple(map(tensor_state, stored))
-        entry = self._entries.get(identity)
-        if entry is not None and entry[0] == states:
-            self._entries.move_to_end(identity)
-            return entry[1]
         self._drop(identity)
         while self.used_bytes + nbytes > self.limit_bytes:
             self._drop(next(iter(self._entries)))
@@ -50,7 +61,8 @@ class DecodedCache:
         self._entries[identity] = (states, decoded, nbytes)
         self.used_bytes += nbytes
         for tensor in stored:
-            weakref.finalize(tensor, self._drop, identity)
+            if tensor is not None:
+                weakref.finalize(tensor, self._drop, identity)
         return decoded
 
     def _drop(self, identity: tuple[int, ...]) -> None:
@@ -59,8 +71,10 @@ class DecodedCache:
             self.used_bytes -= entry[2]
 
 
-def tensor_state(tensor: Tensor) -> State:
+def tensor_state(tensor: Tensor | None) -> State:
     """What changes when a tensor is written to or other storage is put behind it."""
+    if tensor is None:
+        return 0, 0
     return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 

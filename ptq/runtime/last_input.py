@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +18,9 @@ from ptq.runtime.cache import State, tensor_state
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class _Last:
+class _Last(NamedTuple):
     x: weakref.ref[Tensor]
+    version: int
     key: Hashable
     result: Any
 
@@ -41,16 +40,25 @@ def shared_input(x: Tensor, basis: Tensor | None, numerics: Hashable, quantize: 
         x: the input. basis: smoothing vector or learned blocks.
         numerics: everything else that decides what `quantize` returns.
     """
+    return shared_by_key(x, (value_key(basis), numerics), quantize)
+
+
+def value_key(basis: Tensor | None) -> bytes | None:
+    """The value of a basis as it is now, to compare."""
+    return None if basis is None else _digest(basis)
+
+
+def shared_by_key(x: Tensor, key: Hashable, quantize: Callable[[], T]) -> T:
+    """`shared_input` with all of what decides beside x in `key`, `value_key` of the basis among it."""
     global _last
     if x.is_inference():
         return quantize()
-    key = (x._version, None if basis is None else _digest(basis), numerics)
     last = _last
-    if last is not None and last.x() is x and last.key == key:
+    if last is not None and last.version == x._version and last.x() is x and last.key == key:
         return last.result
     _last = None  # freed before the next one is made
     result = quantize()
-    _last = _Last(weakref.ref(x, _forget), key, result)
+    _last = _Last(weakref.ref(x, _forget), x._version, key, result)
     return result
 
 

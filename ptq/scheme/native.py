@@ -24,6 +24,7 @@ from torch import Tensor
 
 PART_ELEMENTS = 2**18
 """Elements that a thread takes at a time, about half a millisecond of work. Smaller tensors use the calling thread."""
+ORDINARY = (Tensor, torch.nn.Parameter)
 BITS = {torch.float32: (torch.uint32, 0), torch.bfloat16: (torch.uint16, 16)}
 """Dtype -> (unsigned integers of its width, shift that makes them float32 bits)."""
 
@@ -49,7 +50,7 @@ class Kernels:
 
 def takes(x: Tensor) -> bool:
     """Whether x is an ordinary tensor in CPU memory: not traced, not on another device, of no tensor subclass."""
-    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and type(x) in ORDINARY and not torch.compiler.is_compiling()
 
 
 def codes(kernels: Kernels, x: Tensor, group: int, scale_dtype: torch.dtype, packed: bool) -> tuple[Tensor, Tensor]:
@@ -78,6 +79,11 @@ def values(kernels: Kernels, x: Tensor, group: int, in_place: bool = False) -> T
     out = torch.empty_like(x, memory_format=torch.contiguous_format, requires_grad=False)
     _run(kernels.values, bits, (shift, *kernels.options), (_rows(out, group)[0],))
     return out
+
+
+def round_rows(kernels: Kernels, rows: np.ndarray[Any, Any]) -> None:
+    """Float32 bits, uint32 [n, group], become those of their values on the grid."""
+    _run(kernels.values, rows, (0, *kernels.options), (rows,))
 
 
 def decoded(kernels: Kernels, elements: Tensor, scales: Tensor, group: int, packed: bool) -> Tensor:

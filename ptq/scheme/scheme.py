@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ptq.errors import FormatError, PtqError
+from ptq.scheme import native
 from ptq.scheme.format import Format, get_format
 from ptq.scheme.hadamard import Hadamard
 from ptq.scheme.residual import columns
@@ -97,6 +98,10 @@ class Scheme:
         residual: R blocks whose quantized residual stands behind them, [..., K + 64 R] (`ptq.scheme.residual`).
         """
         fmt, rule = self.format, self.input_rule
+        if basis is not None and not residual and self.transform.kernel == "blocks" and native.takes(x):
+            values = _compiled(fmt, str(rule))(x, basis)
+            if values is not None:
+                return values
         changed = self.transform_input(x, basis)
         rest = columns(changed, residual) if residual else None  # a copy: values may take the place of what they are of
         values = (fmt.fake_quantize_ if self.transform.makes_tensor else fmt.fake_quantize)(changed, scale_rule=rule)
@@ -158,6 +163,17 @@ class Scheme:
             return config.scheme(where)
         except FormatError as error:
             raise PtqError(f"{where}: {error}") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(fmt: Format, rule: str) -> Callable[[Tensor, Tensor], Tensor | None]:
+    """(x, decoded blocks) -> `native_input.quantized`; None where the format has no compiled kernels."""
+    kernels = fmt.kernels(rule, fmt.usual_ties(rule))
+    if kernels is None:
+        return lambda x, blocks: None
+    from ptq.scheme import native_input
+
+    return functools.partial(native_input.quantized, kernels=kernels, group=fmt.group_size)
 
 
 class _Strict(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from ptq import formats
-from ptq.runtime import QuantLinear
+from ptq.runtime import QuantLinear, cpu
 from ptq.runtime.cache import DecodedCache, from_environment
 from ptq.scheme import Scheme
 from ptq.scheme.learned import encode_blocks
@@ -78,7 +79,8 @@ def layer(seed: int) -> QuantLinear:
     values = torch.randn(8, 64, generator=torch.Generator().manual_seed(seed))
     blocks = encode_blocks(torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(seed)))
     codes = formats.get("mxfp4").quantize(values)
-    return QuantLinear.from_codes(codes, Scheme.of("mxfp4", transform="learned", block=64), None, blocks)
+    bias = torch.full((8,), float(seed), dtype=torch.bfloat16)  # computed with in float32
+    return QuantLinear.from_codes(codes, Scheme.of("mxfp4", transform="learned", block=64), bias, blocks)
 
 
 def replace_scale(target: QuantLinear, source: QuantLinear) -> None:
@@ -88,7 +90,7 @@ def replace_scale(target: QuantLinear, source: QuantLinear) -> None:
 
 
 def replace_storage(target: QuantLinear, source: QuantLinear) -> None:
-    for name in ("weight_packed", "weight_scale", "transform"):
+    for name in ("weight_packed", "weight_scale", "transform", "bias"):
         getattr(target, name).data = getattr(source, name).data
 
 
@@ -99,6 +101,9 @@ CHANGES: dict[str, Callable[[QuantLinear, QuantLinear], object]] = {
     "scale in place": lambda a, b: a.weight_scale.add_(1),
     "scale as a new tensor": replace_scale,
     "other storage behind the parameters": replace_storage,
+    "bias only": lambda a, b: setattr(a, "bias", b.bias),
+    "bias in place": lambda a, b: a.bias.copy_(b.bias),
+    "no bias": lambda a, b: setattr(a, "bias", None),
     "blocks only": lambda a, b: setattr(a, "transform", b.transform),
     "blocks in place": lambda a, b: a.transform.copy_(b.transform),
     "storage of the blocks": lambda a, b: setattr(a.transform, "data", b.transform.data),
@@ -113,7 +118,19 @@ def test_a_layer_given_other_codes_computes_with_them(change: str) -> None:
     CHANGES[change](a, b)
     after = a(x)
     assert not torch.equal(after, before)
+    bias = None if a.bias is None else a.bias.float()
     expected = torch.nn.functional.linear(
-        a.scheme.quantize_input(x, a.transform), formats.get("mxfp4").dequantize(a.codes())
+        a.scheme.quantize_input(x, a.transform), formats.get("mxfp4").dequantize(a.codes()), bias
     )
     assert torch.equal(after, expected)
+
+
+def test_one_weight_under_two_schemes() -> None:
+    """What is kept of a layer is of its tensors; how its input is rounded is asked at every call."""
+    x, packed = torch.randn(3, 64, generator=torch.Generator().manual_seed(3)), layer(1).packed
+    others = [
+        dataclasses.replace(packed, scheme=dataclasses.replace(packed.scheme, input_rule=r)) for r in ("even", "ceil")
+    ]
+    for weight in (packed, *others, packed):
+        wanted = weight.scheme.quantize_input(x, weight.basis) @ weight.decode().T + 1
+        torch.testing.assert_close(cpu.linear(x, weight), wanted)
