@@ -72,7 +72,7 @@ class ExpertRun:
         self._residual: ChosenBlocks | None = None
         tune, settings = self.settings.recipe.solver.tune, self.settings
         self._tuner = None
-        if tune is not None:
+        if tune is not None and self._processes.first:
             where = (self.replay.device, place, work.path / STREAMS_DIR)
             self._tuner = Tuner(self._batches, tune, settings.scheme, settings.seed, *where)
 
@@ -175,16 +175,17 @@ class ExpertRun:
     def _tuned(
         self, index: int, block: nn.Module, solutions: dict[str, LayerSolution]
     ) -> tuple[dict[str, LayerSolution], dict[str, Any] | None]:
-        """The solutions to go on with, and the manifest's row of tuning them; one process tunes for all."""
-        if self._tuner is None:
+        """The solutions to go on with, and the manifest's row of tuning them; the first process tunes for all."""
+        if self.settings.recipe.solver.tune is None:
             return solutions, None
         start, result = time.monotonic(), {}
-        if self._processes.first:
+        if self._tuner is not None:
             result["tuned"] = self._tuner.tune(block, self._groups, solutions, self._original, index)
         solutions, row = self._processes.merge(result)["tuned"]
-        ui.info(
-            f"Block {index} of {self.name}, {row.held_out} records held out: error {row.before:.3e}, tuned in {ui.format_seconds(time.monotonic() - start)} {row.after:.3e}, {'kept' if row.kept else 'not kept'}."
-        )
+        if self._tuner is not None:
+            ui.info(
+                f"Block {index} of {self.name}, {row.held_out} records held out: error {row.before:.3e}, tuned in {ui.format_seconds(time.monotonic() - start)} {row.after:.3e}, {'kept' if row.kept else 'not kept'}."
+            )
         return solutions, row.model_dump(mode="json")
 
     def _put(self, writer: BlockWriter, index: int, block: nn.Module, info: dict[str, Any]) -> None:

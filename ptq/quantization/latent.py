@@ -12,20 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptq.runtime.conversion import KernelConversion
 from ptq.scheme import Codes, Format, Scheme
+from ptq.solvers.conversion import DEFINITION, Conversion
 
 
 class SharedInput:
-    """The quantized input of several Linears, computed once for as long as they are given one tensor."""
+    """The quantized input of several Linears on one device, computed once for as long as they are given one tensor."""
 
-    def __init__(self, scheme: Scheme, basis: Tensor | None) -> None:
-        self._scheme, self._basis = scheme, None if basis is None else scheme.transform.decode(basis)
+    def __init__(self, scheme: Scheme, basis: Tensor | None, device: torch.device) -> None:
+        self._scheme, self._basis = scheme, basis
+        self._conversion: Conversion = DEFINITION
+        if KernelConversion.takes(scheme, device):
+            self._conversion = KernelConversion()
+        elif basis is not None:
+            self._basis = scheme.transform.decode(basis)
         self._last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> its values as at run time, float32 [..., K]."""
         if self._last is None or self._last[0] is not x:
-            self._last = x, _QuantizedInput.apply(x, self._scheme, self._basis)
+            self._last = x, _QuantizedInput.apply(x, self._scheme, self._basis, self._conversion)
         return self._last[1]
 
     def forget(self) -> None:
@@ -68,16 +75,16 @@ class LatentLinear(nn.Module):
 
 class _QuantizedInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scheme: Scheme, basis: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scheme: Scheme, basis: Tensor | None, conversion: Conversion) -> Tensor:
         ctx.transform, ctx.basis, ctx.dtype = scheme.transform, basis, x.dtype
-        return scheme.quantize_input(x, basis)
+        return conversion.input(x.flatten(0, -2), basis, scheme).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         # x' = x M, so the gradient of x is that of x' times M^T, which is what `restore` does to a weight.
         gradient = gradients[0]
         back = ctx.transform.restore(gradient.flatten(0, -2), ctx.basis)
-        return back.view(gradient.shape).to(ctx.dtype), None, None
+        return back.view(gradient.shape).to(ctx.dtype), None, None, None
 
 
 class _Rounded(torch.autograd.Function):

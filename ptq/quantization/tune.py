@@ -184,7 +184,7 @@ def _latent(
     layers, inputs = {}, []
     for group in groups:
         device, basis = block.get_submodule(group.names[0]).weight.device, solutions[group.names[0]].basis
-        inputs.append(SharedInput(scheme, None if basis is None else basis.to(device)))
+        inputs.append(SharedInput(scheme, None if basis is None else basis.to(device), device))
         for name in group.names:
             one = solutions[name]
             assert one.target is not None  # the recipe tunes

@@ -22,6 +22,7 @@ from ptq.quantization.module import quantize_module
 from ptq.quantization.plan import describe, seconds
 from ptq.quantization.probe import Rates
 from ptq.quantization.tune import split
+from ptq.report.method import describe_method
 from ptq.runtime import QuantLinear
 from ptq.scheme import Scheme
 from ptq.solvers.solve import solve_group
@@ -80,6 +81,9 @@ def test_only_elements_change_and_held_out_records_improve(made, single, records
         found = first_block_error(single, made[name], records, "p3")
         assert found == pytest.approx(claimed, rel=1e-4)
     assert rows[0].after < 0.97 * rows[0].before
+    (text,) = [step.text for step in describe_method(read_manifest(made["tuned"])) if "tuned" in step.title]
+    assert "8 steps of Adam" in text and "2 of 2 blocks kept them" in text and "on 4 held-out records" in text
+    assert TUNED.recipe.solver.tune.describe() in (made["tuned"] / "README.md").read_text()
     layers = [read_manifest(made[name]).layers for name in ("plain", "tuned")]
     assert layers[0] == layers[1]  # errors of single layers are from before
 
@@ -201,7 +205,9 @@ def test_forward_is_that_of_the_quantized_layer_and_gradients_pass_the_roundings
     linear, x = nn.Linear(128, 32), torch.randn(5, 7, 128) * torch.exp(torch.randn(128))
     stats = InputStats(x.flatten(0, 1).T @ x.flatten(0, 1), x.abs().amax((0, 1)), 35, 35, x.flatten(0, 1))
     (one,) = solve_group({"a": linear.weight.detach()}, stats, scheme, settings).values()
-    layer = LatentLinear(linear, one.codes, one.target, SharedInput(scheme, one.basis), scheme.format)
+    layer = LatentLinear(
+        linear, one.codes, one.target, SharedInput(scheme, one.basis, torch.device("cpu")), scheme.format
+    )
     reference = QuantLinear.from_codes(one.codes, scheme, linear.bias.detach(), one.basis)
     x.requires_grad_()
     y = layer(x)
