@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -136,8 +136,10 @@ def _keys_beside(model: type[BaseModel], where: tuple[int | str, ...]) -> list[s
     """Keys of the group that holds the offending one."""
     for part in where[:-1]:
         field = model.model_fields.get(str(part))
-        inner = None if field is None else field.annotation
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        annotation = None if field is None else field.annotation
+        groups = [one for one in (annotation, *get_args(annotation)) if isinstance(one, type)]
+        inner = next((one for one in groups if issubclass(one, BaseModel)), None)
+        if inner is None:
             break
         model = inner
     return list(model.model_fields)

@@ -28,7 +28,11 @@ class TuneSettings(BaseModel):
 
 
 def _switched(value: Any) -> Any:
-    return ({} if value else None) if isinstance(value, bool) else value
+    if isinstance(value, bool):
+        return {} if value else None
+    if value is not None and not isinstance(value, dict | TuneSettings):
+        raise ValueError("should be true, false or a group of steps, lr and prompts")
+    return value
 
 
 Tuning = Annotated[TuneSettings | None, BeforeValidator(_switched)]

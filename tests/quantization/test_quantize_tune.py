@@ -171,8 +171,8 @@ def test_records_of_one_prompt_are_refused_before_any_work(single, tmp_path):
         ("{lr: 0.2}", "solver.tune.lr"),
         ("{lr: .nan}", "solver.tune.lr"),
         ("{prompts: 1}", "solver.tune.prompts"),
-        ("{rate: 1}", "solver.tune.rate"),
-        ("1", "solver.tune"),
+        ("{rate: 1}", "Known keys: steps, lr, prompts"),
+        ("1", "solver.tune: should be true, false or a group"),
     ],
 )
 def test_values_out_of_range_are_refused(value, words):
