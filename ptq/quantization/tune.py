@@ -2,7 +2,7 @@
 
 GPTQ rounds the Linears of one input for that input alone. Here the latent weights behind the codes move by gradient steps so that the
 quantized block, on the original model's hidden states, returns what the original block returns (Adam, arXiv 1412.6980, with a falling
-cosine). They move by less than half a step of their grid: what changes are the codes of weights near a threshold. Whether that
+cosine). With the defaults they move by a sixth of a step of their grid at most: what changes are the codes of weights near a threshold. Whether that
 generalises is measured: some prompts are kept away, and a block whose error on these does not fall keeps the codes it had.
 """
 
@@ -49,7 +49,7 @@ def split(records: Sequence[Record], prompts: int | None) -> tuple[list[Record],
     taking_part = list(dict.fromkeys(record.sample_id for record in records))[:prompts]
     if len(taking_part) < 2:
         raise UsageError(
-            f"solver.tune holds out the records of one of {HELD_OUT} prompts, at least one, to see whether tuning helps, and {records[0].expert} has records of {len(taking_part)} prompt to take part. Record more prompts with `ptq calibrate --num-prompts`, raise solver.tune.prompts, or set solver.tune to false."
+            f"solver.tune holds out the records of one of {HELD_OUT} prompts, at least one, to see whether tuning helps, and {records[0].expert} has records of {len(taking_part)} prompt alone. Record more prompts with `ptq calibrate --num-prompts`, or set solver.tune to false."
         )
     away = set(taking_part[HELD_OUT - 1 :: HELD_OUT] or taking_part[-1:])
     tuned = set(taking_part) - away

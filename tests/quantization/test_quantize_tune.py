@@ -158,7 +158,7 @@ def test_whole_prompts_are_held_out(prompts, limit, held_out):
 
 def test_records_of_one_prompt_are_refused_before_any_work(single, tmp_path):
     records = make_records(single, tmp_path / "records", prompts=1)
-    with pytest.raises(UsageError, match=r"solver.tune holds out .* has records of 1 prompt") as caught:
+    with pytest.raises(UsageError, match=r"solver.tune holds out .* has records of 1 prompt alone") as caught:
         run(single, records.directory, tmp_path / "out", TUNED)
     assert "\n" not in str(caught.value) and not (tmp_path / "out.partial").exists()
 
