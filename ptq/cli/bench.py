@@ -9,10 +9,10 @@ import typer
 from ptq import ui
 from ptq.cli import options
 from ptq.cli.common import print_json
-from ptq.cli.help import Command
+from ptq.cli.help import Command, Group
 from ptq.errors import UsageError
 
-bench_app = typer.Typer(help="Measure the speed of quantization and of quantized layers on this machine.")
+bench_app = typer.Typer(cls=Group, help="Measure the speed of quantization and of quantized layers on this machine.")
 
 
 @bench_app.callback()
@@ -25,7 +25,10 @@ def linear(
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            "--shape", help="Rows x outputs x inputs, as 32760x5120x5120; may be repeated.", show_default=False
+            "--shape",
+            metavar="MxNxK",
+            help="Rows x outputs x inputs, as 32760x5120x5120; may be repeated.",
+            show_default=False,
         ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto for a GPU where there is one.")] = "auto",
@@ -90,7 +93,9 @@ def quantize(
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            "--shape", help="Weight shape N x K, as 5120x5120; may be repeated. Default: the shapes of Wan 2.2."
+            "--shape",
+            metavar="NxK",
+            help="Weight shape, as 5120x5120; may be repeated. Default: the shapes of Wan 2.2.",
         ),
     ] = None,
     repeats: options.Repeats = 5,

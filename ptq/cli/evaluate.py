@@ -39,7 +39,11 @@ def evaluate(
     ] = False,
     allow_difference: Annotated[
         list[str] | None,
-        typer.Option("--allow-difference", help="Pair runs that differ in this option: cache, attention-backend."),
+        typer.Option(
+            "--allow-difference",
+            metavar="OPTION",
+            help="Pair runs that differ in this option: cache, attention-backend.",
+        ),
     ] = None,
     allow_overlap: Annotated[
         bool, typer.Option("--allow-overlap", help="Judge on prompts that the checkpoint was calibrated with.")
@@ -48,7 +52,7 @@ def evaluate(
     bootstrap: Annotated[
         int, typer.Option(min=1000, max=1_000_000, help="Bootstrap resamples of the intervals.")
     ] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, max=options.MAX_SEED, help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, options.seed("Of the bootstrap.")] = 0,
     yardstick: Annotated[
         Path | None, typer.Option(help="Generation directory of another model, shown beside the candidate.")
     ] = None,
@@ -58,7 +62,8 @@ def evaluate(
     import_vbench: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
-            help="Two *_eval_results.json, reference and candidate. Alone, without the runs, it means suite icme2026."
+            metavar="FILE FILE",
+            help="Two *_eval_results.json, reference and candidate. Alone, without the runs, it means suite icme2026.",
         ),
     ] = None,
     vbench_python: Annotated[Path | None, typer.Option(help="Interpreter of an environment that has VBench.")] = None,

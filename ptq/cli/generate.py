@@ -49,9 +49,7 @@ def generate(
     max_sequence_length: Annotated[
         int | None, typer.Option("--max-sequence-length", min=1, max=100_000, help="Tokens of the prompt.")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", min=0, max=options.MAX_SEED, help=f"{options.SEED_HELP} Default: 0.")
-    ] = None,
+    seed: Annotated[int | None, options.seed(f"{options.SEED_HELP} Default: 0.")] = None,
     seed_scheme: Annotated[
         str | None,
         typer.Option(

@@ -31,6 +31,18 @@ def number(name: str, low: float, high: float, help_text: str) -> Any:
     return typer.Option(name, min=low, max=high, callback=_finite, help=help_text)
 
 
+def _fits(value: int | None) -> int | None:
+    """Not by `max`, which the help would show with all 19 digits."""
+    if value is not None and value > MAX_SEED:
+        raise typer.BadParameter(f"{value} is more than {MAX_SEED}, the largest seed.")
+    return value
+
+
+def seed(help_text: str) -> Any:
+    """The option that takes a seed."""
+    return typer.Option("--seed", min=0, callback=_fits, help=help_text)
+
+
 def _known_format(value: str | None) -> str | None:
     if value is not None:
         try:
@@ -74,7 +86,9 @@ PromptFormat = Annotated[
 ]
 MediaRoot = Annotated[
     list[Path] | None,
-    typer.Option("--media-root", help="Folder below which pictures and clips are; may be given several times."),
+    typer.Option(
+        "--media-root", metavar="DIR", help="Folder below which pictures and clips are; may be given several times."
+    ),
 ]
 Exclude = Annotated[
     Path | None, typer.Option("--exclude", help="Leave out prompts that this file has too, by id or caption.")
@@ -102,7 +116,7 @@ GuidanceScale = Annotated[
 GuidanceScale2 = Annotated[float | None, number("--guidance-scale-2", 0.0, 1e3, "Guidance of the low-noise expert.")]
 NegativePrompt = Annotated[str | None, typer.Option("--negative-prompt", help="Default: the model's.")]
 SEED_HELP = "Base seed; each video adds its own number."
-SampleSeed = Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help=SEED_HELP)]
+SampleSeed = Annotated[int, seed(SEED_HELP)]
 
 Shard = Annotated[
     str | None,

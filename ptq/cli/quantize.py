@@ -23,12 +23,15 @@ def quantize(
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Recipe name or YAML file [default: the format's].")
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Change a recipe key: key=value.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be repeated."),
+    ] = None,
     high_precision: Annotated[
         str, typer.Option("--high-precision", help="none, auto, or transformer:0,transformer_2:39")
     ] = "none",
     budget_scope: Annotated[str, typer.Option("--budget-scope", help="total or per-expert")] = "total",
-    seed: Annotated[int, typer.Option("--seed", min=0, max=options.MAX_SEED, help="Of token subsamples.")] = 0,
+    seed: Annotated[int, options.seed("Of token subsamples.")] = 0,
     device: options.Device = None,
     max_memory: Annotated[
         float | None, options.number("--max-memory", 0.0, 1e6, "GB for hidden states; more goes to disk.")

@@ -7,7 +7,6 @@ import re
 import pytest
 import typer.main
 from rich.console import Console
-from typer.testing import CliRunner
 
 from ptq import ui
 from ptq.cli.main import app
@@ -97,12 +96,24 @@ def commands(group, path=()):
 COMMANDS = dict(commands(typer.main.get_group(app)))
 
 
+@pytest.fixture
+def help_of(monkeypatch, capsys):
+    """A function: (path of a command, width) -> its help in a terminal of that width; typer's runner has 80 columns always."""
+
+    def show(path, width):
+        for name in ("COLUMNS", "TERMINAL_WIDTH"):
+            monkeypatch.setenv(name, str(width))
+        typer.main.get_command(app).main([*path, "--help"], prog_name="ptq", standalone_mode=False)
+        return capsys.readouterr().out
+
+    return show
+
+
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
-def test_help_keeps_words_whole(path, width) -> None:
+def test_help_keeps_words_whole(path, width, help_of) -> None:
     """Lines end between words, so that every word of the help texts is found whole, hyphens and all."""
-    environment = {"COLUMNS": str(width), "TERMINAL_WIDTH": str(width), "NO_COLOR": "1"}
-    output = CliRunner().invoke(app, [*path, "--help"], env=environment).output
+    output = help_of(path, width)
     assert all(len(line) <= width for line in output.splitlines())
     assert "\u2011" not in output and "…" not in output
     words = set(output.split())
@@ -110,3 +121,21 @@ def test_help_keeps_words_whole(path, width) -> None:
     texts = [command.help or "", *(getattr(one, "help", None) or "" for one in command.params)]
     missing = [word for text in texts for word in text.split() if word not in words]
     assert not missing, f"{missing} in\n{output}"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("path", [(), ("bench",)])
+def test_the_list_of_commands_has_whole_sentences_in_the_whole_width(path, width, help_of) -> None:
+    output = help_of(path, width)
+    assert "..." not in output.replace("[ARGS]...", "")
+    assert width - 20 < max(map(len, output.splitlines())) <= width
+    words = " ".join(output.split())
+    for name, command in COMMANDS.items():
+        if name[:-1] == path:
+            assert f"{name[-1]} {' '.join(command.help.split()).partition('. ')[0].rstrip('.')}." in words
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_help_shows_no_limits_that_nobody_meets_and_no_types_of_python(path, help_of) -> None:
+    output = help_of(path, 120)
+    assert not re.search(r"\d{9}|list\[|Path", output), output
