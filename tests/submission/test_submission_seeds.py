@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Job, Tampered
 from safetensors.numpy import save_file
+from submission_helpers import Job, Tampered
 
 from ptq import generation
 from ptq.errors import DamagedFileError, PtqError
