@@ -32,19 +32,25 @@ def inspect(
         print_json({"summary": summary(manifest), "layers": [row.model_dump(mode="json") for row in rows]})
         return
     ui.details(f"{checkpoint}", summary(manifest))
-    ui.table(
-        "Layers (relative output error on calibration tokens, inputs quantized, without residual blocks; rtn: plain rounding in the same basis)",
-        ("layer", "shape", "basis", "residual", "weight SQNR", "rtn error", "error"),
-        [
-            (
-                f"{row.expert}.blocks.{row.block}.{row.layer}",
-                f"{row.shape[0]}x{row.shape[1]}",
-                row.basis,
-                str(len(row.residual_blocks) or "-"),
-                "-" if row.weight_sqnr_db is None else f"{row.weight_sqnr_db:.1f} dB",
-                f"{row.output_error_rtn:.2e}",
-                f"{row.output_error:.2e}",
-            )
-            for row in rows
-        ],
+    ui.say(
+        "Relative output errors on calibration tokens, inputs quantized, without residual blocks; rtn: plain rounding in the same basis. SQNR: of the weights."
     )
+    residual = any(row.residual_blocks for row in rows)
+    for expert in dict.fromkeys(row.expert for row in rows):
+        ui.table(
+            f"Layers of {expert}.blocks",
+            ("layer", "shape", "basis", *(["residual"] if residual else []), "SQNR", "rtn error", "error"),
+            [
+                (
+                    f"{row.block}.{row.layer}",
+                    f"{row.shape[0]}x{row.shape[1]}",
+                    row.basis,
+                    *([str(len(row.residual_blocks) or "-")] if residual else []),
+                    "-" if row.weight_sqnr_db is None else f"{row.weight_sqnr_db:.1f} dB",
+                    f"{row.output_error_rtn:.2e}",
+                    f"{row.output_error:.2e}",
+                )
+                for row in rows
+                if row.expert == expert
+            ],
+        )

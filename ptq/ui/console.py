@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from textwrap import TextWrapper
 from typing import Literal
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ptq.ui.clean import clean, clean_message
 
@@ -37,17 +39,17 @@ _NUMBER = re.compile(r"[\[(]?[-+]?\d[\d.,:eEx%+-]*[\])]?,?")
 
 def info(message: str) -> None:
     """One line about what happens."""
-    stderr.print(escape(clean_message(message)), soft_wrap=True)
+    _sentence(stderr, clean_message(message))
 
 
 def warn(message: str) -> None:
     """One paragraph the user should not miss; the work goes on."""
-    stderr.print(f"[yellow]Warning:[/yellow] {escape(clean_message(message))}", soft_wrap=True)
+    _sentence(stderr, f"Warning: {clean_message(message)}", "yellow", len("Warning:"))
 
 
 def error(message: str) -> None:
     """The paragraph that a command ends with."""
-    stderr.print(f"[bold red]Error:[/bold red] {escape(clean_message(message))}", soft_wrap=True)
+    _sentence(stderr, f"Error: {clean_message(message)}", "bold red", len("Error:"))
 
 
 def plain(text: str) -> None:
@@ -57,8 +59,21 @@ def plain(text: str) -> None:
 
 def say(text: str, lead: str = "", style: str = "bold") -> None:
     """A sentence of the result, on stdout; `lead` stands before it in a style of rich."""
-    start = f"[{style}]{escape(clean(lead))}[/]" if lead else ""
-    console.print(f"{start}{escape(clean(text))}", soft_wrap=True)
+    _sentence(console, clean(lead) + clean(text), style, len(clean(lead)))
+
+
+def _sentence(target: Console, text: str, style: str = "", styled: int = 0) -> None:
+    """Print text, its first `styled` characters in a style of rich.
+
+    On a terminal lines end between words, and a word that is longer than a line (a path, to be copied) stays whole; in a file a
+    message is one line.
+    """
+    if target.is_terminal:
+        words = TextWrapper(target.width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
+        text = "\n".join(words.fill(line) for line in text.split("\n"))
+    shown = Text(text)
+    shown.stylize(style, 0, styled)
+    target.print(shown, soft_wrap=True)
 
 
 def details(title: str, values: Mapping[str, object]) -> None:
@@ -74,12 +89,13 @@ def details(title: str, values: Mapping[str, object]) -> None:
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: bool = True) -> None:
     """Print a result table to stdout; the first column is left-aligned, the others right-aligned if they are `numbers`.
 
-    Where it is too wide the first column is broken over lines, then the widest others, but no number and no heading. Where
-    that is not enough the rows are printed as lines, one a cell.
+    Where it is too wide the first column is broken over lines, where there are numbers beside it, then the widest, but no number
+    and no heading. Where that is not enough the rows are printed as lines, one a cell.
     """
     texts = [[clean(str(cell)) for cell in row] for row in rows]
     headings = [clean(column) for column in columns]
-    widths = _widths(list(zip(headings, *texts, strict=True)), console.width - _RULED * len(columns) - 1)
+    room = console.width - _RULED * len(columns) - 1
+    widths = _widths(list(zip(headings, *texts, strict=True)), room, first=numbers)
     if widths is None:
         say(clean(title))
         for row in texts:
@@ -96,8 +112,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
     console.print(result)
 
 
-def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int] | None:
-    """Characters of each column (its heading, then its cells), `room` at most together; None where they do not fit."""
+def _widths(columns: Sequence[Sequence[str]], room: int, *, first: bool) -> list[int] | None:
+    """Characters of each column (its heading, then its cells), `room` at most together; None where they do not fit.
+
+    first: the first column gives way before the others.
+    """
     widths = [max(map(cell_len, cells)) for cells in columns]
     least = [
         max(
@@ -111,7 +130,8 @@ def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int] | None:
     ]
     if sum(least) > room:
         return None
-    widths[0] = max(least[0], widths[0] - max(0, sum(widths) - room))
+    if first:
+        widths[0] = max(least[0], widths[0] - max(0, sum(widths) - room))
     while sum(widths) > room:
         widest = max((i for i in range(len(widths)) if widths[i] > least[i]), key=widths.__getitem__)
         widths[widest] -= 1

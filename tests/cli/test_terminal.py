@@ -66,6 +66,33 @@ def test_a_table_that_fits_nowhere_becomes_lines(shown) -> None:
     assert "column8: -8.2345678e+10" in shown(80, columns, rows).splitlines()
 
 
+def test_beside_words_the_widest_column_gives_way(monkeypatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(CONSOLE, "console", Console(file=stream, width=80, highlight=False, emoji=False))
+    ui.table(
+        "Prompts", ("id", "prompt"), [("531944600b51", "a little lemon disk glides to the top " * 3)], numbers=False
+    )
+    assert "│ 531944600b51 │" in stream.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("write", [ui.info, ui.warn, ui.error, ui.say])
+def test_on_a_terminal_lines_of_a_sentence_end_between_words(monkeypatch, write, terminal) -> None:
+    path = "/a/path/that/is/longer/than/a/line/of/forty/columns/x.tar.gz"
+    message = f"Some prompts [of {path}] were left out: transformer_2.blocks.39 has other-settings."
+    stream = io.StringIO()
+    for name in ("console", "stderr"):
+        shown = Console(file=stream, width=40, highlight=False, emoji=False, force_terminal=terminal, no_color=True)
+        monkeypatch.setattr(CONSOLE, name, shown)
+    write(message)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
+    assert " ".join(text.split()).endswith(message)
+    lines = text.splitlines()
+    assert (
+        len(lines) == 1 if not terminal else all(len(line) <= 40 or path in line for line in lines) and len(lines) > 3
+    )
+
+
 def test_named_values_are_folded_not_cut(monkeypatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(CONSOLE, "console", Console(file=stream, width=40))
