@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from held_out import SweepRow, sweep
 
@@ -79,14 +81,20 @@ def variants(format_name: str, widths: set[int]) -> dict[str, Recipe]:
 
 
 def record(
-    model: str, layout: ModelLayout, work: Path, name: str, prompts: list[str], records_per_prompt: int = 8
+    model: str,
+    layout: ModelLayout,
+    work: Path,
+    name: str,
+    prompts: list[str],
+    records_per_prompt: int = 8,
+    load: Callable[[], Any] | None = None,
 ) -> CalibrationSet:
-    """Record (or reuse) denoiser inputs of these prompts."""
+    """Record (or reuse) denoiser inputs of these prompts, from the pipeline that `load` gives (None: the model's own)."""
     found = read_prompts(write_prompt_file(work, name, prompts, images=False))
     source = {"name": found.path.name, "sha256": found.sha256}
     out = work / f"{model}-{name}"
     plan = CalibrationPlan(layout, layout.preset, found.samples, records_per_prompt, 0, source)
-    calibrate(plan, lambda: load_pipeline(model), out)
+    calibrate(plan, load or (lambda: load_pipeline(model)), out)
     return CalibrationSet(out)
 
 
