@@ -59,7 +59,8 @@ class Transform:
     makes_tensor: ClassVar[bool] = False
     """Whether `input` always returns a new tensor, which may be written to. A class that changes `input` says it anew."""
     kernel: ClassVar[Kernel | None] = None
-    """How the GPU quantizer does it; None: it cannot. A class that changes `input` says it anew."""
+    """How the GPU quantizer does it, and for "blocks" also `native_input` on a CPU; None: they cannot. A class that changes `input`
+    says it anew."""
 
     block: int = 0
 
