@@ -35,9 +35,9 @@ from ptq.wan.loading import resolve_model
 FORMATS = ("hif4", "mxfp4")
 HELD_OUT = 16, 8
 """Held-out prompts, and records of each: those of the other tables."""
-GRID = {8: (8, 16, 24, 36, 48, 72, 144), 4: (24, 48, 72, 144), 2: (48, 96, 144), 16: (12, 18)}
-"""Records of each prompt -> numbers of prompts: 192 and 288 records from 12 to 144 prompts. With guidance two records, both
-branches of one step, are the fewest that a prompt has."""
+GRID = {8: (8, 16, 24, 36, 48, 72, 144), 4: (48, 72), 2: (48, 96, 144)}
+"""Records of each prompt -> numbers of prompts: 192 and 288 records also from two and four times the prompts. With guidance two
+records, both branches of one step, are the fewest that a prompt has."""
 
 
 def draw(pool: CalibrationSet, start: int, prompts: int, records_per_prompt: int) -> CalibrationSet:
