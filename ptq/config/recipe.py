@@ -12,21 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ptq.config.load import CONFIGS, list_configs, load_yaml, parse_yaml, validate
-from ptq.config.tuning import Tuning
+from ptq.config.tuning import MOST, Strict, Tuning
 from ptq.errors import UsageError, shown
 
-MOST = 2**31 - 1
 """Of a count in a recipe."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class SchemeSettings(_Strict):
+class SchemeSettings(Strict):
     """How every layer is quantized, beside the format.
 
     Attributes:
@@ -53,7 +48,7 @@ class SchemeSettings(_Strict):
         return f"Every token's input is quantized when it arrives, each group with its own scale ({rule})."
 
 
-class SolverSettings(_Strict):
+class SolverSettings(Strict):
     """How a weight becomes codes, in the transformed space.
 
     Attributes:
@@ -108,7 +103,7 @@ class SolverSettings(_Strict):
         return f"Of the inputs' blocks of 64 channels whose quantization noise costs most, what rounding left is quantized once more in the same format and multiplied with the same weight codes: two 4-bit words for these channels, for at most {self.residual:.1%} more products of an expert, counted for one row of each input. Ranked on the records: noise of the block through the weight's columns, times what an error of these layers does to the block's output, for each product."
 
 
-class RecordSettings(_Strict):
+class RecordSettings(Strict):
     """How the calibration records are used; all weigh the same.
 
     Attributes:
@@ -128,7 +123,7 @@ class RecordSettings(_Strict):
         return f"The records are replayed through the experts one block at a time, so that one block's weights are in memory. Statistics of a block's inputs are taken from the original model's hidden states ({tokens}); each record weighs the same."
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """One way to turn weights and records into 4-bit codes.
 
     Attributes:

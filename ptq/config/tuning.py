@@ -6,8 +6,17 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+MOST = 2**31 - 1
+"""What a count in a recipe may be."""
 
-class TuneSettings(BaseModel):
+
+class Strict(BaseModel):
+    """A group of keys of a recipe: no others, no other types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class TuneSettings(Strict):
     """What `ptq.quantization.tune` does.
 
     Attributes:
@@ -16,11 +25,9 @@ class TuneSettings(BaseModel):
         prompts: so many calibration prompts take part at most, the first ones, those held out included; None: all.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
     steps: int = Field(default=80, ge=1, le=100_000)
     lr: float = Field(default=0.004, gt=0, le=0.1)
-    prompts: int | None = Field(default=None, ge=2, le=2**31 - 1)
+    prompts: int | None = Field(default=None, ge=2, le=MOST)
 
     def describe(self) -> str:
         """What was done, for the report."""

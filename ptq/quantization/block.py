@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from ptq.errors import PtqError
 from ptq.quantization.calls import ReplayBatch
 from ptq.quantization.collect import InputCollector, collecting
-from ptq.quantization.placing import solve_device
+from ptq.quantization.placing import conversion_on, solve_device
 from ptq.quantization.processes import ALONE, Processes
 from ptq.quantization.settings import QuantizeSettings
 from ptq.quantization.shared_inputs import InputGroup, find_shared_inputs
 from ptq.quantization.streams import Stream
 from ptq.runtime import QuantLinear
-from ptq.runtime.conversion import KernelConversion
 from ptq.scheme import Scheme
-from ptq.solvers.conversion import DEFINITION
 from ptq.solvers.solve import LayerSolution, solve_group
 from ptq.wan.replay import run_block
 
@@ -130,7 +128,7 @@ def solve_block(
             device = solve_device(home, solve_cost(modules.values()))
             weights = {linear: module.weight.to(device, torch.float32) for linear, module in modules.items()}
             stats = collectors.pop(name).stats().to(device)
-            conversion = KernelConversion() if KernelConversion.takes(settings.scheme, device) else DEFINITION
+            conversion = conversion_on(device, settings.scheme)
             solutions |= solve_group(weights, stats, settings.scheme, settings.recipe.solver, conversion)
     solutions = processes.merge(solutions)
     return {linear: solutions[linear] for modules in modules_of.values() for linear in modules}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptq.runtime.conversion import KernelConversion
+from ptq.quantization.placing import conversion_on
 from ptq.scheme import Codes, Format, Scheme
 from ptq.solvers.conversion import DEFINITION, Conversion
 
@@ -22,10 +22,8 @@ class SharedInput:
 
     def __init__(self, scheme: Scheme, basis: Tensor | None, device: torch.device) -> None:
         self._scheme, self._basis = scheme, basis
-        self._conversion: Conversion = DEFINITION
-        if KernelConversion.takes(scheme, device):
-            self._conversion = KernelConversion()
-        elif basis is not None:
+        self._conversion = conversion_on(device, scheme)
+        if self._conversion is DEFINITION and basis is not None:
             self._basis = scheme.transform.decode(basis)
         self._last: tuple[Tensor, Tensor] | None = None
 

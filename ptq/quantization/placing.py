@@ -1,4 +1,4 @@
-"""Where the parts of a quantize run live: streams of hidden states, and solves too small for a GPU. Pure functions of figures."""
+"""Where the parts of a quantize run live and are computed: streams of hidden states, solves too small for a GPU, conversions on one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 
 from ptq import ui
 from ptq.errors import PtqError, UsageError
+from ptq.runtime.conversion import KernelConversion
+from ptq.scheme import Scheme
+from ptq.solvers.conversion import DEFINITION, Conversion
 
 Place = Literal["gpu", "pinned", "memory", "disk"]
 """Of the streams: on the GPU, in page-locked RAM, in RAM, in a memory-mapped file."""
@@ -61,6 +64,11 @@ def check_place(place: Place, need: int, free: int, what: str, hint: str) -> Non
         raise PtqError(
             f"{what} take {ui.format_bytes(need)}, more than the memory they may use, and the disk has {ui.format_bytes(free)}. {hint}"
         )
+
+
+def conversion_on(device: torch.device, scheme: Scheme) -> Conversion:
+    """How tensors on a device are converted: by kernels on a GPU where the scheme has them."""
+    return KernelConversion() if KernelConversion.takes(scheme, device) else DEFINITION
 
 
 def solve_device(device: torch.device, cost: float) -> torch.device:
