@@ -4,13 +4,12 @@
 
 Records 24 calibration prompts and 16 held-out prompts once, then solves every variant from the same block statistics
 (scripts/held_out.py). Errors are held-out: squared denoiser-output error relative to the original's output, weighted by
-d_sigma^2, mean over the experts. Writes <out>/quality-<model>-<format>.json and a bar chart beside docs/img.
+d_sigma^2, mean over the experts. Writes <out>/quality-<model>-<format>.json and a bar chart, and prints the table.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +114,14 @@ def as_table(rows: list[SweepRow]) -> list[dict]:
     ]
 
 
+def markdown(table: list[dict]) -> str:
+    """The table as it stands in docs/quality.md."""
+    lines = ["| variant | held-out error | relative to rtn | gain |", "|---|---|---|---|"]
+    for row in table:
+        lines.append(f"| {row['variant']} | {row['error']:.2e} | {row['ratio']:.3f} | {row['gain_db']:+.2f} dB |")
+    return "\n".join(lines)
+
+
 def plot(table: list[dict], title: str, path: Path) -> None:
     """Horizontal bars of the held-out error, relative to rtn."""
     import matplotlib.pyplot as plt
@@ -122,8 +129,8 @@ def plot(table: list[dict], title: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 0.28 * len(table) + 1.2))
     names = [row["variant"] for row in table][::-1]
     axes.barh(names, [row["ratio"] for row in table][::-1], color="#4477aa")
-    axes.axvline(0.5, color="#cc3311", linewidth=1, linestyle="--")
-    axes.set_xlabel("held-out denoiser error relative to rtn (dashed: goal 0.50)")
+    axes.margins(y=0.01)
+    axes.set_xlabel("held-out denoiser error relative to rtn")
     axes.set_title(title)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,9 +172,7 @@ def main() -> None:
         table = as_table(sweep(layout, own, other, settings))
         write_json(args.out / f"quality-{args.model}-{name}.json", table)
         plot(table, f"{args.model}, {name}", args.figures / f"quality-{args.model}-{name}.png")
-        print(
-            json.dumps([{key: row[key] for key in ("variant", "error", "ratio", "gain_db")} for row in table], indent=1)
-        )
+        print(f"### {get_format(name).title}\n\n{markdown(table)}\n")
 
 
 if __name__ == "__main__":
