@@ -30,8 +30,13 @@ from ptq.tiny.grammar import calibration_prompts, held_out_prompts, write_prompt
 from ptq.wan.layout import ModelLayout
 from ptq.wan.loading import load_pipeline, resolve_model
 
-PLAIN = ("scheme.transform=none", "scheme.input_rule=null", "solver.rounding=rtn", "solver.clip_search=false")
-SMOOTHING = ("scheme.transform=smoothed", "solver.smoothing=[0.4, 0.5, 0.6]")
+PLAIN: tuple[str, ...] = (
+    "scheme.transform=none",
+    "scheme.input_rule=null",
+    "solver.rounding=rtn",
+    "solver.clip_search=false",
+)
+SMOOTHING: tuple[str, ...] = ("scheme.transform=smoothed", "solver.smoothing=[0.4, 0.5, 0.6]")
 DAMPINGS = (0.01, 0.1)
 
 
@@ -43,7 +48,7 @@ def variants(format_name: str, widths: set[int]) -> dict[str, Recipe]:
     """
     fmt = get_format(format_name)
     rule = load_recipe(format_name, format_name).scheme.input_rule
-    steps = {
+    steps: dict[str, tuple[str, ...]] = {
         "rotation": ("scheme.transform=hadamard",),
         "smoothing": SMOOTHING,
         "learned transform": ("scheme.transform=learned", "solver.smoothing=[]"),
@@ -59,7 +64,7 @@ def variants(format_name: str, widths: set[int]) -> dict[str, Recipe]:
     for name, update in (steps | {"activation scales": (f"scheme.input_rule={rule}",)}).items():
         alone = ("scheme.block=0",) if name == "smoothing" else ()  # without a rotation
         chosen[f"only {name}"] = (*PLAIN, *update, *alone)
-    without = {
+    without: dict[str, tuple[str, ...]] = {
         "any change of basis": ("scheme.transform=none",),
         "learned transform": ("scheme.transform=hadamard",),
         "gptq": ("solver.rounding=rtn",),

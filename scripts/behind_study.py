@@ -124,7 +124,8 @@ def gate(model: str, units: int, work: Path, row: dict[str, Any]) -> None:
         runs[kind] = generate(name, resolve_model(str(folder / kind)), found, folder / "videos" / kind)
         judged = evaluate_runs(original, runs[kind], folder / "evaluation" / kind, suite="tiny")
         row[kind] |= {"loss": loss(judged), "verdict": judged.verdict, "psnr": judged.paired["psnr"].mean}
-    row["loss_against_default"] = loss(evaluate_runs(*runs.values(), folder / "evaluation" / "paired", suite="tiny"))
+    default, behind = (runs[kind] for kind in KINDS)
+    row["loss_against_default"] = loss(evaluate_runs(default, behind, folder / "evaluation" / "paired", suite="tiny"))
     row["psnr_gain"] = psnr_gain(*(folder / "evaluation" / kind for kind in KINDS))
     row["units"] = units
 

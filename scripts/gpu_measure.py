@@ -7,6 +7,7 @@ expansion.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import warnings
 from typing import Any
@@ -18,10 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ptq.runtime import ops
 from ptq.runtime.backends import recipe_schemes
-from ptq.runtime.bench_linear import median_seconds, quantized_layer
+from ptq.runtime.bench_linear import Run, median_seconds, quantized_layer
 from ptq.runtime.kernels import gemm_fp8
 from ptq.runtime.kernels.expand_weight import expand_weight
-from ptq.runtime.kernels.quantize import quantize
+from ptq.runtime.kernels.quantize import Output, quantize
 from ptq.runtime.kernels.tiles import Tile
 from ptq.runtime.last_input import forget_input
 from ptq.scheme import Scheme
@@ -62,7 +63,7 @@ def block_linears(rows: int, width: int, ffn: int, device: torch.device, repeats
     schemes = recipe_schemes()
     models |= {name: [quantized_layer(weight, scheme) for weight in weights] for name, scheme in schemes.items()}
     with torch.no_grad():
-        runs = {name: (lambda layers=layers: call(layers)) for name, layers in models.items()}
+        runs: dict[str, Run] = {name: functools.partial(call, layers) for name, layers in models.items()}
         seconds = median_seconds(runs, device, repeats)
     nbytes = {name: sum(_bytes(layer) for layer in layers) for name, layers in models.items()}
     return _relative_rows("block Linears", seconds, nbytes)
@@ -72,17 +73,23 @@ def quantizer_bandwidth(rows: int, width: int, device: torch.device, repeats: in
     """Bytes read and written a second by each output of the quantizer, beside a copy of the input."""
     x = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
     smooth = torch.ones(width, device=device, dtype=torch.bfloat16)
-    jobs = {"copy": (lambda: x.clone(), 4.0)}
-    for name, outs in (("mxfp4", {"fp8": 3.0, "packed": 2.53, "bf16": 4.0}), ("hif4", {"packed": 2.56, "bf16": 4.0})):
+
+    def values(scheme: Scheme, basis: Tensor, out: Output) -> Tensor:
+        return quantize(x, basis, scheme, out).values
+
+    jobs: dict[str, tuple[Run, float]] = {"copy": (x.clone, 4.0)}
+    outputs: dict[str, dict[Output, float]] = {
+        "mxfp4": {"fp8": 3.0, "packed": 2.53, "bf16": 4.0},
+        "hif4": {"packed": 2.56, "bf16": 4.0},
+    }
+    for name, outs in outputs.items():
+        scheme = Scheme.of(name, transform="smoothed", block=32)
         for out, nbytes in outs.items():
-            scheme = Scheme.of(name, transform="smoothed", block=32)
-            run = lambda scheme=scheme, out=out: quantize(x, smooth, scheme, out).values  # noqa: E731
-            jobs[f"{name} {out}"] = (run, nbytes)
+            jobs[f"{name} {out}"] = (functools.partial(values, scheme, smooth, out), nbytes)
     for name, scheme in recipe_schemes().items():
-        out = "fp8" if scheme.format.exact_in_fp8(scheme.input_rule) else "bf16"
-        basis = scheme.transform.plain(width, device)
-        run = lambda scheme=scheme, out=out, basis=basis: quantize(x, basis, scheme, out).values  # noqa: E731
-        jobs[f"{name} {out}, recipe"] = (run, {"fp8": 3.0, "bf16": 4.0}[out])
+        own: Output = "fp8" if scheme.format.exact_in_fp8(scheme.input_rule) else "bf16"
+        run = functools.partial(values, scheme, scheme.transform.plain(width, device), own)
+        jobs[f"{name} {own}, recipe"] = (run, outputs["mxfp4"][own])
     seconds = median_seconds({name: run for name, (run, _) in jobs.items()}, device, repeats)
     rate = {name: x.numel() * nbytes / seconds[name] / 1e9 for name, (_, nbytes) in jobs.items()}
     return [
@@ -145,7 +152,7 @@ def fastest_attention(geometry: dict[str, Any], device: torch.device, repeats: i
     shape = (1, geometry["heads"], frames * (height // 2) * (width // 2), 128)
     dtype = torch.bfloat16
     q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
-    seconds = {}
+    seconds: dict[str, float] = {}
     for one in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
         if one is SDPBackend.MATH and seconds:
             break  # holds all scores at once: only where nothing else runs

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -151,9 +152,7 @@ def stages(device: torch.device, sizes: Sizes, repeats: int, tune: bool) -> dict
     }
     steps = min(repeats, STEP_REPEATS)
     for name, geometry in sizes.steps.items():
-        found[name] = lambda geometry=geometry: gpu_measure.denoiser_step(
-            geometry, device, steps, sizes.compile_backend
-        )
+        found[name] = functools.partial(gpu_measure.denoiser_step, geometry, device, steps, sizes.compile_backend)
     if tune:
         found["tiles"] = lambda: [
             row for shape in sizes.shapes for row in gpu_measure.tile_candidates(*shape, device, repeats)[:3]

@@ -12,9 +12,12 @@ import argparse
 import json
 from pathlib import Path
 
+from ptq.checkpoint.manifest import read_manifest
 from ptq.checkpoint.shards import ShardSet
 from ptq.cli.common import quiet_libraries
+from ptq.quantization.job import Job
 from ptq.quantization.sensitivity import Sensitivity, build_sensitivity
+from ptq.quantization.settings import QuantizeSettings
 from ptq.rules import RULES
 from ptq.store.calibration import CalibrationSet
 from ptq.store.files import write_json
@@ -30,18 +33,21 @@ def main() -> None:
     quiet_libraries()
     original, packed = resolve_model(args.model), resolve_model(str(args.checkpoint))
 
-    def sensitivity(records: Path) -> Sensitivity:
-        shards, codes = ({name: ShardSet(each.path / name) for name in original.experts} for each in (original, packed))
-        return build_sensitivity(original, shards, codes, packed.experts, CalibrationSet(records))
+    manifest = read_manifest(args.checkpoint)
+    settings = QuantizeSettings(manifest.format, manifest.recipe, manifest.recipe_name, {})
+    codes = {name: ShardSet(packed.path / name) for name in packed.experts}
 
-    format_name = packed.experts["transformer"]["quantization_config"]["format"]
-    budget = RULES[format_name].blocks
+    def sensitivity(records: Path) -> Sensitivity:
+        job = Job(original, CalibrationSet(records), settings, args.checkpoint)
+        return build_sensitivity(job, codes, packed.experts)
+
+    budget = RULES[manifest.format].blocks
     chosen = [(pick.expert, pick.block) for pick in sensitivity(args.calibration).greedy(budget, "total")]
     judge = sensitivity(args.held_out)
     table = {"none": judge.error([]), "auto": judge.error(chosen)}
     for name, draws in judge.priors(len(chosen)).items():
         table[name] = sum(judge.error(draw) for draw in draws) / len(draws)
-    write_json(args.out, {"format": format_name, "chosen": chosen, "held_out_error": table})
+    write_json(args.out, {"format": manifest.format, "chosen": chosen, "held_out_error": table})
     print(json.dumps({"chosen": chosen, "held_out_error": table}, indent=1))
 
 

@@ -32,6 +32,7 @@ from ptq.quantization.block import collect_statistics, find_and_collect, forward
 from ptq.quantization.calls import ExpertCalls
 from ptq.quantization.residual import input_gains, probed
 from ptq.quantization.settings import QuantizeSettings
+from ptq.quantization.shared_inputs import InputGroup
 from ptq.quantization.tune import Tuner
 from ptq.runtime import QuantLinear
 from ptq.scheme import get_format
@@ -131,7 +132,8 @@ class Expert:
 
     def solve(self, recipes: Mapping[str, QuantizeSettings]) -> dict[str, Solved]:
         solved = {name: Solved(settings, [], {}, {}) for name, settings in recipes.items()}
-        stream, some, groups = self.own.start(), next(iter(recipes.values())), []
+        stream, some = self.own.start(), next(iter(recipes.values()))
+        groups: list[InputGroup] = []
         probes = probed(self.own.batches)
         tuners = {name: self._tuner(settings) for name, settings in recipes.items() if settings.recipe.solver.tune}
         for index, block in enumerate(self.blocks):
@@ -152,8 +154,8 @@ class Expert:
             for name, one in solved.items():
                 solutions = solve_block(block, groups, dict(collectors), one.settings)
                 if name in tuners:
-                    solutions, row = tuners[name].tune(block, groups, solutions, stream, index)
-                    one.kept += row.kept
+                    solutions, entry = tuners[name].tune(block, groups, solutions, stream, index)
+                    one.kept += entry.kept
                 one.solutions.append(solutions)
                 if one.settings.recipe.solver.residual:
                     kept = input_gains(block, groups, solutions, one.settings.scheme, outputs, after)

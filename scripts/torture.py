@@ -326,8 +326,8 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     began = time.monotonic()
-    for number in (signal.SIGINT, signal.SIGHUP):  # ignored under `nohup` and `&`, and then in every child too
-        signal.signal(number, signal.SIG_DFL)
+    for ignored in (signal.SIGINT, signal.SIGHUP):  # under `nohup` and `&`, and then in every child too
+        signal.signal(ignored, signal.SIG_DFL)
     _import_everything()
     root = options.keep or Path(tempfile.mkdtemp(prefix="ptq-torture-"))
     root.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,8 @@ def main() -> None:
                         errors.setdefault((tune, blocks), {})[expert] = error = one.error(solved, chosen)
                         ui.info(f"damping {damping:g}, {recipe}, {expert}, tune {tune}, residual {blocks}: {error:.4e}")
             means = {label: sum(found.values()) / len(found) for label, found in errors.items()}
-            base[fmt] = means.pop(("rtn", "none"), None) or base[fmt]
+            if fmt not in base:
+                base[fmt] = means.pop(("rtn", "none"))
             for (tune, blocks), mean in means.items():
                 row = {"recipe": recipe, "damping": damping, "tune": tune, "residual": blocks, "error": mean}
                 row |= {"ratio": mean / base[fmt], "blocks_kept": kept[tune], **errors[tune, blocks]}
