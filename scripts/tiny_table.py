@@ -2,7 +2,7 @@
 
     python scripts/tiny_table.py --work build/tiny-table --out docs/data/tiny-table.json
 
-For each model, format and recipe: held-out denoiser error, prompt adherence over the same held-out units as the original,
+For each model, format and recipe (`--rows`): held-out denoiser error, prompt adherence over the same held-out units as the original,
 and drift (PSNR to the original's videos). Everything goes through the stages as the commands do; a killed run resumes.
 """
 
@@ -29,6 +29,16 @@ from ptq.wan.layout import ModelLayout
 from ptq.wan.loading import load_pipeline, resolve_model
 
 ROTATION = {"hif4": 64, "mxfp4": 32}
+"""Format -> block size of its Hadamard rotation."""
+ROWS = "rtn", "rtn + rotation", "default", "tuned"
+
+
+def keys_of(row: str, format_name: str) -> tuple[str, tuple[str, ...]]:
+    """Recipe and keys of one of `ROWS`."""
+    if row.startswith("rtn"):
+        rotated = ("scheme.transform=hadamard", f"scheme.block={ROTATION[format_name]}")
+        return "rtn", rotated if "rotation" in row else ()
+    return format_name, ("solver.tune=true",) if row == "tuned" else ()
 
 
 def generate(name: str, layout: ModelLayout, found: PromptSet, out: Path) -> Path:
@@ -39,19 +49,17 @@ def generate(name: str, layout: ModelLayout, found: PromptSet, out: Path) -> Pat
     return out
 
 
-def rows_of(model: str, work: Path, units: PromptSet, records: dict[str, list[str]]) -> list[dict[str, Any]]:
-    """All rows of one model."""
+def rows_of(
+    model: str, work: Path, units: PromptSet, records: dict[str, list[str]], labels: list[str]
+) -> list[dict[str, Any]]:
+    """These rows of one model in each format, the original first."""
     layout = resolve_model(model)
     own, other = (record(model, layout, work, name, prompts) for name, prompts in records.items())
     reference = generate(model, layout, units, work / model / "videos" / "original")
     rows: list[dict[str, Any]] = []
     for format_name in ("hif4", "mxfp4"):
-        rotated = ("scheme.transform=hadamard", f"scheme.block={ROTATION[format_name]}")
-        for label, recipe, overrides in (
-            ("rtn", "rtn", ()),
-            ("rtn + rotation", "rtn", rotated),
-            ("default", format_name, ()),
-        ):
+        for label in labels:
+            recipe, overrides = keys_of(label, format_name)
             name = f"{format_name}-{label.replace(' ', '')}"
             checkpoint = work / model / name
             if not checkpoint.exists():
@@ -112,15 +120,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/data/tiny-table.json"))
     parser.add_argument("--models", nargs="+", default=["tiny", "tiny-outliers"])
     parser.add_argument("--units", type=int, default=64)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS[:3]), choices=ROWS)
+    parser.add_argument("--calibration-prompts", type=int, default=16)
     args = parser.parse_args()
     quiet_libraries()
     units = read_prompts(write_prompt_file(args.work, "units", held_out_prompts(args.units), images=False))
     # Records of other held-out prompts: another seed of the same fixed split.
     records = {
-        "calibration": calibration_prompts(16),
+        "calibration": calibration_prompts(args.calibration_prompts),
         "held-out": held_out_prompts(12, seed=8),
     }
-    rows = [row for model in args.models for row in rows_of(model, args.work, units, records)]
+    rows = [row for model in args.models for row in rows_of(model, args.work, units, records, args.rows)]
     write_json(args.out, rows)
     print(markdown(rows))
 
