@@ -80,7 +80,7 @@ def test_only_elements_change_and_held_out_records_improve(made, single, records
     for name, claimed in (("plain", rows[0].before), ("tuned", rows[0].after)):
         found = first_block_error(single, made[name], records, "p3")
         assert found == pytest.approx(claimed, rel=1e-4)
-    assert rows[0].after < 0.97 * rows[0].before
+    assert rows[0].after < 0.99 * rows[0].before
     (text,) = [step.text for step in describe_method(read_manifest(made["tuned"])) if "tuned" in step.title]
     assert "8 steps of Adam" in text and "2 of 2 blocks kept them" in text and "on 4 held-out records" in text
     assert TUNED.recipe.solver.tune.describe() in (made["tuned"] / "README.md").read_text()

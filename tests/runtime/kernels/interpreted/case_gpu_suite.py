@@ -17,11 +17,11 @@ from ptq.runtime.kernels.tiles import Tile
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 CPU = torch.device("cpu")
-CASE = gpu_correctness.Case(70, 128, 256)
+SMALL = gpu_suite.DRY.cases
 
 
 def test_every_check_passes():
-    checks = list(gpu_correctness.run(CPU, [CASE], rows=(1, 7)))
+    checks = list(gpu_correctness.run(CPU, [gpu_correctness.Case(70, 128, 256)], rows=(1, 7)))
     assert len(checks) > 15
     assert [one for one in checks if not one.passed] == []
 
@@ -38,7 +38,8 @@ def test_every_check_passes():
 def test_a_wrong_kernel_fails_its_check(monkeypatch, function, spoil):
     kernel = getattr(gpu_correctness, function)
     monkeypatch.setattr(gpu_correctness, function, lambda *args, **kwargs: spoil(kernel(*args, **kwargs)))
-    assert not all(one.passed for one in gpu_correctness.run(CPU, [CASE], rows=()))
+    checks = list(gpu_correctness.run(CPU, SMALL, rows=()))
+    assert checks and not all(one.passed for one in checks)
 
 
 def test_nan_never_passes():
@@ -61,12 +62,22 @@ def test_table_of_a_block_shows_the_memory_saved():
         assert rows[name]["memory ratio"] == pytest.approx((values * bits / 8 + blocks) / (2 * values))
 
 
-def test_denoiser_step_quantizes_ten_linears_a_block():
+def test_denoiser_step_quantizes_ten_linears_a_block_of_one_model_at_a_time(monkeypatch):
+    alive, build = [], gpu_measure._denoiser
+
+    def counted(*arguments):
+        assert not any(reference() is not None for reference in alive)
+        model, inputs = build(*arguments)
+        alive.append(weakref.ref(model))
+        return model, inputs
+
+    monkeypatch.setattr(gpu_measure, "_denoiser", counted)
     geometry = gpu_measure.SMALL
     rows = gpu_measure.denoiser_step(geometry, CPU, 1, "eager")
+    assert len(alive) == 8
     names = ["bf16", "mxfp4", "hif4", "hif4-fast"]
     assert [row["candidate"] for row in rows] == [name + end for name in names for end in (", compiled", "")]
-    model, inputs = gpu_measure._denoiser(geometry, CPU)
+    model, inputs = build(geometry, CPU)
     before = model(**inputs).sample
     assert gpu_measure.quantize_blocks(model, gpu_measure.recipe_schemes()["hif4"]) == 20
     after = model(**inputs).sample
@@ -83,20 +94,6 @@ def test_steps_with_attention_in_fp8_where_the_package_runs(monkeypatch):
     from fa3_fwd_interface import calls
 
     assert torch.float8_e4m3fn in {dtype for dtype, _ in calls}
-
-
-def test_one_model_at_a_time_is_in_memory(monkeypatch):
-    alive, build = [], gpu_measure._denoiser
-
-    def counted(*arguments):
-        assert not any(reference() is not None for reference in alive)
-        model, inputs = build(*arguments)
-        alive.append(weakref.ref(model))
-        return model, inputs
-
-    monkeypatch.setattr(gpu_measure, "_denoiser", counted)
-    gpu_measure.denoiser_step(gpu_measure.SMALL, CPU, 1, "eager")
-    assert len(alive) == 8
 
 
 def test_a_stage_that_breaks_does_not_stop_the_others(tmp_path, monkeypatch):
