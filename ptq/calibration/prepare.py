@@ -11,6 +11,7 @@ from typing import Any
 from ptq import ui
 from ptq.calibration.directory import CalibrationDirectory
 from ptq.calibration.run import CalibrationPlan, branches_of, calibrate
+from ptq.errors import UsageError
 from ptq.prompts import PromptSet, require_media
 from ptq.store.embeddings import FOLDER as EMBEDDINGS
 from ptq.store.lora import LoraInfo, describe_loras
@@ -57,8 +58,12 @@ def make_plan(
         skip_missing: with an image-to-video model, leave out prompts whose picture is not here.
 
     Raises:
-        UsageError: a value that the model cannot have. PtqError: see `require_media`.
+        UsageError: a packed model, or a value that the model cannot have. PtqError: see `require_media`.
     """
+    if layout.is_packed:
+        raise UsageError(
+            f"{layout.path} is a packed checkpoint, and `ptq quantize` takes no records of one. Record the original model that it was quantized from."
+        )
     preset = layout.resolve_preset(**(given or {}))
     samples = require_media(prompts, skip_missing=skip_missing) if layout.needs_image else prompts.samples
     source = {"name": prompts.path.name, "sha256": prompts.sha256}

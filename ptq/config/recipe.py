@@ -8,7 +8,7 @@ Every default stands here and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -203,6 +203,10 @@ def installed_recipes() -> dict[str, Recipe]:
     return {name: validate(Recipe, load_yaml(CONFIGS / "recipes" / f"{name}.yaml"), f"Recipe {name}") for name in names}
 
 
+SWITCHED = ("solver.tune",)
+"""Groups of keys that true and false stand for, too."""
+
+
 def load_recipe(name_or_file: str, format_name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Resolve --recipe and --set into a recipe for one format.
 
@@ -222,6 +226,7 @@ def load_recipe(name_or_file: str, format_name: str, overrides: tuple[str, ...] 
             raise UsageError(f"There is no recipe {shown(name_or_file)}: neither a file nor one of {known}.")
     value, where = load_yaml(path), f"Recipe {name_or_file}"
     _refuse_earlier(value, where)
+    _refuse_undone(overrides)
     for override in overrides:
         alone: dict[str, Any] = {}
         _apply(alone, override)
@@ -273,12 +278,26 @@ def _refuse_idle_block(value: Mapping[str, Any], overrides: tuple[str, ...], whe
         )
 
 
+def _refuse_undone(overrides: Sequence[str]) -> None:
+    """A whole group that is set after one of its keys would take that key back."""
+    keys = [_key_of(override) for override in overrides]
+    for position, key in enumerate(keys):
+        for earlier in keys[:position]:
+            if earlier.startswith(f"{key}."):
+                raise UsageError(
+                    f"--set {overrides[position]} would undo --set {earlier}, which stands before it. Leave one of them out."
+                )
+
+
 def _apply(value: dict[str, Any], override: str) -> None:
+    """Set one key; one of `SWITCHED` switches its group on."""
     key, separator, text = override.partition("=")
     if not separator:
         raise UsageError(f"--set takes key=value, found {shown(override)}.")
     *groups, last = _key_of(override).split(".")
-    for group in groups:
+    for depth, group in enumerate(groups, 1):
+        if ".".join(groups[:depth]) in SWITCHED and not isinstance(value.get(group), dict):
+            value[group] = {}
         value = value.setdefault(group, {})
         if not isinstance(value, dict):
             raise UsageError(f"--set {key}: {group[:80]} is not a group of keys.")

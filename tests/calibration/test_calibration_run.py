@@ -327,6 +327,13 @@ def test_guidance_of_an_expert_that_is_not_there_is_refused(pipelines, tmp_path)
     assert isinstance(result.exception, UsageError) and "one expert" in str(result.exception)
 
 
+def test_a_packed_model_is_refused(packed, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red ball rolls\n")
+    command = ["calibrate", str(packed["mxfp4"]), "--prompts", str(tmp_path / "prompts.txt")]
+    result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "records"), "--dry-run"])
+    assert isinstance(result.exception, UsageError) and "packed checkpoint" in str(result.exception)
+
+
 @pytest.mark.parametrize(("given", "taken"), [((), 48), (("--num-prompts", "50"), 50), (("--num-prompts", "90"), 60)])
 def test_a_long_file_is_not_recorded_whole_unless_asked_for(given, taken, tmp_path):
     prompts = tmp_path / "prompts.txt"

@@ -23,6 +23,19 @@ def recipe(tmp_path: Path, text: str, format_name: str = "mxfp4", *overrides: st
     return load_recipe(str(path), format_name, overrides)
 
 
+@pytest.mark.parametrize("before", [(), ("solver.tune=true",), ("solver.tune=false",)])
+def test_a_key_of_a_group_switches_it_on(tmp_path: Path, before: tuple[str, ...]) -> None:
+    for text in (TODAY, TODAY.replace("rtn}", "gptq, tune: true}")):
+        found = recipe(tmp_path, text, "mxfp4", "solver.rounding=gptq", *before, "solver.tune.prompts=24")
+        assert found.solver.tune is not None and found.solver.tune.prompts == 24 and found.solver.tune.steps == 80
+
+
+@pytest.mark.parametrize("key", ["solver.tune=true", "solver={rounding: gptq}"])
+def test_a_group_does_not_undo_its_keys(tmp_path: Path, key: str) -> None:
+    with pytest.raises(UsageError, match=f"{re.escape(key)} would undo --set solver.tune.prompts"):
+        recipe(tmp_path, TODAY, "mxfp4", "solver.tune.prompts=24", key)
+
+
 def with_settings(recipe: Recipe, format_name: str) -> QuantizeSettings:
     return QuantizeSettings(format_name, recipe, "mine", {})
 
