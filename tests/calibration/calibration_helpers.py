@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 from functools import cache
 from pathlib import Path
 
@@ -39,14 +38,6 @@ def make_plan(
 
 def record(pipe_dir: Path, out: Path, count: int = 4, *, shard: tuple[int, int] = (0, 1), **options) -> dict:
     return calibrate(make_plan(pipe_dir, count, **options), lambda: load(str(pipe_dir)), out, shard=Shard(*shard))
-
-
-def start_child(pipe_dir: Path, out: Path, count: int, target=record, **options):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ptq.calibration.run", "diffusers.pipelines.wan"])
-    child = context.Process(target=target, args=(pipe_dir, out, count), kwargs=options)
-    child.start()
-    return child
 
 
 def file_digests(out: Path) -> dict[str, str]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibration_helpers import file_digests, load, make_plan, record, start_child
+from calibration_helpers import file_digests, load, make_plan, record
+from children import start_child
 from diffusers import UniPCMultistepScheduler
 from safetensors import safe_open
 from typer.testing import CliRunner
@@ -56,7 +57,7 @@ def test_what_lies_on_disk(t2v, whole):
 def test_killed_recording_resumes_to_the_same_bytes(t2v, whole, tmp_path):
     for attempt in range(10):  # on a busy machine the child may be done before it is killed
         out = tmp_path / f"records-{attempt}"
-        child = start_child(t2v, out, 5)
+        child = start_child(record, t2v, out, 5)
         deadline = time.monotonic() + 120
         while not list((out / "records").glob("0*.safetensors")):
             assert child.is_alive() and time.monotonic() < deadline

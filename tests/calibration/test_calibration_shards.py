@@ -7,7 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from calibration_helpers import file_digests, load, make_plan, record, start_child
+from calibration_helpers import file_digests, load, make_plan, record
+from children import start_child
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -28,7 +29,7 @@ def never():
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_at_once_give_the_records_of_one(t2v, whole, tmp_path, count):
     out = tmp_path / "records"
-    children = [start_child(t2v, out, 5, shard=(index, count)) for index in range(count)]
+    children = [start_child(record, t2v, out, 5, shard=(index, count)) for index in range(count)]
     for child in children:
         child.join(240)
         assert child.exitcode == 0
@@ -106,7 +107,7 @@ def die_in_the_second_write(pipe_dir, out, count):
 
 def test_killed_in_the_middle_of_a_write(t2v, whole, tmp_path):
     out = tmp_path / "records"
-    child = start_child(t2v, out, 5, target=die_in_the_second_write)
+    child = start_child(die_in_the_second_write, t2v, out, 5)
     child.join(240)
     assert child.exitcode == -signal.SIGKILL
     assert [path.name for path in (out / "records").glob("[!.]*")] == ["00000.safetensors"]

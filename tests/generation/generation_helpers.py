@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 from functools import cache
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
+from children import start_child
 
 from ptq.generation import ModelIdentity, Settings, Summary, run_generation
 from ptq.prompts import MediaRef, Sample
@@ -52,20 +54,10 @@ def in_child(pipe_dir: Path, out: Path, samples: list[Sample], shard: Shard, opt
     raise SystemExit(summary.remaining)
 
 
-def start_child(pipe_dir: Path, out: Path, samples: list[Sample], shard: Shard | None = None, **options):
-    context = multiprocessing.get_context("forkserver")
-    # Imported once, in the server that the children are forked from; it never runs a tensor operation.
-    context.set_forkserver_preload(
-        [
-            "ptq.generation.worker",
-            "random_model",
-            "diffusers.pipelines.wan.pipeline_wan",
-            "ptq.checkpoint.shards",
-        ]
-    )
-    child = context.Process(target=in_child, args=(pipe_dir, out, samples, shard or Shard(), options))
-    child.start()
-    return child
+def start_run(
+    pipe_dir: Path, out: Path, samples: list[Sample], shard: Shard | None = None, **options: Any
+) -> BaseProcess:
+    return start_child(in_child, pipe_dir, out, samples, shard or Shard(), options)
 
 
 def lines(out: Path) -> list[dict]:

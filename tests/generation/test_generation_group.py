@@ -5,7 +5,6 @@ one device; the exchange of tokens and heads is the real one. The leader encodes
 """
 
 import json
-import multiprocessing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from children import start_child
 from generation_helpers import MODEL, SETTINGS, file_digests, lines, load, make_samples, run
 from typer.testing import CliRunner
 
@@ -53,13 +53,10 @@ def take_part(rank: int, store: Path, pipe_dir: Path, out: Path, count: int, gui
 
 def make_in_group(tmp_path: Path, pipe_dir: Path, count: int, guidance: float = SETTINGS.guidance_scale) -> dict:
     """Run leader and follower to their ends; what the follower reports."""
-    context = multiprocessing.get_context("forkserver")
     answer, store = tmp_path / "answer.json", tmp_path / "store"
     store.unlink(missing_ok=True)
     arguments = (store, pipe_dir, tmp_path / "run", count, guidance, answer)
-    children = [context.Process(target=take_part, args=(rank, *arguments)) for rank in (0, 1)]
-    for child in children:
-        child.start()
+    children = [start_child(take_part, rank, *arguments) for rank in (0, 1)]
     for child in children:
         child.join(240)
         assert child.exitcode == 0

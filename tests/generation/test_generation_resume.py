@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from generation_helpers import MODEL, SETTINGS, file_digests, lines, make_samples, run, start_child
+from generation_helpers import MODEL, SETTINGS, file_digests, lines, make_samples, run, start_run
 
 from ptq.errors import DamagedFileError, PtqError, UsageError
 from ptq.generation import ModelIdentity, plan_run, read_status, run_generation
@@ -33,7 +33,7 @@ def copy_run(source: Path, target: Path) -> Path:
 @pytest.mark.parametrize("delay", [0.0, 0.05])
 def test_killed_and_continued_equals_uninterrupted(pipe_dir: Path, whole_run: Path, tmp_path: Path, delay: float):
     out = tmp_path / "run"
-    child = start_child(pipe_dir, out, make_samples(4))
+    child = start_run(pipe_dir, out, make_samples(4))
     deadline = time.monotonic() + 120
     while not (out / "manifest-0of1.jsonl").exists() or len(lines(out)) < 1:
         assert child.is_alive() and time.monotonic() < deadline

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from generation_helpers import MODEL, SETTINGS, file_digests, lines, make_samples, run, start_child
+from generation_helpers import MODEL, SETTINGS, file_digests, lines, make_samples, run, start_run
 
 from ptq.errors import PtqError
 from ptq.generation import read_status, run_generation
@@ -19,7 +19,7 @@ from ptq.store.sharding import Shard
 
 def test_three_processes_at_once_equal_one(pipe_dir: Path, whole_run: Path, tmp_path: Path):
     out = tmp_path / "run"
-    children = [start_child(pipe_dir, out, make_samples(4), Shard(i, 3)) for i in range(3)]
+    children = [start_run(pipe_dir, out, make_samples(4), Shard(i, 3)) for i in range(3)]
     for child in children:
         child.join()
         assert child.exitcode == 0
@@ -45,15 +45,15 @@ def test_three_processes_at_once_equal_one(pipe_dir: Path, whole_run: Path, tmp_
 def test_three_shards_one_killed_twice_equal_an_unsharded_run(pipe_dir: Path, tmp_path: Path):
     whole, out, samples = tmp_path / "whole", tmp_path / "run", make_samples(24)
     assert run(pipe_dir, whole, samples).done == 24
-    children = [start_child(pipe_dir, out, samples, Shard(i, 3)) for i in (0, 2)]
+    children = [start_run(pipe_dir, out, samples, Shard(i, 3)) for i in (0, 2)]
     manifest = out / "manifest-1of3.jsonl"
     for kill in (1, 2):
-        victim = start_child(pipe_dir, out, samples, Shard(1, 3))
+        victim = start_run(pipe_dir, out, samples, Shard(1, 3))
         wait_for(lambda wanted=2 * kill: manifest.exists() and len(manifest.read_bytes().splitlines()) >= wanted)
         os.kill(victim.pid, signal.SIGKILL)
         victim.join()
     assert len(manifest.read_bytes().splitlines()) < 8
-    children.append(start_child(pipe_dir, out, samples, Shard(1, 3)))
+    children.append(start_run(pipe_dir, out, samples, Shard(1, 3)))
     for child in children:
         child.join()
         assert child.exitcode == 0
@@ -147,7 +147,7 @@ def test_own_unit_in_the_hands_of_another_process_is_left_to_it(pipe_dir: Path, 
     (out / "state").mkdir(parents=True)
     with Claims(out / "state", Shard(0, 2), 60) as others:
         assert others.acquire("s1-0")
-        child = start_child(pipe_dir, out, make_samples(2), Shard(1, 2))
+        child = start_run(pipe_dir, out, make_samples(2), Shard(1, 2))
         wait_for(lambda: live_shards(out / "state") == ["1of2"])
         time.sleep(0.5)
         assert lines(out) == [] and child.is_alive()
@@ -174,7 +174,7 @@ def test_claims_exclude_each_other_and_stay_alive_by_their_heartbeat(tmp_path: P
 
 def test_status_sees_a_running_shard(pipe_dir: Path, tmp_path: Path):
     out = tmp_path / "run"
-    child = start_child(pipe_dir, out, make_samples(30))
+    child = start_run(pipe_dir, out, make_samples(30))
     wait_for(lambda: (out / "manifest-0of1.jsonl").exists() and lines(out))
     state = read_status(out)
     os.kill(child.pid, signal.SIGKILL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import resource
 import signal
@@ -55,14 +54,6 @@ def shipped(recipe: str, *overrides: str) -> QuantizeSettings:
 def run(model: Path, records: Path, out: Path, settings: QuantizeSettings, **options: Any) -> Manifest:
     torch.set_num_threads(1)
     return quantize(Job(read_layout(model), CalibrationSet(records), settings, out, QuantizeOptions(**options)))
-
-
-def start_child(target: Any, *arguments: Any):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ptq.quantization.run", "diffusers.pipelines.wan"])
-    child = context.Process(target=target, args=arguments)
-    child.start()
-    return child
 
 
 def run_and_die(renames: int, *arguments: Any, **options: Any) -> None:

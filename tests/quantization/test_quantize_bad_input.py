@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import start_child
 from quantization_helpers import (
     FULL,
     edit_weights,
@@ -14,7 +15,6 @@ from quantization_helpers import (
     make_settings,
     run,
     run_with_small_files,
-    start_child,
 )
 from random_model import make_random_pipeline
 

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from children import start_child
 from hypothesis import given
 from hypothesis import strategies as st
 from quantization_helpers import (
@@ -17,7 +18,6 @@ from quantization_helpers import (
     run,
     run_in_small_batches,
     shipped,
-    start_child,
 )
 
 from ptq.quantization import block, calls

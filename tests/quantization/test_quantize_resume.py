@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from children import start_child
 from quantization_helpers import (
     FULL,
     file_digests,
@@ -16,7 +17,6 @@ from quantization_helpers import (
     run_and_die,
     run_in_small_batches,
     shipped,
-    start_child,
 )
 
 from ptq.errors import DamagedFileError, UsageError

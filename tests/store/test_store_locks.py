@@ -1,11 +1,11 @@
 """A lock belongs to one process, says whose it is, and dies with its holder."""
 
-import multiprocessing
 import os
 import time
 from pathlib import Path
 
 import pytest
+from children import start_child
 
 from ptq.errors import PtqError
 from ptq.store.locks import describe_holder, exclusive, read_small_json
@@ -19,8 +19,7 @@ def hold(path: Path, ready: Path) -> None:
 
 def test_a_held_lock_is_refused_by_name_and_a_killed_holder_frees_it(tmp_path: Path):
     path, ready = tmp_path / ".out.lock", tmp_path / "ready"
-    child = multiprocessing.get_context("forkserver").Process(target=hold, args=(path, ready))
-    child.start()
+    child = start_child(hold, path, ready)
     deadline = time.monotonic() + 60
     while not ready.exists():
         assert time.monotonic() < deadline
