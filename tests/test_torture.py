@@ -15,12 +15,13 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "torture.py"
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux only")
 def test_a_few_random_disturbances(tmp_path: Path):
-    command = [sys.executable, str(SCRIPT), "--tries", "6", "--seed", "11", "--keep", str(tmp_path / "bench")]
+    # With this seed every kind comes once, by turns in both stages.
+    command = [sys.executable, str(SCRIPT), "--tries", "4", "--seed", "13", "--keep", str(tmp_path / "bench")]
     result = subprocess.run(
         [*command, "--stages", "calibrate,reference", "--kinds", "kill,term,int,limit"],
         capture_output=True, text=True, timeout=500,
     )  # fmt: skip
-    assert result.returncode == 0 and "6 of 6 tries held" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and "4 of 4 tries held" in result.stdout, result.stdout + result.stderr
 
 
 def test_the_comparison_sees_what_differs(tmp_path: Path):
