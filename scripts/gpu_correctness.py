@@ -12,23 +12,29 @@ import torch
 from torch import Tensor
 
 from ptq.runtime import PackedWeight, QuantLinear, backends, cpu, ops
+from ptq.runtime.conversion import KernelConversion
 from ptq.runtime.kernels.expand_weight import expand_weight, expand_weight_reference
 from ptq.runtime.kernels.gemm_fp8 import gemm_fp8
 from ptq.runtime.kernels.gemm_packed import gemm_packed
 from ptq.runtime.kernels.quantize import Output, quantize, quantize_reference
-from ptq.scheme import Learned, Placement, Scheme, Smoothed
+from ptq.scheme import Format, Learned, Placement, Scheme, Smoothed, get_format
 from ptq.scheme.learned import encode_blocks
 from ptq.scheme.placement import DECODED
+from ptq.solvers.conversion import DEFINITION
+from ptq.solvers.gptq import round_block
+from ptq.solvers.grid import grid_of
+from ptq.solvers.triton_columns import round_block as round_columns
 
 MXFP4, HIF4 = (Scheme.of(name, transform="smoothed", block=32) for name in ("mxfp4", "hif4"))
-LEARNED = tuple(
-    Scheme.of(name, transform="learned", block=64, input_rule=rule)
-    for name, rule in (("mxfp4", "even"), ("hif4", "mse"), ("hif4", "p2"))
-)
+RECIPES = tuple(backends.recipe_schemes().values())
+LEARNED = (*RECIPES, Scheme.of("hif4", transform="learned", block=64, input_rule="mse"))
+"""What ships, in blocks of 128; and the search in the blocks of a K that 128 does not divide."""
 FP8_LIMIT, F32_LIMIT = 1.6e-3, 2e-6
 """Relative error of float32 results: fast FP8 accumulation (14 bits) at K = 5120, growing with sqrt(K); true float32."""
 CODE_LIMIT = 1e-4
-"""Share of codes that may differ where a float32 rotation sum rounds."""
+"""Share of codes that may differ where a float32 rotation sum rounds, or where two candidates of a search tie."""
+COLUMNS_LIMIT = 1e-3
+"""Share of GPTQ's codes that may differ: every column's feedback is summed in float32, in an order of its own."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ def run(device: torch.device, cases: list[Case], rows: tuple[int, ...] = (1, 7, 
         x = _input(case, device)[0]
         yield from _quantizer(case, x)
         yield from _products(case, x)
+    yield from _solve(cases[0], device)
     yield from _layers(cases[0], rows, device)
 
 
@@ -81,13 +88,13 @@ def _weight(case: Case, scheme: Scheme, device: torch.device, bias: Tensor | Non
 
 def _basis(case: Case, scheme: Scheme, device: torch.device) -> Tensor | None:
     if isinstance(scheme.transform, Learned):
-        return _blocks(case.k, device)
+        return _blocks(case.k, scheme.transform.block_of(case.k), device)
     return _input(case, device)[1] if isinstance(scheme.transform, Smoothed) else None
 
 
-def _blocks(k: int, device: torch.device) -> Tensor:
-    """Random learned blocks of 64 with entries that are multiples of 1/8."""
-    entries = torch.randint(-8, 9, (k // 64, 64, 64), generator=torch.Generator().manual_seed(k))
+def _blocks(k: int, size: int, device: torch.device) -> Tensor:
+    """Random learned blocks with entries that are multiples of 1/8."""
+    entries = torch.randint(-8, 9, (k // size, size, size), generator=torch.Generator().manual_seed(k))
     entries[:, 0, 0] = 8
     return encode_blocks(entries.float()).to(device)
 
@@ -128,6 +135,35 @@ def _products(case: Case, x: Tensor) -> Iterator[Check]:
         exact = grid.double() @ weight.decode().double().T
         found = gemm_packed(grid, weight, torch.float32)
         yield Check(f"gemm_packed {scheme.format.name} {case}", _relative(found, exact), F32_LIMIT)
+
+
+def _solve(case: Case, device: torch.device) -> Iterator[Check]:
+    """What `ptq quantize` launches: conversions of inputs and weights, GPTQ's columns."""
+    generator = torch.Generator().manual_seed(case.k)
+    tokens = torch.randint(-127, 128, (case.m, case.k), generator=generator).float().to(device)
+    w = torch.randn(case.n, case.k, generator=generator).to(device)
+    kernels = KernelConversion()
+    for scheme in RECIPES:
+        basis = _basis(case, scheme, device)
+        found, expected = (one.input(tokens, basis, scheme) for one in (kernels, DEFINITION))
+        yield Check(f"solve {scheme.key}, inputs {case}", _mismatch(found, expected), 0.0)
+        for rule in dict.fromkeys((scheme.format.scale_rules[0], scheme.input_rule)):
+            codes, defined = (one.weight(w, scheme.format, rule) for one in (kernels, DEFINITION))
+            different = max(_mismatch(codes.elements, defined.elements), _mismatch(codes.scales, defined.scales))
+            yield Check(f"solve {scheme.format.name} {rule}, weight {case}", different, CODE_LIMIT)
+    for name in ("mxfp4", "hif4"):
+        yield Check(f"solve {name}, columns {case}", _columns(get_format(name), w), COLUMNS_LIMIT)
+
+
+def _columns(fmt: Format, w_nk: Tensor) -> float:
+    """Share of different codes of a block of GPTQ's columns, by the kernel and by the eager walk."""
+    weight = w_nk.T[:128].contiguous()
+    steps = fmt.steps(fmt.quantize(w_nk).scales).T[:128].contiguous()
+    feedback = (torch.randn(len(weight), len(weight), generator=torch.Generator().manual_seed(0)) * 0.05).to(weight)
+    grid = grid_of(fmt)
+    assert grid is not None
+    by_kernel = round_columns(weight.clone(), weight.clone(), steps.clone(), feedback, grid.to(w_nk.device))
+    return _mismatch(by_kernel, round_block(weight.clone(), weight.clone(), steps.clone(), feedback, fmt))
 
 
 def _layers(case: Case, rows: tuple[int, ...], device: torch.device) -> Iterator[Check]:

@@ -21,6 +21,7 @@ import gpu_correctness
 import gpu_measure
 import torch
 import triton
+from gpu_solve import solve_block
 
 from ptq import ui
 from ptq.runtime.bench_linear import GPU_SHAPES, bench_linear
@@ -39,6 +40,7 @@ class Sizes:
         shapes: [M, N, K] of single layers. block: rows, width, feed-forward width of a block's Linears.
         steps: table -> geometry of a denoiser call.
         compile_backend: of torch.compile in the steps.
+        solved: recipes whose solve of a block is timed, each with its format.
     """
 
     cases: tuple[gpu_correctness.Case, ...]
@@ -47,6 +49,7 @@ class Sizes:
     block: tuple[int, int, int]
     steps: dict[str, dict[str, Any]]
     compile_backend: str = "inductor"
+    solved: tuple[tuple[str, str], ...] = (("hif4", "hif4"), ("mxfp4", "mxfp4"))
 
 
 FULL = Sizes(
@@ -62,6 +65,7 @@ QUICK = dataclasses.replace(
     rows=(7,),
     shapes=GPU_SHAPES[:1],
     steps={"denoiser_a14b_two_blocks": gpu_measure.A14B | {"layers": 2}},
+    solved=(),
 )
 DRY = Sizes(
     (gpu_correctness.Case(17, 64, 128),),
@@ -123,6 +127,7 @@ def summary(tables: dict[str, list[dict[str, Any]]], broken: dict[str, str], fai
     for name, rows in tables.items():
         shown = [f"{row['candidate']} {row['speedup']:.2f}x" for row in rows if "speedup" in row]
         shown += [f"{row['job']} {row['of copy']:.2f} of copy" for row in rows if "recipe" in str(row.get("job", ""))]
+        shown += [f"{row['candidate']} {row['seconds']:.3g} s" for row in rows if row.get("input") == "whole block"]
         if shown:
             lines.append(f"{name}: {', '.join(shown)}"[:400])
     return lines[:SUMMARY_LINES]
@@ -153,6 +158,8 @@ def stages(device: torch.device, sizes: Sizes, repeats: int, tune: bool) -> dict
     steps = min(repeats, STEP_REPEATS)
     for name, geometry in sizes.steps.items():
         found[name] = functools.partial(gpu_measure.denoiser_step, geometry, device, steps, sizes.compile_backend)
+    if sizes.solved:
+        found["solve"] = lambda: solve_block(sizes.solved, width, ffn, device)
     if tune:
         found["tiles"] = lambda: [
             row for shape in sizes.shapes for row in gpu_measure.tile_candidates(*shape, device, repeats)[:3]
