@@ -9,7 +9,7 @@
 The rule that won, bytes 0..+2 with free micro-exponents, is `mse` in `ptq.scheme.hif4` and the default of inputs; here
 everything counts against the reference's scales. Everything else is the default recipe, solved with the candidate in place: its search of
 weight scales (of powers of two where weights are confined to them) with GPTQ on top, its choice of a basis with inputs
-quantized the candidate's way. (The figures in docs/quality.md were measured with bias correction, which both sides had.)
+quantized the candidate's way. (The figures in docs/log.md were measured with bias correction, which both sides had.)
 Records and measure are those of scripts/ablation.py; both scripts can share a work directory. CPU only. Writes <out>/hif4-candidates-<model>.json.
 """
 

@@ -12,7 +12,7 @@ channels of a block. Correlations are shrunk towards zero, so few tokens cannot 
 
 Blocks are stored as the bits of float8 e4m3 in uint8 (integers, because the diffusers loader casts floating dtypes).
 Three mantissa bits are enough: W' is made with the inverse of the matrix as stored, so coarse entries only move A a little
-away from its optimum and cost no exactness. Measured on `tiny`: the denoiser error with e4m3 blocks is within 1 % of that
+away from its optimum and cost no exactness. Measured on `tiny`: the denoiser error with e4m3 blocks is within 2 % of that
 with bfloat16 blocks, at half the bytes (3.8 % of an A14B block's packed weights).
 """
 
