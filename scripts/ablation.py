@@ -168,10 +168,15 @@ def main() -> None:
     args = parser.parse_args()
     quiet_libraries()
     layout = resolve_model(args.model)
+    widths = {k for expert in layout.experts for _, k in layout.linear_shapes(expert).values()}
+    tables = {name: variants(name, widths) for name in args.formats}
+    for name, recipes in tables.items():
+        if unknown := set(args.only or ()) - set(recipes):
+            parser.error(
+                f"--only: {name} has no {', '.join(sorted(unknown))}; it has {', '.join(recipes)}. Choose --formats to match."
+            )
     own, other = record_both(args, layout)
-    for name in args.formats:
-        widths = {k for expert in layout.experts for _, k in layout.linear_shapes(expert).values()}
-        recipes = variants(name, widths)
+    for name, recipes in tables.items():
         recipes = {label: recipes[label] for label in args.only or recipes}
         settings = {label: QuantizeSettings(name, recipe, label, {}) for label, recipe in recipes.items()}
         table = as_table(sweep(layout, own, other, settings))
