@@ -4,8 +4,8 @@
 
 Of each format's default recipe and the default with one key changed: held-out denoiser error, bits a weight with its basis, processor
 time to quantize a block, and processor time of a video against the original's. Videos of all checkpoints and the original take
-turns in one process; a ratio is the median over the turns. One thread; on a machine with other work read the ratios. Writes
-<out>/costs-<model>.json and prints the table.
+turns in one process; a ratio is the median over the turns. One thread; on a machine with other work read the ratios. As making
+checkpoints is timed, --work must hold none of an earlier run. Writes <out>/costs-<model>.json and prints the table.
 """
 
 from __future__ import annotations

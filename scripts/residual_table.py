@@ -1,6 +1,6 @@
 """What residual blocks are worth on held-out records, beside other choices of as many products; for docs/quality.md.
 
-    python scripts/residual_table.py --model tiny --work build/ablation --out docs/data
+    python scripts/residual_table.py --model tiny --calibration-prompts 48 --work build/residual --out docs/data
 
 For each recipe and damping the codes are solved once; a row then differs in its residual blocks alone. The controls, of the
 first damping and share:
