@@ -15,6 +15,8 @@ Records and measure are those of scripts/ablation.py; both scripts can share a w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
@@ -23,13 +25,14 @@ from ablation import as_table, record_both, sweep_parser
 from held_out import sweep
 from torch import Tensor
 
+from ptq import known
 from ptq.cli.common import quiet_libraries
 from ptq.config import load_recipe
 from ptq.quantization.settings import QuantizeSettings
-from ptq.scheme import FORMATS, hif4_search
+from ptq.scheme import FORMATS, hif4_search, native
 from ptq.scheme.format import NAN_SCALE, Codes
 from ptq.scheme.hif4 import HiF4
-from ptq.scheme.hif4_words import SCALE_BIAS, join_words, scale_values
+from ptq.scheme.hif4_words import BINADE, SCALE_BIAS, join_words, scale_values
 from ptq.scheme.tensors import grouped
 from ptq.store.files import write_json
 from ptq.wan.loading import resolve_model
@@ -73,22 +76,18 @@ INPUT_SEARCHES = {
 }
 
 
-class Base(HiF4):
-    """HiF4 whose conversion gives the power-of-two base byte: where the package's search then starts from."""
-
-    def quantize(self, x: Tensor, *, scale_rule: str | None = None, ties: str | None = None) -> Codes:
-        words = threshold_words(x, exponent_bytes(x))
-        return Codes(self.encode(x, self.steps(words)), words)
-
-
 class Candidate(HiF4):
     """HiF4 with other scales of weights and inputs; None keeps the package's own.
 
-    The solvers and layers convert weights with `quantize` and inputs with `fake_quantize`.
+    The solvers and layers convert weights with `quantize` and inputs with `fake_quantize`, where no compiled kernel does both.
     """
 
     def __init__(self, name: str, weights: Rule | None = None, inputs: Rule | None = None) -> None:
         self.name, self.weights, self.inputs = name, weights, inputs  # type: ignore[misc]
+
+    def kernels(self, rule: str, ties: str) -> native.Kernels | None:  # type: ignore[override]
+        """None, for they have the package's scales, where this one has others."""
+        return super().kernels(rule, ties) if self.weights is self.inputs is None else None
 
     def search_scales(self, w_rk: Tensor, weights_k: Tensor | None, scale_rule: str | None = None) -> Tensor:
         if self.weights is None:
@@ -138,12 +137,11 @@ def scale_words(x: Tensor, rule: Rule, weights_k: Tensor | None = None) -> Tenso
     Args:
         weights_k: importance of an error in each column, for free micro-exponents only.
     """
-    if rule.free:
-        base = Base() if rule.power_of_two else HiF4()
-        with mock.patch.object(hif4_search, "SEARCHED_OFFSETS", rule.offsets):
-            words = base.search_scales(x.reshape(-1, x.shape[-1]), weights_k)
-        return words.view(*x.shape[:-1], -1)
     byte = exponent_bytes(x) if rule.power_of_two else HiF4().quantize(x).scales & 0xFF
+    if rule.free:
+        rows, spacing = x.reshape(-1, x.shape[-1]), BINADE if rule.power_of_two else 1
+        words = hif4_search.searched_natively(rows, byte.view(len(rows), -1), weights_k, rule.offsets, spacing)
+        return words.view(byte.shape)
     best, best_error = byte, torch.full(byte.shape, torch.inf)
     for offset in rule.offsets:
         words = threshold_words(x, (byte + offset).clamp(0, NAN_SCALE - 1))
@@ -164,6 +162,14 @@ def candidates() -> dict[str, Candidate]:
     return {name: Candidate(name, *both) for name, both in rules.items()}
 
 
+@contextmanager
+def known_as(found: dict[str, Candidate]) -> Iterator[None]:
+    """Make candidates formats of their names, blanks included, which `register_format` refuses."""
+    facts = dict.fromkeys(found, known.FORMATS["hif4"])
+    with mock.patch.dict(FORMATS, found), mock.patch.dict(known.FORMATS, facts):
+        yield
+
+
 def main() -> None:
     args = sweep_parser(__doc__).parse_args()
     quiet_libraries()
@@ -171,10 +177,10 @@ def main() -> None:
     own, other = record_both(args, layout)
     found = candidates()
     recipe = load_recipe("hif4", "hif4", ("scheme.input_rule=reference",))
-    settings = {name: QuantizeSettings(name, recipe, name, {}) for name in found}
     mxfp4 = load_recipe("mxfp4", "mxfp4")
-    settings["MXFP4, default recipe"] = QuantizeSettings("mxfp4", mxfp4, "mxfp4", {})
-    with mock.patch.dict(FORMATS, found):
+    with known_as(found):
+        settings = {name: QuantizeSettings(name, recipe, name, {}) for name in found}
+        settings["MXFP4, default recipe"] = QuantizeSettings("mxfp4", mxfp4, "mxfp4", {})
         table = as_table(sweep(layout, own, other, settings))
     for row in table:
         candidate = found.get(row["variant"])
