@@ -6,7 +6,7 @@ For each format and damping two checkpoints with the same high-noise expert: "de
 original's, and "behind", whose low-noise records are of the same prompts and noise with the packed high-noise expert in front.
 Both make the units of `ptq demo --units N` and are judged against the original's videos, and behind against default: losses and
 PSNR are paired. Held-out denoiser errors of the low-noise expert are on records of both kinds. Finished parts are kept: the
-same command goes on where it stopped.
+same command goes on where it stopped, so --work must hold none of other code.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def sweep(
         variants: name -> settings; all with one `records` group.
 
     Raises:
-        UsageError: the variants cannot share statistics, or the two sets share a prompt.
+        UsageError: the variants cannot share statistics, or ask for what a sweep does not do, or the two sets share a prompt.
     """
     _check(calibration, held_out, variants)
     rows = {name: SweepRow(name) for name in variants}
@@ -76,6 +76,11 @@ def sweep(
 def _check(calibration: CalibrationSet, held_out: CalibrationSet, variants: Mapping[str, QuantizeSettings]) -> None:
     if len({settings.recipe.records for settings in variants.values()}) != 1:
         raise UsageError("Recipes of one sweep must have equal `records` keys.")
+    beyond = [name for name, one in variants.items() if one.recipe.solver.tune or one.recipe.solver.residual]
+    if beyond:
+        raise UsageError(
+            f"A sweep solves blocks, and neither tunes them nor chooses residual blocks, which {', '.join(beyond)} asks for: see tuning_table.py and residual_table.py."
+        )
     shared = {s.caption_digest for s in calibration.info.samples} & {s.caption_digest for s in held_out.info.samples}
     if shared:
         raise UsageError(f"{len(shared)} prompts are in both record sets; held-out records must be of other prompts.")

@@ -3,7 +3,8 @@
     python scripts/tiny_table.py --work build/tiny-table --out docs/data/tiny-table.json
 
 For each model, format and recipe (`--rows`): held-out denoiser error, prompt adherence over the same held-out units as the original,
-and drift (PSNR to the original's videos). Everything goes through the stages as the commands do; a killed run resumes.
+and drift (PSNR to the original's videos). Everything goes through the stages as the commands do; a killed run resumes, so
+--work must hold none of other code.
 """
 
 from __future__ import annotations

@@ -51,13 +51,16 @@ def test_the_denoiser_error_in_the_manifest_is_that_of_the_checkpoint(model, rec
     assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-9)
 
 
-def test_a_sweep_refuses_shared_prompts_and_unequal_statistics(model, records):
+def test_a_sweep_refuses_what_it_could_not_measure(model, records):
     calibration = CalibrationSet(records)
     with pytest.raises(UsageError, match="both record sets"):
         sweep(read_layout(model), calibration, calibration, {"rtn": make_settings("hif4")})
     unequal = {"a": make_settings("hif4"), "b": make_settings("hif4", "records.tokens_per_record=3")}
     with pytest.raises(UsageError, match="equal `records` keys"):
         sweep(read_layout(model), calibration, calibration, unequal)
+    for key in ("solver.tune=true", "solver.residual=0.1"):
+        with pytest.raises(UsageError, match=r"neither tunes .* which more asks for"):
+            sweep(read_layout(model), calibration, calibration, {"more": make_settings("hif4", *FULL, key)})
 
 
 @pytest.mark.parametrize("name", ["hif4", "mxfp4"])
