@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -46,6 +47,11 @@ class _Loader(yaml.SafeLoader):
     @staticmethod
     def _refuse(problem: str, place: Any) -> None:
         raise yaml.constructor.ConstructorError(None, None, problem, place.start_mark)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)  # 1e-3 is a number, as in YAML 1.2; YAML 1.1 wants 1.0e-3
 
 
 def parse_yaml(text: str) -> Any:

@@ -18,8 +18,6 @@ from ptq.config.load import CONFIGS, list_configs, load_yaml, parse_yaml, valida
 from ptq.config.tuning import MOST, Strict, Tuning
 from ptq.errors import UsageError, shown
 
-"""Of a count in a recipe."""
-
 
 class SchemeSettings(Strict):
     """How every layer is quantized, beside the format.
@@ -173,7 +171,7 @@ def translate(earlier: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     flat = _flatten(earlier)
     if not any(key in flat for key in (*NOW_CALLED, *GONE)):
         return dict(earlier), {}
-    if any(not isinstance(earlier.get(group, {}), Mapping) for group in ("scheme", "solver", "records")):
+    if any(not isinstance(earlier.get(group, {}), Mapping) for group in GROUPS):
         return dict(earlier), {}  # neither of today nor of then: strict validation says why
     idle = set() if _read_records(flat) else {"records.weighting", "records.inputs"}
     idle |= set() if flat.get("rounding") == "gptq" else {"gptq.precision"}
@@ -203,6 +201,8 @@ def installed_recipes() -> dict[str, Recipe]:
     return {name: validate(Recipe, load_yaml(CONFIGS / "recipes" / f"{name}.yaml"), f"Recipe {name}") for name in names}
 
 
+GROUPS = ("scheme", "solver", "records")
+"""Of keys in a recipe."""
 SWITCHED = ("solver.tune",)
 """Groups of keys that true and false stand for, too."""
 
@@ -294,6 +294,10 @@ def _apply(value: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator:
         raise UsageError(f"--set takes key=value, found {shown(override)}.")
+    if _key_of(override) in GROUPS:
+        raise UsageError(
+            f"--set {_key_of(override)} would replace a whole group, and drop what the recipe has in it. Set its keys one by one, as --set {_key_of(override)}.KEY=VALUE."
+        )
     *groups, last = _key_of(override).split(".")
     for depth, group in enumerate(groups, 1):
         if ".".join(groups[:depth]) in SWITCHED and not isinstance(value.get(group), dict):

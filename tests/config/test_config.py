@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from ptq.config import CONFIGS, Recipe, list_configs, load_recipe, load_yaml
-from ptq.config.recipe import GONE, NOW_CALLED
+from ptq.config.recipe import GONE, GROUPS, NOW_CALLED
 from ptq.errors import UsageError
 from ptq.quantization.settings import QuantizeSettings
 from ptq.scheme import FORMATS, TRANSFORMS, Scheme
@@ -30,10 +30,17 @@ def test_a_key_of_a_group_switches_it_on(tmp_path: Path, before: tuple[str, ...]
         assert found.solver.tune is not None and found.solver.tune.prompts == 24 and found.solver.tune.steps == 80
 
 
-@pytest.mark.parametrize("key", ["solver.tune=true", "solver={rounding: gptq}"])
+@pytest.mark.parametrize("key", ["solver.tune=true", "solver.tune={steps: 8}"])
 def test_a_group_does_not_undo_its_keys(tmp_path: Path, key: str) -> None:
     with pytest.raises(UsageError, match=f"{re.escape(key)} would undo --set solver.tune.prompts"):
         recipe(tmp_path, TODAY, "mxfp4", "solver.tune.prompts=24", key)
+
+
+def test_every_group_of_a_recipe_is_known_as_one() -> None:
+    """So that none can be set whole, which would silently drop what the recipe says in it."""
+    assert [name for name, field in Recipe.model_fields.items() if hasattr(field.annotation, "model_fields")] == [
+        *GROUPS
+    ]
 
 
 def with_settings(recipe: Recipe, format_name: str) -> QuantizeSettings:
@@ -75,6 +82,8 @@ def test_a_recipe_per_format_is_installed() -> None:
         ("solver.smoothing=[0.3, 0.5]", "solver.smoothing", (0.3, 0.5)),
         ("solver.clip_search=false", "solver.clip_search", False),
         ("solver.damping=0.05", "solver.damping", 0.05),
+        ("solver.damping=5e-2", "solver.damping", 0.05),
+        ("solver.smoothing=[1E-1, 5.e-1, +25e-2]", "solver.smoothing", (0.1, 0.5, 0.25)),
         ("solver.act_order=false", "solver.act_order", False),
         ("solver.weight_rule=even", "solver.weight_rule", "even"),
         ("records.tokens_per_record=7", "records.tokens_per_record", 7),
@@ -164,7 +173,10 @@ def test_all_earlier_keys_are_named_at_once(tmp_path: Path) -> None:
         ("solver.damping", "key=value"),
         ("scheme.block.size=32", "block is not a group"),
         ("solver.rounding.kind=x", "rounding is not a group"),
-        ("solver=3", "solver"),
+        ("solver=3", "solver would replace a whole group"),
+        ("solver={residual: 0.05}", r"as --set solver\.KEY=VALUE"),
+        (" scheme =null", "scheme would replace a whole group"),
+        ("records={}", "records would replace a whole group"),
         ("=3", "."),
         ("solver.smoothing=[0.5", "smoothing"),
     ],
