@@ -33,7 +33,7 @@ def inspect(
         return
     ui.details(f"{checkpoint}", summary(manifest))
     ui.say(
-        "Relative output errors on calibration tokens, inputs quantized, without residual blocks; rtn: plain rounding in the same basis. SQNR: of the weights."
+        "Relative output errors on calibration tokens, inputs quantized, before tuning and without residual blocks; rtn: plain rounding in the same basis. SQNR: of the weights."
     )
     residual = any(row.residual_blocks for row in rows)
     for expert in dict.fromkeys(row.expert for row in rows):

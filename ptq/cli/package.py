@@ -73,9 +73,8 @@ def verify(
         print_json([claim.as_json() for claim in claims])
     else:
         words = {True: "yes", False: "NO", None: "-"}
-        ui.table(
-            f"{archive}", ("claim", "how", "holds", "found"), [(c.name, c.how, words[c.holds], c.found) for c in claims]
-        )
+        rows = [(c.name, c.how, words[c.holds], c.found) for c in claims]
+        ui.table(f"{archive}", ("claim", "how", "holds", "found"), rows, numbers=False)
         failed, open_ = (sum(claim.holds is answer for claim in claims) for answer in (False, None))
         ui.info(f"{len(claims) - failed - open_} claims hold, {failed} do not, {open_} were not checked.")
     if any(claim.holds is False for claim in claims):

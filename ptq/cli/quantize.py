@@ -52,7 +52,7 @@ def quantize(
 
     Example: ptq quantize tiny --calibration calibration --format hif4 --out tiny-hif4
     """
-    from ptq.config import load_recipe
+    from ptq.config.recipe import load_recipe, name_with
     from ptq.quantization.settings import QuantizeSettings, parse_high_precision, parse_scope
     from ptq.quantization.workdir import refuse_taken, unfinished
     from ptq.store.calibration import CalibrationSet
@@ -61,11 +61,11 @@ def quantize(
     scope = parse_scope(budget_scope)
     refuse_taken(out)
     layout = find_model(model)
-    name = recipe or format_name
+    name, changes = recipe or format_name, tuple(overrides or ())
     settings = QuantizeSettings(
         format=format_name,
-        recipe=load_recipe(name, format_name, tuple(overrides or ())),
-        recipe_name=name,
+        recipe=load_recipe(name, format_name, changes),
+        recipe_name=name_with(name, changes),
         high_precision=parse_high_precision(high_precision, {e: layout.num_blocks(e) for e in layout.experts}),
         auto_protect=high_precision == "auto",
         budget_scope=scope,
@@ -106,6 +106,7 @@ def quantize(
 def summary(manifest: Manifest) -> dict[str, object]:
     """The few facts shown after quantizing and by inspect."""
     coverage = manifest.coverage
+    tuned = [row.tuning.kept for row in manifest.blocks if row.tuning is not None]
     errors = {f"denoiser error, {e.expert}": f"{e.denoiser_error:.3e} on {e.records} records" for e in manifest.experts}
     return {
         "format": manifest.format,
@@ -115,6 +116,7 @@ def summary(manifest: Manifest) -> dict[str, object]:
         "W4A4 share of Linear parameters": f"{coverage.parameter_share:.2%}",
         "W4A4 share of Linear FLOPs": f"{coverage.flop_share:.2%}",
         **({"residual blocks": f"{coverage.residual_share:.2%} more products"} if coverage.residual_share else {}),
+        **({"tuned blocks": f"{sum(tuned)} of {len(tuned)} kept their tuned codes"} if tuned else {}),
         "high-precision blocks": ", ".join(manifest.high_precision) or "none",
         **errors,
         "seconds": round(manifest.seconds, 1),

@@ -238,6 +238,12 @@ def load_recipe(name_or_file: str, format_name: str, overrides: tuple[str, ...] 
     return recipe
 
 
+def name_with(name: str, overrides: Sequence[str]) -> str:
+    """A recipe's name for people, with the keys that `--set` gave other values: it is not all that its own file says of it."""
+    keys = dict.fromkeys(map(_key_of, overrides))
+    return f"{name} (changed: {', '.join(keys)})" if keys else name
+
+
 def check_format(recipe: Recipe, name: str, format_name: str) -> None:
     """Raise UsageError where a recipe is made for another format."""
     if recipe.format not in (None, format_name):

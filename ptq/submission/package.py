@@ -175,6 +175,10 @@ def check_submittable(checkpoint: Path, manifest: Manifest, judged: Evaluation, 
         raise UsageError(
             f"The evaluation is not by the rules: {problem}. Evaluate both runs again, whole and by the rules."
         )
+    if judged.verdict is None and not allow_failing:
+        raise UsageError(
+            f"The evaluation has no verdict: suite {judged.suite} has none for {manifest.format}. Evaluate both runs again with --suite icme2026, an embedded model's with --suite tiny; --allow-failing-gate packs it all the same and marks the archive."
+        )
     if judged.verdict != PASS and not allow_failing:
         raise UsageError(
             f"The evaluation's verdict is {judged.verdict}, not {PASS}. Improve the checkpoint or evaluate more units; --allow-failing-gate packs it all the same and marks the archive."

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from ptq.config import CONFIGS, Recipe, list_configs, load_recipe, load_yaml
-from ptq.config.recipe import GONE, GROUPS, NOW_CALLED
+from ptq.config.recipe import GONE, GROUPS, NOW_CALLED, name_with
 from ptq.errors import UsageError
 from ptq.quantization.settings import QuantizeSettings
 from ptq.scheme import FORMATS, TRANSFORMS, Scheme
@@ -108,6 +108,12 @@ def test_later_overrides_win_over_earlier_and_over_the_file(tmp_path: Path) -> N
     assert recipe(tmp_path, text, "mxfp4", "scheme.block=32", "scheme.block=128").scheme.block == 128
     solver = recipe(tmp_path, "solver: {damping: 0.5}", "mxfp4", "solver.act_order=false").solver
     assert (solver.damping, solver.act_order) == (0.5, False)
+
+
+def test_a_changed_recipe_does_not_go_by_its_name_alone() -> None:
+    assert name_with("hif4", ()) == "hif4"
+    changes = ("solver.tune=true", " solver.residual =0.1", "solver.tune=false")
+    assert name_with("hif4", changes) == "hif4 (changed: solver.tune, solver.residual)"
 
 
 def test_blocks_follow_the_transform(tmp_path: Path) -> None:

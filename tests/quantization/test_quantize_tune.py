@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ptq.checkpoint.manifest import read_manifest
 from ptq.checkpoint.shards import ShardSet
+from ptq.cli.quantize import summary
 from ptq.config.recipe import SolverSettings
 from ptq.config.tuning import TuneSettings
 from ptq.errors import UsageError
@@ -84,8 +85,10 @@ def test_only_elements_change_and_held_out_records_improve(made, single, records
     (text,) = [step.text for step in describe_method(read_manifest(made["tuned"])) if "tuned" in step.title]
     assert "8 steps of Adam" in text and "2 of 2 blocks kept them" in text and "on 4 held-out records" in text
     assert TUNED.recipe.solver.tune.describe() in (made["tuned"] / "README.md").read_text()
-    layers = [read_manifest(made[name]).layers for name in ("plain", "tuned")]
-    assert layers[0] == layers[1]  # errors of single layers are from before
+    manifests = [read_manifest(made[name]) for name in ("plain", "tuned")]
+    assert manifests[0].layers == manifests[1].layers  # errors of single layers are from before
+    shown = [summary(manifest).get("tuned blocks") for manifest in manifests]
+    assert shown == [None, "2 of 2 kept their tuned codes"]
 
 
 def test_without_a_gain_on_held_out_records_codes_stay(single, single_records, tmp_path):

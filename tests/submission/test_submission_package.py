@@ -57,6 +57,8 @@ def test_a_rehearsal_without_an_interval_is_packed_and_says_so(job, tmp_path: Pa
 
 def test_a_rehearsal_without_a_gate(job, tmp_path: Path) -> None:
     evaluate_runs(job.run("reference"), job.run("candidate"), tmp_path / "core", suite="core", resamples=1000)
+    with pytest.raises(UsageError, match=r"no verdict: suite core has none .* --suite icme2026"):
+        package(job.checkpoint, tmp_path / "core", tmp_path / "core.tar.gz", REPORT)
     package(job.checkpoint, tmp_path / "core", tmp_path / "core.tar.gz", REPORT, allow_failing=True)
     assert not_holding(tmp_path / "core.tar.gz") == []
 

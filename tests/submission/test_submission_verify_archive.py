@@ -53,6 +53,8 @@ def test_the_command_lists_every_claim_and_fails_when_one_does_not_hold(
     listed = json.loads(result.stdout)
     assert {tuple(one) for one in listed} == {("name", "how", "holds", "found")}
     assert by_name([Claim(**one) for one in listed])[UNIT].found == "--no-regenerate"
+    table = CliRunner().invoke(app, ["verify", str(archive), "--no-regenerate"]).stdout
+    assert "│ the members are those of" in table  # and not one letter or two a line
     from ptq.submission.archive import write_archive
 
     tampered.write("README.md", b"All is well.\n")
