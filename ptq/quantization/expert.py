@@ -85,6 +85,10 @@ class ExpertRun:
             self._solve_all(unprotected, bar)
             self._residual = choose_residual(self.work, self.name, unprotected, share)
             result.residual = listed(self._residual)
+            if not result.residual and unprotected:
+                ui.warn(
+                    f"No residual block of {self.name} fits into solver.residual = {share:g} of its products, so it has none. Set a larger share, or 0, which does not replay the records a second time."
+                )
         with BlockWriter(self.work, self.name) as writer:
             for index in range(self.replay.num_blocks):
                 entries, info = self._block(index, writer)

@@ -114,12 +114,12 @@ def _tuning(manifest: Manifest) -> Step | None:
     kept = [row for row in rows if row.kept]
     least, most = min(row.held_out for row in rows), max(row.held_out for row in rows)
     held_out = f"{least}" if least == most else f"{least} to {most}"
-    gain = sum(1 - row.after / row.before for row in kept) / max(1, len(kept))
-    return Step(
-        "",
-        "Codes tuned block by block",
-        f"{tune.describe()} {len(kept)} of {len(rows)} blocks kept them, with {gain:.1%} less error on {held_out} held-out records in the mean. Errors of single layers in this report are from before.",
-    )
+    done = f"None of {len(rows)} blocks kept them, for none had less error on its {held_out} held-out records."
+    if kept:
+        gain = sum(1 - row.after / row.before for row in kept) / len(kept)
+        done = f"{len(kept)} of {len(rows)} blocks kept them, with {gain:.1%} less error on {held_out} held-out records in the mean."
+    text = f"{tune.describe()} {done} Errors of single layers in this report are from before."
+    return Step("", "Codes tuned block by block", text)
 
 
 def _inputs(manifest: Manifest) -> Step:
@@ -128,7 +128,7 @@ def _inputs(manifest: Manifest) -> Step:
 
 def _residual(manifest: Manifest) -> Step | None:
     text = manifest.recipe.solver.describe_residual()
-    if not text:
+    if not text or not manifest.coverage.residual_share:
         return None
     blocks = sum(len(row.residual_blocks) for row in manifest.layers)
     layers = sum(bool(row.residual_blocks) for row in manifest.layers)

@@ -55,7 +55,7 @@ def model_card(manifest: Manifest, judged: Evaluation | None = None) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in _rows(manifest, base, title).items())
     solver = manifest.recipe.solver
     tuned = f" {solver.tune.describe()}" if solver.tune else ""
-    residual = f" {twice}" if (twice := solver.describe_residual()) else ""
+    residual = f" {solver.describe_residual()}" if manifest.coverage.residual_share else ""
     text = f"""---
 {_front_matter(manifest, title)}---
 

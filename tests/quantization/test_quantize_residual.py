@@ -19,6 +19,7 @@ from ptq.errors import PtqError, UsageError
 from ptq.quantization import expert as expert_module
 from ptq.quantization.hybrid import HybridExpert
 from ptq.quantization.module import quantize_module
+from ptq.report.method import describe_method
 from ptq.runtime import QuantLinear
 from ptq.store.calibration import CalibrationSet
 from ptq.store.files import read_json
@@ -110,6 +111,16 @@ def test_protected_blocks_leave_the_budget_to_the_others(model, records, tmp_pat
         rows = [row for row in manifest.layers if row.expert == expert]
         spent = sum(64 * len(row.residual_blocks) * row.shape[0] for row in rows)
         assert 0.2 < spent / sum(math.prod(row.shape) for row in rows) <= 0.3
+
+
+def test_a_share_that_no_block_fits_into_is_said(single, single_records, tmp_path, capfd):
+    manifest = run(single, single_records, tmp_path / "out", make_settings("hif4", "solver.residual=1e-6"))
+    assert manifest.coverage.residual_share == 0
+    assert "No residual block of transformer fits into solver.residual = 1e-06" in " ".join(
+        capfd.readouterr().err.split()
+    )
+    texts = [(tmp_path / "out/README.md").read_text(), *(step.text for step in describe_method(manifest))]
+    assert not any("once more" in text for text in texts)
 
 
 def edited(made: dict[str, Path], tmp_path: Path, edit: Callable[[dict], None]) -> Path:

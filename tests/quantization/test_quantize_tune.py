@@ -97,6 +97,8 @@ def test_without_a_gain_on_held_out_records_codes_stay(single, single_records, t
     manifest = run(single, single_records, tmp_path / "tuned", settings)
     run(single, single_records, tmp_path / "plain", PLAIN)
     assert all(row.tuning is not None and not row.tuning.kept for row in manifest.blocks)
+    (text,) = [step.text for step in describe_method(manifest) if "tuned" in step.title]
+    assert "None of 2 blocks kept them" in text and "0.0%" not in text
     weights = [name for name in file_digests(tmp_path / "plain") if name.endswith(".safetensors")]
     assert all(file_digests(tmp_path / "plain")[name] == file_digests(tmp_path / "tuned")[name] for name in weights)
 
