@@ -54,7 +54,7 @@ def quantize(
     """
     from ptq.config.recipe import load_recipe, name_with
     from ptq.quantization.settings import QuantizeSettings, parse_high_precision, parse_scope
-    from ptq.quantization.workdir import refuse_taken, unfinished
+    from ptq.quantization.workdir import WorkDir, refuse_taken, unfinished
     from ptq.store.calibration import CalibrationSet
     from ptq.wan.loading import find_model
 
@@ -90,10 +90,11 @@ def quantize(
     place = parse_streams(streams, device)
     how = QuantizeOptions(device=device, max_memory=limit, streams=place, link=link, fresh=fresh)
     job = Job(layout, records, settings, out, how)
+    job.check()
+    WorkDir(out, job.signature, fresh=fresh, look=True)  # said before the machine is looked at
     if dry_run:
         ui.details("Quantization plan", {**describe(job), "directory": describe_out(out, unfinished(out), fresh=fresh)})
         return
-    job.check()
     if check:
         preflight(lambda: needs(job), out, device, format_name)
     manifest = run(job)

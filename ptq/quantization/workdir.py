@@ -86,6 +86,7 @@ class WorkDir(RunDirectory):
         out: the final output directory.
         signature: everything that decides the codes, as JSON-like values under readable names.
         fresh: throw an earlier unfinished run away.
+        look: only raise what there is to raise, and leave everything as it is; for a dry run, and before long work.
 
     Raises:
         UsageError: `out` exists already, or an unfinished run with another signature is there (names the differences).
@@ -93,10 +94,13 @@ class WorkDir(RunDirectory):
 
     kind, settings_file = "work directory of `ptq quantize`", SIGNATURE_FILE
 
-    def __init__(self, out: Path, signature: dict[str, Any], *, fresh: bool = False) -> None:
+    def __init__(self, out: Path, signature: dict[str, Any], *, fresh: bool = False, look: bool = False) -> None:
         super().__init__(unfinished(out))
         self.out, self._made_from, self.signature = out, signature, digest(signature)
         refuse_taken(out)
+        if look:
+            self.refuse_other(signature, fresh=fresh)
+            return
         self.refuse_foreign()
         self.write_settings(anew=self.enter(signature, fresh=fresh))
 

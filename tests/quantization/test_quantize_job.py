@@ -2,10 +2,13 @@
 
 import pytest
 from quantization_helpers import FULL, make_settings
+from typer.testing import CliRunner
 
 from ptq.checkpoint.shards import ShardSet
+from ptq.cli.app import app
 from ptq.quantization.job import Job, QuantizeOptions
 from ptq.quantization.plan import describe, needs
+from ptq.quantization.workdir import WorkDir
 from ptq.store.calibration import CalibrationSet
 from ptq.wan.estimates import LIBRARY_BYTES
 from ptq.wan.layout import read_layout
@@ -63,3 +66,18 @@ def test_the_plan_is_told_in_words(job, tmp_path, format_name):
     rows = describe(job(make_settings(format_name)))
     assert "blocks, 2 of 6 records of" in rows["transformer"] and rows["time, estimated"].endswith("on cpu")
     assert rows["W4A4 share of Linear parameters"].endswith("%") and not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_refuses_what_the_run_would(job, model, records, tmp_path):
+    begun = job(make_settings("hif4", "solver.residual=0.1", protected={"transformer": {}, "transformer_2": {}}))
+    WorkDir(begun.out, begun.signature)
+    before = (tmp_path / "out.partial" / "run.json").read_bytes()
+    command = ["quantize", str(model), "--calibration", str(records), "--format", "hif4", "--recipe", "rtn"]
+    command += ["--out", str(begun.out), "--dry-run", "--set"]
+    other, same, fresh = (
+        CliRunner().invoke(app, [*command, *more])
+        for more in (["solver.residual=0.2"], ["solver.residual=0.1"], ["solver.residual=0.2", "--fresh"])
+    )
+    assert "different: recipe.solver.residual" in str(other.exception)
+    assert (same.exit_code, fresh.exit_code) == (0, 0) and "Quantization plan" in same.stdout
+    assert (tmp_path / "out.partial" / "run.json").read_bytes() == before
