@@ -44,13 +44,27 @@ TILE_CANDIDATES = tuple(
 )
 
 
+def block_inputs(width: int, ffn: int) -> dict[str, list[tuple[int, int]]]:
+    """Distinct input of a block, in order -> [N, K] of the Linears that read it."""
+    square = (width, width)
+    return {
+        "query, key, value": [square] * 3,
+        "attention's output": [square],
+        "query of the text's attention": [square],
+        "key, value of the text": [square] * 2,
+        "output of the text's attention": [square],
+        "feed-forward": [(ffn, width)],
+        "feed-forward's output": [(width, ffn)],
+    }
+
+
 def block_linears(rows: int, width: int, ffn: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
     """The ten Linears of one block in order; query, key and value share their input, keys and values the text."""
     x = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
     text = torch.randn(TEXT_TOKENS, width, device=device, dtype=torch.bfloat16)
     hidden = torch.randn(rows, ffn, device=device, dtype=torch.bfloat16)
-    shapes = [(width, width)] * 8 + [(ffn, width), (width, ffn)]
-    inputs = [0, 0, 0, 1, 2, 3, 3, 4, 5, 6]
+    linears = [(i, shape) for i, own in enumerate(block_inputs(width, ffn).values()) for shape in own]
+    inputs, shapes = zip(*linears, strict=True)
 
     def call(layers: list[nn.Module]) -> Tensor:
         # One fresh tensor for each distinct input, as a model has them: sharing works by identity.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from gpu_measure import block_inputs
 from torch import Tensor
 
 from ptq.config import load_recipe
@@ -19,20 +20,6 @@ from ptq.solvers import InputStats, solve_group
 
 SAMPLES = 1024
 """Tokens that errors are measured on."""
-
-
-def block_inputs(width: int, ffn: int) -> dict[str, list[tuple[int, int]]]:
-    """Distinct input of a block -> [N, K] of the Linears that read it."""
-    square = (width, width)
-    return {
-        "query, key, value": [square] * 3,
-        "attention's output": [square],
-        "query of the text's attention": [square],
-        "key, value of the text": [square] * 2,
-        "output of the text's attention": [square],
-        "feed-forward": [(ffn, width)],
-        "feed-forward's output": [(width, ffn)],
-    }
 
 
 def solve_block(recipes: Sequence[tuple[str, str]], width: int, ffn: int, device: torch.device) -> list[dict[str, Any]]:

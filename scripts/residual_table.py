@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from ablation import record_both, sweep_parser
+from block_sizes import RECIPES
 from torch import Tensor, nn
 
 from ptq import ui
@@ -45,8 +46,6 @@ from ptq.wan.layout import ModelLayout
 from ptq.wan.loading import resolve_model
 from ptq.wan.replay import ExpertReplay, run_block
 
-RECIPES = {"hif4": "hif4", "mxfp4": "mxfp4", "hif4-fast": "hif4"}
-"""Recipe -> format."""
 PRODUCT_OF_BF16 = 4
 
 Key = tuple[int, tuple[str, ...]]

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import torch
 from ablation import record_both, sweep_parser
-from residual_table import RECIPES, Chosen, Expert
+from block_sizes import RECIPES
+from residual_table import Chosen, Expert
 
 from ptq import ui
 from ptq.cli.common import quiet_libraries

@@ -119,7 +119,7 @@ ARTIFACTS = {
     "records": Artifact("records.jsonl", RECORD, ("step",), calibrated, line, IN_LINES, {"calibration.json": with_index}),
     "run-goes-on": Artifact("run.json", RUN, ("plan", "units"), generated, passes=frozenset({"missing"}), beside={"../p.txt": "a red ball\n"}),
     "run-of-other-settings": Artifact("run.json", RUN, ("settings", "steps"), generated, beside={"../p.txt": "a red ball\n"}, named="dir"),
-    "unfinished-checkpoint": Artifact("out.partial/run.json", SIGNATURE, ("seed",), by(lambda f: WorkDir(f / "out", SIGNATURE)), named="out.partial"),
+    "unfinished-checkpoint": Artifact("out.partial/run.json", SIGNATURE, ("seed",), by(lambda f: WorkDir(f / "out", SIGNATURE).begin()), named="out.partial"),
     "run": Artifact("run.json", RUN, ("plan", "units"), evaluated, passes=frozenset({"missing"}), beside={"manifest-0of1.jsonl": LINE}),
     "run-status": Artifact("run.json", RUN, ("plan", "shards"), lambda f: ("status", f), passes=frozenset({"missing"}), beside={"manifest-0of1.jsonl": LINE}),
     "manifest-line": Artifact("manifest-0of1.jsonl", LINE, ("width",), evaluated, line, IN_LINES, {"run.json": RUN}, every=True),

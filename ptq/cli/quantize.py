@@ -52,7 +52,8 @@ def quantize(
 
     Example: ptq quantize tiny --calibration calibration --format hif4 --out tiny-hif4
     """
-    from ptq.config.recipe import load_recipe, name_with
+    from ptq.config import load_recipe
+    from ptq.config.overrides import name_with
     from ptq.quantization.settings import QuantizeSettings, parse_high_precision, parse_scope
     from ptq.quantization.workdir import WorkDir, refuse_taken, unfinished
     from ptq.store.calibration import CalibrationSet
@@ -91,7 +92,7 @@ def quantize(
     how = QuantizeOptions(device=device, max_memory=limit, streams=place, link=link, fresh=fresh)
     job = Job(layout, records, settings, out, how)
     job.check()
-    WorkDir(out, job.signature, fresh=fresh, look=True)  # said before the machine is looked at
+    WorkDir(out, job.signature).refuse_other(job.signature, fresh=fresh)  # before the machine is looked at
     if dry_run:
         ui.details("Quantization plan", {**describe(job), "directory": describe_out(out, unfinished(out), fresh=fresh)})
         return

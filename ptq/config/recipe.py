@@ -8,13 +8,14 @@ Every default stands here and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from ptq.config.load import CONFIGS, list_configs, load_yaml, parse_yaml, validate
+from ptq.config.load import CONFIGS, list_configs, load_yaml, validate
+from ptq.config.overrides import apply_override, key_of, refuse_undone
 from ptq.config.tuning import MOST, Strict, Tuning
 from ptq.errors import UsageError, shown
 
@@ -141,6 +142,8 @@ class Recipe(Strict):
         return f"{self.scheme.describe()}{nothing}"
 
 
+GROUPS = tuple(name for name, field in Recipe.model_fields.items() if hasattr(field.annotation, "model_fields"))
+"""Of keys in a recipe."""
 NOW_CALLED = {
     "rounding": "solver.rounding",
     "smoothing": "solver.smoothing",
@@ -201,12 +204,6 @@ def installed_recipes() -> dict[str, Recipe]:
     return {name: validate(Recipe, load_yaml(CONFIGS / "recipes" / f"{name}.yaml"), f"Recipe {name}") for name in names}
 
 
-GROUPS = ("scheme", "solver", "records")
-"""Of keys in a recipe."""
-SWITCHED = ("solver.tune",)
-"""Groups of keys that true and false stand for, too."""
-
-
 def load_recipe(name_or_file: str, format_name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Resolve --recipe and --set into a recipe for one format.
 
@@ -226,22 +223,16 @@ def load_recipe(name_or_file: str, format_name: str, overrides: tuple[str, ...] 
             raise UsageError(f"There is no recipe {shown(name_or_file)}: neither a file nor one of {known}.")
     value, where = load_yaml(path), f"Recipe {name_or_file}"
     _refuse_earlier(value, where)
-    _refuse_undone(overrides)
+    refuse_undone(overrides)
     for override in overrides:
         alone: dict[str, Any] = {}
-        _apply(alone, override)
-        _refuse_earlier(alone, f"--set {_key_of(override)}")
-        _apply(value, override)
+        apply_override(alone, override, GROUPS)
+        _refuse_earlier(alone, f"--set {key_of(override)}")
+        apply_override(value, override, GROUPS)
     _refuse_idle_block(value, overrides, where)
-    recipe = validate(Recipe, value, where, [_key_of(override) for override in overrides])
+    recipe = validate(Recipe, value, where, [key_of(override) for override in overrides])
     check_format(recipe, name_or_file, format_name)
     return recipe
-
-
-def name_with(name: str, overrides: Sequence[str]) -> str:
-    """A recipe's name for people, with the keys that `--set` gave other values: it is not all that its own file says of it."""
-    keys = dict.fromkeys(map(_key_of, overrides))
-    return f"{name} (changed: {', '.join(keys)})" if keys else name
 
 
 def check_format(recipe: Recipe, name: str, format_name: str) -> None:
@@ -275,47 +266,10 @@ def _refuse_earlier(value: Mapping[str, Any], where: str) -> None:
 def _refuse_idle_block(value: Mapping[str, Any], overrides: tuple[str, ...], where: str) -> None:
     """A block size that nothing would use; `--set scheme.transform=none` may leave the recipe's own behind."""
     scheme = value.get("scheme")
-    set_keys = {_key_of(override) for override in overrides}
+    set_keys = {key_of(override) for override in overrides}
     if not isinstance(scheme, dict) or scheme.get("transform", "none") != "none" or not scheme.get("block"):
         return
     if "scheme.block" in set_keys or "scheme.transform" not in set_keys:
         raise UsageError(
             f"{where} asks for blocks of {shown(scheme['block'])} without a transform. Name one in scheme.transform (hadamard, smoothed, learned), or leave scheme.block out."
         )
-
-
-def _refuse_undone(overrides: Sequence[str]) -> None:
-    """A whole group that is set after one of its keys would take that key back."""
-    keys = [_key_of(override) for override in overrides]
-    for position, key in enumerate(keys):
-        for earlier in keys[:position]:
-            if earlier.startswith(f"{key}."):
-                raise UsageError(
-                    f"--set {overrides[position]} would undo --set {earlier}, which stands before it. Leave one of them out."
-                )
-
-
-def _apply(value: dict[str, Any], override: str) -> None:
-    """Set one key; one of `SWITCHED` switches its group on."""
-    key, separator, text = override.partition("=")
-    if not separator:
-        raise UsageError(f"--set takes key=value, found {shown(override)}.")
-    if _key_of(override) in GROUPS:
-        raise UsageError(
-            f"--set {_key_of(override)} would replace a whole group, and drop what the recipe has in it. Set its keys one by one, as --set {_key_of(override)}.KEY=VALUE."
-        )
-    *groups, last = _key_of(override).split(".")
-    for depth, group in enumerate(groups, 1):
-        if ".".join(groups[:depth]) in SWITCHED and not isinstance(value.get(group), dict):
-            value[group] = {}
-        value = value.setdefault(group, {})
-        if not isinstance(value, dict):
-            raise UsageError(f"--set {key}: {group[:80]} is not a group of keys.")
-    try:
-        value[last] = parse_yaml(text)
-    except ValueError as error:
-        raise UsageError(f"--set {key}: the value {shown(text)} is not valid YAML: {error}.") from error
-
-
-def _key_of(override: str) -> str:
-    return override.partition("=")[0].strip()

@@ -54,7 +54,8 @@ def _quantize(job: Job, start: float) -> Manifest:
     late = job.options.fresh and not processes.first
     if late:
         processes.wait()  # the first one throws an earlier run away
-    work = WorkDir(job.out, job.signature, fresh=job.options.fresh and processes.first)
+    work = WorkDir(job.out, job.signature)
+    work.begin(fresh=job.options.fresh and processes.first)
     if not late:
         processes.wait()
     if not work.is_complete:

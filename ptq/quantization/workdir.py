@@ -85,24 +85,29 @@ class WorkDir(RunDirectory):
     Args:
         out: the final output directory.
         signature: everything that decides the codes, as JSON-like values under readable names.
-        fresh: throw an earlier unfinished run away.
-        look: only raise what there is to raise, and leave everything as it is; for a dry run, and before long work.
 
     Raises:
-        UsageError: `out` exists already, or an unfinished run with another signature is there (names the differences).
+        UsageError: `out` exists already.
     """
 
     kind, settings_file = "work directory of `ptq quantize`", SIGNATURE_FILE
 
-    def __init__(self, out: Path, signature: dict[str, Any], *, fresh: bool = False, look: bool = False) -> None:
+    def __init__(self, out: Path, signature: dict[str, Any]) -> None:
         super().__init__(unfinished(out))
         self.out, self._made_from, self.signature = out, signature, digest(signature)
         refuse_taken(out)
-        if look:
-            self.refuse_other(signature, fresh=fresh)
-            return
+
+    def begin(self, *, fresh: bool = False) -> None:
+        """Continue the unfinished run that is there, or start one.
+
+        Args:
+            fresh: throw an earlier unfinished run away.
+
+        Raises:
+            UsageError: something else is there, or an unfinished run with another signature (names the differences).
+        """
         self.refuse_foreign()
-        self.write_settings(anew=self.enter(signature, fresh=fresh))
+        self.write_settings(anew=self.enter(self._made_from, fresh=fresh))
 
     def found(self) -> dict[str, Any] | None:
         """The signature of the run that is there."""
@@ -121,6 +126,7 @@ class WorkDir(RunDirectory):
         return super().foreign() if written and not self.is_complete else None
 
     def refusal(self, different: list[Difference]) -> UsageError:
+        """What is said of another signature: of other versions first."""
         versions = next((one for one in different if one.name == "versions"), None)
         before, now = (each.get("wan-ptq") for each in (versions.before, versions.after)) if versions else (None, None)
         if before != now:

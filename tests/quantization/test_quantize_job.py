@@ -70,7 +70,7 @@ def test_the_plan_is_told_in_words(job, tmp_path, format_name):
 
 def test_a_dry_run_refuses_what_the_run_would(job, model, records, tmp_path):
     begun = job(make_settings("hif4", "solver.residual=0.1", protected={"transformer": {}, "transformer_2": {}}))
-    WorkDir(begun.out, begun.signature)
+    WorkDir(begun.out, begun.signature).begin()
     before = (tmp_path / "out.partial" / "run.json").read_bytes()
     command = ["quantize", str(model), "--calibration", str(records), "--format", "hif4", "--recipe", "rtn"]
     command += ["--out", str(begun.out), "--dry-run", "--set"]

@@ -43,6 +43,11 @@ def test_a_wrong_kernel_fails_its_check(monkeypatch, function, spoil):
     assert any(not one.passed for one in gpu_correctness.run(CPU, SMALL, rows=()))
 
 
+def test_the_lowest_bit_of_a_scale_word_counts():
+    words = torch.tensor([1 << 30, 5], dtype=torch.int32)
+    assert gpu_correctness._mismatch(words, words + torch.tensor([1, 0], dtype=torch.int32)) == 0.5
+
+
 def test_nan_never_passes():
     assert not gpu_correctness.Check("x", float("nan"), 1.0).passed
 
